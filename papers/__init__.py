@@ -1,0 +1,1 @@
+"""Each paper is one self-contained folder here."""

@@ -1,0 +1,50 @@
+"""CLIP's training step: a batch of pictures and token ids, model, contrastive loss, clamp (Sec. 2.3 to 2.5)."""
+
+from __future__ import annotations
+
+import lightning
+from torch import Tensor, nn
+
+from papers.clip.losses import clip_loss
+from papers.clip.model import Clip
+from shared.blocks import set_recompute
+from shared.recipes import Recipe
+from shared.training import adamw_with_cosine
+
+
+class PretrainingModule(lightning.LightningModule):
+    """Any model trained on (images uint8 (B, 3, H, W), tokens (B, T), labels (B,)) batches; `loss` is what differs."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe):
+        super().__init__()
+        self.model, self.recipe = model, recipe
+        set_recompute(model, recipe.recompute)
+
+    def configure_model(self) -> None:
+        if self.recipe.compile:
+            self.model.compile()
+
+    def configure_optimizers(self) -> dict:
+        return adamw_with_cosine(self.model, self.recipe)
+
+    def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
+        loss = self.loss(*batch)
+        self.log("loss", loss.detach())
+        return loss
+
+    def loss(self, images: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ClipModule(PretrainingModule):
+    """The paper's own objective."""
+
+    model: Clip
+
+    def loss(self, images: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+        output = self.model(images, tokens)
+        self.log("logit_scale", output.logit_scale.detach())
+        return clip_loss(output)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+        self.model.clamp_logit_scale()

@@ -1,0 +1,1 @@
+"""What papers share: modelling cores and runtime."""

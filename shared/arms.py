@@ -1,0 +1,189 @@
+"""Runs the arms of a paper's claims: every (arm, seed) is trained once, in its own process, from (recipe, seed) alone.
+
+A paper's claims.py offers ARMS, {name: function(Context) -> measurements}, and CLAIMS, {id: Claim}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+from shared.recipes import SEED_BASE, Recipe, digest
+
+
+@dataclass(frozen=True)
+class Claim:
+    """effect(measurements of one seed, {arm: {name: number}}) -> the effect in the unit of paper.yaml's row.
+
+    It may return None where the data has not what the claim needs; `need` then says what would have.
+    """
+
+    arms: tuple[str, ...]
+    effect: Callable[[dict[str, dict]], float | None]
+    need: str = ""
+    shown: Callable[[list[dict[str, dict]]], str] | None = None  # what else the report should say of all seeds
+
+
+@dataclass
+class Context:
+    """What an arm is given: everything follows from recipe and seed."""
+
+    recipe: Recipe
+    seed: int
+    folder: Path  # of this arm and seed
+    progress: Callable[[int], None]  # samples just seen
+    first: bool  # the seed whose model and figures are kept
+
+
+@dataclass(frozen=True)
+class Outcome:
+    arm: str
+    seed: int
+    seconds: float
+    measured: dict[str, Any]  # numbers, and `curves`: {name: [(samples, value)]}
+
+
+def seeds_of(recipe: Recipe) -> list[int]:
+    return [SEED_BASE + index for index in range(recipe.seeds)]
+
+
+def run_arms(
+    package: str, recipe: Recipe, arms: list[str], folder: Path, progress: Callable[[int], None]
+) -> Iterator[Outcome]:
+    """Yield every (arm, seed) as it is finished; what stands finished in `folder` with this recipe is not run again."""
+    jobs = []
+    for seed in seeds_of(recipe):
+        for arm in arms:
+            job = Job(package, recipe, arm, seed, folder / f"{arm}-{seed}", seed == SEED_BASE)
+            finished = job.finished()
+            if finished:
+                yield finished
+            else:
+                jobs.append(job)
+    at_once = min(recipe.jobs or _processes(recipe), len(jobs))
+    if at_once > 1:
+        yield from _in_processes(jobs, at_once, progress)
+    else:
+        for job in jobs:
+            yield job.run(progress)
+
+
+@dataclass(frozen=True)
+class Job:
+    package: str
+    recipe: Recipe
+    arm: str
+    seed: int
+    folder: Path
+    first: bool
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "outcome.json"
+
+    def finished(self) -> Outcome | None:
+        if not self.file.is_file():
+            return None
+        found = json.loads(self.file.read_text())
+        return Outcome(**found["outcome"]) if found["recipe"] == digest(self.recipe) else None
+
+    def run(self, progress: Callable[[int], None]) -> Outcome:
+        import lightning
+
+        started = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lightning.seed_everything(self.seed, verbose=False)
+        claims = importlib.import_module(f"{self.package}.claims")
+        context = Context(self.recipe, self.seed, self.folder, progress, self.first)
+        measured = claims.ARMS[self.arm](context)
+        outcome = Outcome(self.arm, self.seed, round(time.perf_counter() - started, 2), measured)
+        text = json.dumps({"recipe": digest(self.recipe), "outcome": dataclasses.asdict(outcome)})
+        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(text)
+        os.replace(temporary, self.file)
+        return outcome
+
+
+def _processes(recipe: Recipe) -> int:
+    """Small models leave cores idle: one process a core beats one process on all of them. One process on a GPU."""
+    import torch
+
+    if recipe.accelerator == "cuda" or (recipe.accelerator == "auto" and torch.cuda.is_available()):
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]) -> Iterator[Outcome]:
+    import multiprocessing
+
+    # spawn, not fork: torch's thread pools do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    todo, done = context.SimpleQueue(), context.Queue()
+    for job in jobs:
+        todo.put(job)
+    workers = [context.Process(target=_work, args=(todo, done, at_once), daemon=True) for _ in range(at_once)]
+    for _ in workers:
+        todo.put(None)
+    for worker in workers:
+        worker.start()
+    try:
+        left = len(jobs)
+        while left:
+            kind, value = _next(done, workers)
+            if kind == "samples":
+                progress(value)
+            elif kind == "failed":
+                raise value if isinstance(value, UserError) else RuntimeError(value)
+            else:
+                left -= 1
+                yield value
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            worker.terminate()
+
+
+def _next(done, workers):
+    import queue
+
+    while True:
+        try:
+            return done.get(timeout=2)
+        except queue.Empty:
+            dead = [w for w in workers if w.exitcode not in (None, 0)]
+            if dead:
+                raise UserError(
+                    f"a training process ended with code {dead[0].exitcode} (killed, or out of memory?); "
+                    "finished arms are kept, run the same command again, with ARGS=jobs=1 to use less memory"
+                ) from None
+
+
+def _work(todo, done, at_once: int) -> None:
+    """A worker process: one job after the other, its share of the cores, quiet."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
+    import torch
+
+    from shared.training import quiet
+
+    quiet()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // at_once))
+    while (job := todo.get()) is not None:
+        try:
+            done.put(("done", job.run(lambda samples: done.put(("samples", samples)))))
+        except UserError as error:
+            done.put(("failed", error))
+        except Exception:
+            done.put(("failed", f"arm {job.arm}, seed {job.seed}:\n{traceback.format_exc()}"))
+            return

@@ -1,0 +1,82 @@
+"""Finds papers by listing their folder: no registry. What a paper offers is looked up in its modules by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from shared.errors import UserError
+from shared.evidence import PaperCard, load_paper
+from shared.recipes import SCALES, Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """`folder` holds one folder a paper, importable as `package`; recipes and results stand beside it."""
+
+    folder: Path
+    package: str
+
+    @property
+    def root(self) -> Path:
+        return self.folder.parent
+
+    def names(self) -> list[str]:
+        return sorted(path.parent.name for path in self.folder.glob("*/paper.yaml"))
+
+    def known(self, name: str) -> str:
+        """The name itself, or a UserError with the nearest one."""
+        names = self.names()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
+            raise UserError(f"no paper '{name}'; {hint}")
+        return name
+
+    def card(self, name: str) -> PaperCard:
+        return load_paper(self.folder / self.known(name) / "paper.yaml")
+
+    def module(self, name: str, part: str) -> ModuleType:
+        """papers.<name>.<part>; may import torch."""
+        return importlib.import_module(f"{self.package}.{self.known(name)}.{part}")
+
+    def variants(self, name: str) -> dict:
+        return self.module(name, "config").VARIANTS
+
+    def recipe_type(self, name: str) -> type[Recipe]:
+        """The one Recipe that the paper's config.py defines."""
+        config = self.module(name, "config")
+        own = [v for v in vars(config).values() if isinstance(v, type) and v.__module__ == config.__name__]
+        return next(kind for kind in own if issubclass(kind, Recipe))
+
+    def recipe_path(self, name: str, scale: str) -> Path:
+        if scale not in SCALES:
+            near = difflib.get_close_matches(scale, SCALES, n=1)
+            raise UserError(f"no scale '{scale}'; {f'did you mean {near[0]}?' if near else 'use ' + ', '.join(SCALES)}")
+        return self.root / "recipes" / self.known(name) / f"{scale}.yaml"
+
+    def recipe(self, name: str, scale: str, overrides: list[str]) -> Recipe:
+        path = self.recipe_path(name, scale)
+        recipe = load_recipe(path, self.recipe_type(name), overrides)
+        for key, value in (("paper", name), ("scale", scale)):
+            if getattr(recipe, key) != value:
+                raise UserError(f"{path}: {key} is '{getattr(recipe, key)}', but the file's place says '{value}'")
+        self.variant(name, recipe.model)
+        known = {row.id for row in self.card(name).claims}
+        for claim in recipe.claims:
+            if claim not in known:
+                near = difflib.get_close_matches(claim, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(sorted(known))}"
+                raise UserError(f"{path}: no claim '{claim}'; {hint}")
+        return recipe
+
+    def variant(self, name: str, variant: str) -> str:
+        variants = self.variants(name)
+        if variant not in variants:
+            near = difflib.get_close_matches(variant, variants, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(variants)}"
+            raise UserError(f"{name}: no variant '{variant}'; {hint}")
+        return variant

@@ -1,0 +1,243 @@
+"""The command line: `python -m papers VERB`. Heavy imports come inside the verbs, so that `list` and `cite` answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.catalogue import Catalogue
+from shared.console import Console
+from shared.errors import UserError
+from shared.recipes import SCALES
+
+
+def main(folder: Path, package: str, argv: list[str] | None = None) -> None:
+    """Run one verb; a UserError is one line on standard error and exit code 2, Ctrl-C is 130."""
+    catalogue = Catalogue(folder.resolve(), package)
+    options = parser().parse_args(argv)
+    if not getattr(options, "verb", None):
+        parser().print_help()
+        return
+    try:
+        code = options.run(catalogue, options)
+    except UserError as error:
+        sys.exit(fail(str(error)))
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept in runs/", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(code or 0)
+
+
+def fail(message: str) -> int:
+    print(f"papers: {message}", file=sys.stderr)
+    return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="papers", description="Vision-language papers, re-implemented and re-measured.")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    verb("list", list_papers, "the papers, their scales and how many rows each rung has")
+    sub = verb("reproduce", reproduce, "reported against reproduced, on four rungs")
+    sub.add_argument("paper", nargs="?", help="a paper, or 'all'")
+    sub.add_argument("--scale", default="mini", help=f"one of {', '.join(SCALES)} (default: mini)")
+    sub.add_argument("--seeds", type=int, help="how many paired seeds")
+    sub.add_argument("--dry", action="store_true", help="only print what would run, be downloaded and cost")
+    sub.add_argument("-v", "--verbose", action="store_true", help="show third-party warnings")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
+    sub = verb("compare", compare, "one table over all papers and scales, from results/")
+    sub.add_argument("paths", nargs="*", type=Path, help="report.json files (default: results/*/*.json)")
+    sub = verb("report", report, "write the newest report of a paper again, or one that is named")
+    sub.add_argument("paper", nargs="?")
+    sub.add_argument("--keep", action="store_true", help="copy its report.json to results/, as committed evidence")
+    sub.add_argument("--tables", action="store_true", help="write the generated tables of README and cards anew")
+    sub = verb("convert", convert, "published weights to ours (safetensors), or ours to published names")
+    sub.add_argument("source", type=Path)
+    sub.add_argument("target", type=Path)
+    sub.add_argument("--paper", default="clip")
+    sub.add_argument("--variant", required=True)
+    sub.add_argument("--to", default="ours", help="ours, or one of the paper's published formats")
+    sub = verb("cite", cite, "BibTeX of a paper, its data and base weights")
+    sub.add_argument("paper", nargs="?")
+    sub = verb("fetch", fetch, "bring and check files of the manifest")
+    sub.add_argument("ids", nargs="*", help="manifest entries")
+    sub.add_argument("--paper", help="what this paper's mini recipe reads")
+    sub.add_argument("--verify", action="store_true", help="hash cached files in full")
+    sub = verb("zeroshot", zeroshot, "classify your own pictures by labels you write")
+    sub.add_argument("pictures", nargs="+", type=Path)
+    sub.add_argument("--model", default="clip-vit-b-32")
+    sub.add_argument("--weights", type=Path, help="a local weights file instead of the manifest's")
+    sub.add_argument("--tokenizer", type=Path, help="the tokenizer.json of weights trained here")
+    sub.add_argument("--labels", required=True, help="comma-separated: 'a cat,a dog'")
+    sub.add_argument("--template", default="a photo of {}.", help="put around each label (default: %(default)r)")
+    sub = verb("bench", bench, "training step of ours, transformers and open_clip, same weights, same run")
+    sub.add_argument("paper", nargs="?", default="clip")
+    sub.add_argument("overrides", nargs="*", metavar="key=value")
+    verb("check", check, "recipes against their schema, generated tables fresh")
+    return top
+
+
+# ---- verbs
+
+
+def list_papers(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.tables import papers_table
+
+    print(papers_table(catalogue))
+    print("make reproduce PAPER=<paper> [SCALE=smoke|mini|gpu|paper]")
+
+
+def reproduce(catalogue: Catalogue, options: argparse.Namespace) -> int | None:
+    if not options.paper:
+        return list_papers(catalogue, options)
+    if options.paper == "all":
+        names, overrides = catalogue.names(), options.overrides
+    elif "=" in options.paper:
+        raise UserError(f"name the paper before {options.paper}; there are: {', '.join(catalogue.names())}, all")
+    else:
+        names, overrides = [catalogue.known(options.paper)], options.overrides
+    seeds = [] if options.seeds is None else [f"seeds={options.seeds}"]
+    console = Console()
+    for name in names:
+        recipe = catalogue.recipe(name, options.scale, [*overrides, *seeds])
+        if options.dry:
+            from shared.plan import dry_run
+
+            print(dry_run(catalogue, recipe))
+            continue
+        command = f"make reproduce PAPER={name} SCALE={options.scale}"
+        command += f" SEEDS={options.seeds}" if seeds else ""
+        command += f' ARGS="{" ".join(overrides)}"' if overrides else ""
+        with console.waiting("starting"):
+            from shared.reproduce import reproduce as run
+            from shared.training import quiet
+        if not options.verbose:
+            quiet()
+        show_report(run(catalogue, recipe, command, console))
+    return None
+
+
+def show_report(path: Path) -> None:
+    from shared.report import brief, read_report, terminal_table
+
+    print(terminal_table(brief(read_report(path))))
+    for name in ("report.html", "report.md", "report.json"):
+        print(f"{path.parent / name}")
+
+
+def compare(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.report import compare as table
+
+    print(table(options.paths or sorted((catalogue.root / "results").glob("*/*.json"))))
+
+
+def report(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.tables import keep_result, write_tables
+
+    if options.tables:
+        for path in write_tables(catalogue):
+            print(f"written: {path}")
+        if not options.paper:
+            return
+    if not options.paper:
+        raise UserError(f"name a paper: {', '.join(catalogue.names())}")
+    runs = catalogue.root / "runs" / catalogue.known(options.paper)
+    found = sorted(runs.glob("*/*/report.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"{runs}: no report yet; make reproduce PAPER={options.paper} writes the first")
+    if options.keep:
+        print(f"kept: {keep_result(catalogue, found[-1])}")
+    show_report(found[-1])
+
+
+def convert(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    catalogue.variant(options.paper, options.variant)
+    catalogue.module(options.paper, "converter").convert(options.source, options.target, options.variant, options.to)
+    print(options.target)
+
+
+def cite(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.evidence import bibtex
+
+    names = [catalogue.known(options.paper)] if options.paper else catalogue.names()
+    print("\n".join(bibtex(catalogue.card(name)) for name in names), end="")
+
+
+def fetch(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    import difflib
+
+    from shared.fetch import fetch as bring
+    from shared.fetch import load_manifest
+
+    manifest = load_manifest(catalogue.root / "checkpoints_manifest.yaml")
+    ids = list(options.ids)
+    if not ids:
+        from shared.data.world import entries_of
+
+        names = [catalogue.known(options.paper)] if options.paper else catalogue.names()
+        ids = sorted({entry for name in names for entry in entries_of(catalogue.recipe(name, "mini", []).data)})
+    for id in ids:
+        if id not in manifest:
+            near = difflib.get_close_matches(id, manifest, n=1)
+            raise UserError(
+                f"no entry '{id}' in the manifest; {f'did you mean {near[0]}?' if near else ', '.join(manifest)}"
+            )
+    console = Console()
+    for id in ids:
+        entry = manifest[id]
+        with console.waiting(f"{id} ({entry.origin})") as say:
+            path = bring(
+                entry, verify=options.verify, report=lambda id, done, total, say=say: say(f"{id}: {done / 1e6:.0f} MB")
+            )
+        print(f"{id}  sha256 {entry.sha256[:16]}...  {path}")
+
+
+def zeroshot(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    paper = options.model.split("-")[0]
+    catalogue.variant(paper, options.model)
+    labels = [label.strip() for label in options.labels.split(",") if label.strip()]
+    if len(labels) < 2:
+        raise UserError("--labels needs at least two labels, separated by commas: --labels 'a cat,a dog'")
+    if "{}" not in options.template:
+        raise UserError(f"--template {options.template!r} has no {{}} where the label goes")
+    run = catalogue.module(paper, "zeroshot").classify
+    for line in run(options.pictures, options.model, labels, options.template, options.weights, options.tokenizer):
+        print(line, flush=True)
+
+
+def bench(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.training import quiet
+
+    quiet()
+    catalogue.module(options.paper, "bench").run(catalogue.root, options.overrides)
+
+
+def check(catalogue: Catalogue, options: argparse.Namespace) -> int:
+    """Everything a reader relies on without running it: recipes parse, cards parse, generated tables are fresh."""
+    from shared.tables import stale_tables
+
+    problems = []
+    for name in catalogue.names():
+        for path in sorted((catalogue.root / "recipes" / name).glob("*.yaml")):
+            try:
+                catalogue.recipe(name, path.stem, [])
+            except UserError as error:
+                problems.append(str(error))
+    problems += [
+        f"{path}: generated table is stale; python -m papers report --tables" for path in stale_tables(catalogue)
+    ]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"checked: {len(catalogue.names())} papers, {len(problems)} problems")
+    return 1 if problems else 0

@@ -1,0 +1,47 @@
+"""Data: scenes with an exact graph, adapters for published formats, and worlds made of either.
+
+`load_world` serves a claim with all it needs; `tasks` makes questions, statements, dialogues, episodes and puzzles.
+"""
+
+from shared.data import tasks
+from shared.data.adapters import Coverage, PictureError, decode_image
+from shared.data.samples import Dialogue, Episode, Pair, Puzzle, Question, Statement
+from shared.data.scenes import COLOURS, Scene, SceneOptions, Thing, held_out_colours, render, render_many, sample_scene
+from shared.data.splits import Draw, choose_by_hash, split_of
+from shared.data.sprites import Sprite, SpritePack, load_pack
+from shared.data.wording import caption, class_prompt, with_article
+from shared.data.world import Composition, Split, World, load_world
+
+__all__ = [
+    "COLOURS",
+    "Composition",
+    "Coverage",
+    "Dialogue",
+    "Draw",
+    "Episode",
+    "Pair",
+    "PictureError",
+    "Puzzle",
+    "Question",
+    "Scene",
+    "SceneOptions",
+    "Split",
+    "Sprite",
+    "SpritePack",
+    "Statement",
+    "Thing",
+    "World",
+    "caption",
+    "choose_by_hash",
+    "class_prompt",
+    "decode_image",
+    "held_out_colours",
+    "load_pack",
+    "load_world",
+    "render",
+    "render_many",
+    "sample_scene",
+    "split_of",
+    "tasks",
+    "with_article",
+]

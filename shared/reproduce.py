@@ -1,0 +1,295 @@
+"""`reproduce`: climbs the four rungs for one paper and one recipe, and writes the report of reported vs reproduced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.catalogue import Catalogue
+from shared.console import Console
+from shared.errors import UserError
+from shared.evidence import UNITS, ClaimRow, PaperCard
+from shared.recipes import Recipe, to_yaml
+from shared.report import Report, Row
+
+
+def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Console) -> Path:
+    """Run the recipe's rungs and return the path of report.json. Everything lands in runs/<paper>/<scale>/<stamp>/."""
+    from shared.report import write
+    from shared.tracking import commit_and_dirty, environment_text, machine_description
+
+    started, clock = time.strftime("%Y-%m-%dT%H:%M:%S"), time.perf_counter()
+    name, card = recipe.paper, catalogue.card(recipe.paper)
+    folder = new_folder(catalogue.root / "runs" / name / recipe.scale)
+    console.stages(len([rung for rung in recipe.rungs if rung != "claims"]) + 2 * ("claims" in recipe.rungs) + 1)
+    rows: list[Row] = []
+    data: dict = {"name": recipe.data, "digest": None, "coverage": [], "credits": [], "note": None}
+    figures, samples = [], []
+
+    if "structure" in recipe.rungs:
+        console.stage("structure: the full-size networks, on the meta device")
+        rows += structure_rows(catalogue, card, console)
+    if "parity" in recipe.rungs:
+        console.stage("parity: against independent implementations, fp32, small random weights")
+        rows += parity_rows(catalogue, name, folder, console)
+    if "claims" in recipe.rungs:
+        console.stage(f"data: {recipe.data}")
+        recipe, data = prepare_data(catalogue, recipe, console)
+        console.stage("claims: every arm and seed, trained and measured")
+        claim_rows_found, outcomes = run_claims(catalogue, card, recipe, data, folder, console)
+        rows += claim_rows_found
+        figures, samples = catalogue.module(name, "figures").draw(recipe, outcomes, folder)
+    if "metrics" in recipe.rungs:
+        console.stage("metrics: released weights on the paper's benchmarks")
+        rows += metric_rows(catalogue, card, recipe, console)
+
+    console.stage("report")
+    commit, dirty = commit_and_dirty(catalogue.root)
+    report = Report(
+        paper=name,
+        title=card.paper.title,
+        scale=recipe.scale,
+        commit=commit,
+        dirty=dirty,
+        data=data,
+        machine=machine_description(),
+        seconds=round(time.perf_counter() - clock, 1),
+        started=started,
+        rows=rows,
+        figures=figures,
+        samples=samples,
+        command=command,
+        recipe=to_yaml(recipe),
+        environment=environment_text(),
+    )
+    return write(report, folder)
+
+
+def new_folder(parent: Path) -> Path:
+    """A folder named after the moment; a second run in the same second gets another."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(100):
+        folder = parent / (stamp if attempt == 0 else f"{stamp}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{parent}: cannot write there ({error.strerror}); run in a folder of your own") from None
+    raise UserError(f"{parent}: no free name for a run; remove old runs with `make clean`")
+
+
+# ---- structure
+
+
+def structure_rows(catalogue: Catalogue, card: PaperCard, console: Console) -> list[Row]:
+    measure = catalogue.module(card.paper.key, "structure").measure
+    by_variant = defaultdict(list)
+    for row in card.structure:
+        by_variant[row.variant].append(row)
+    found = []
+    for variant, wanted in console.bar(by_variant.items(), "variants"):
+        measured = measure(variant)
+        for row in wanted:
+            value = measured[row.part] / UNITS[row.unit]
+            match = abs(value - row.reported) <= row.tolerance + 1e-9
+            found.append(
+                Row(
+                    "structure",
+                    row.id,
+                    f"{variant}: {row.part.replace('_', ' ')}, {row.unit}",
+                    reported=row.reported,
+                    reproduced=round(value, 4),
+                    tolerance=row.tolerance,
+                    verdict="match" if match else "mismatch",
+                    source=row.source,
+                )
+            )
+    return found
+
+
+# ---- parity
+
+
+def parity_rows(catalogue: Catalogue, name: str, folder: Path, console: Console) -> list[Row]:
+    """Run tests/parity/test_<paper>.py in a process of its own and read the differences it measured."""
+    test = catalogue.root / "tests" / "parity" / f"test_{name}.py"
+    need = (
+        f"the development extras: pip install -e '.[dev]', then `python -m pytest {test.relative_to(catalogue.root)}`"
+    )
+    out, log = folder / "parity.json", folder / "parity.log"
+    if not test.is_file() or any(missing(module) for module in ("pytest", "transformers")):
+        return [Row("parity", f"{name}.parity", "against independent implementations", verdict="not run", need=need)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test), "--rows", str(out)]
+    with console.waiting("parity tests"):
+        ran = subprocess.run(command, cwd=catalogue.root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    log.write_text(ran.stdout + ran.stderr)
+    if not out.is_file() or ran.returncode not in (0, 1):
+        raise UserError(f"the parity tests did not run (exit code {ran.returncode}); see {log}")
+    rows = []
+    for found in json.loads(out.read_text()):
+        if "difference" in found:
+            match = found["difference"] <= found["tolerance"]
+            reported, value, tolerance = "equal", f"max |difference| {found['difference']:.1e}", found["tolerance"]
+        else:
+            match = found["found"] == found["expected"]
+            reported, value, tolerance = found["expected"], found["found"], 0
+        verdict = "match" if match else "mismatch"
+        source = test.relative_to(catalogue.root).as_posix()
+        rows.append(
+            Row("parity", found["id"], found["what"], reported, value, None, None, tolerance, None, verdict, source)
+        )
+    if ran.returncode == 1 and all(row.verdict == "match" for row in rows):
+        raise UserError(f"a parity test failed before it measured anything; see {log}")
+    return rows
+
+
+def missing(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is None
+
+
+# ---- claims
+
+
+def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tuple[Recipe, dict]:
+    """Fetch what the data needs, load it once to see that it is sound, and describe it for the report."""
+    from shared.arms import seeds_of
+    from shared.data.world import fetch_world
+
+    note = None
+    try:
+        with console.waiting(f"fetching {recipe.data}") as say:
+            if not recipe.data_root:
+                fetch_world(recipe.data, report=lambda entry, done, total: say(f"{entry}: {done / 1e6:.0f} MB"))
+    except UserError as error:
+        if recipe.data != "emoji":
+            raise
+        note = f"the emoji artwork could not be fetched, so drawn shapes stand in for it: {error}"
+        console.say(note)
+        recipe = dataclasses.replace(recipe, data="shapes")
+    with console.waiting("reading the data"):
+        world = catalogue.module(recipe.paper, "claims").load(recipe, seeds_of(recipe)[0])
+    console.say(
+        f"{world.name}: {len(world.train.ids)} training pictures, {len(world.test.ids)} test pictures"
+        + (f", {len(world.classes)} classes" if world.classes else "")
+    )
+    coverage = [dataclasses.asdict(one) for one in world.coverage]
+    return recipe, {
+        "name": world.name,
+        "digest": world.digest,
+        "coverage": coverage,
+        "credits": list(world.credits),
+        "note": note or world.note,
+    }
+
+
+def run_claims(
+    catalogue: Catalogue, card: PaperCard, recipe: Recipe, data: dict, folder: Path, console: Console
+) -> tuple[list[Row], dict[int, dict[str, dict]]]:
+    """Train every arm once a seed, then let each claim compare them. -> rows, {seed: {arm: measurements}}."""
+    from shared.arms import run_arms, seeds_of
+    from shared.tracking import Tracker
+
+    wanted = [row for row in card.claims if not recipe.claims or row.id in recipe.claims]
+    claims = catalogue.module(recipe.paper, "claims").CLAIMS
+    arms = list(dict.fromkeys(arm for row in wanted for arm in claims[row.id].arms))
+    total = len(arms) * recipe.seeds * recipe.steps * recipe.batch
+    outcomes: dict[int, dict[str, dict]] = defaultdict(dict)
+    tracker = Tracker(
+        experiment=recipe.paper,
+        name=f"{recipe.paper} {recipe.scale} {folder.name}",
+        folder=catalogue.root,
+        root=catalogue.root,
+        data_digest=data["digest"],
+        tags={"scale": recipe.scale, "data": data["name"]},
+        params=dataclasses.asdict(recipe),
+    )
+    package = f"{catalogue.package}.{recipe.paper}"
+    with tracker, console.progress(total, f"{len(arms)} arms x {recipe.seeds} seeds", "samples") as bar:
+        tracker.log_text(to_yaml(recipe), "recipe.yaml")
+        for outcome in run_arms(package, recipe, arms, folder / "arms", bar.advance):
+            outcomes[outcome.seed][outcome.arm] = outcome.measured
+            bar.note(f"{sum(map(len, outcomes.values()))}/{len(arms) * recipe.seeds} trained")
+            with tracker.child(f"{outcome.arm} {outcome.seed}", {"arm": outcome.arm}, {"seed": outcome.seed}) as run:
+                numbers = {k: v for k, v in outcome.measured.items() if isinstance(v, (int, float))}
+                run.log_metrics(numbers | {"seconds": outcome.seconds}, step=recipe.steps)
+                run.log_curves(outcome.measured.get("curves", {}))
+        rows = [claim_row(row, claims[row.id], recipe, outcomes) for row in wanted]
+        tracker.log_metrics({row.id: row.reproduced for row in rows if isinstance(row.reproduced, float)})
+    seeds = seeds_of(recipe)
+    return rows, {seed: outcomes[seed] for seed in seeds}
+
+
+def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str, dict]]) -> Row:
+    """Effect, interval and verdict of one claim, by the rule that paper.yaml declared before the run."""
+    from shared.stats import Rule, verdict
+
+    reported = row.reported_as or row.reported
+    rule = Rule(row.direction, row.margin or 0.0)
+    if recipe.scale == "smoke":
+        need = f"a scale that can tell: make reproduce PAPER={recipe.paper} SCALE=mini (smoke only proves that it runs)"
+        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
+    effects = [claim.effect(measured) for measured in outcomes.values()]
+    if any(effect is None for effect in effects):
+        need = f"{claim.need}; this run read {recipe.data}"
+        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
+    found = verdict(effects, rule)
+    beside = claim.shown(list(outcomes.values())) if claim.shown else ""
+    if found.word == "inconclusive" and found.smallest_effect is not None:
+        beside += f"{'; ' if beside else ''}smallest effect this run could have seen: {found.smallest_effect:.2g}"
+    if found.note:
+        beside += f"{'; ' if beside else ''}{found.note}"
+    return Row(
+        "claims",
+        row.id,
+        f"{row.statement} ({beside})" if beside else row.statement,
+        reported,
+        round(found.mean, 4),
+        None if found.low is None else round(found.low, 4),
+        None if found.high is None else round(found.high, 4),
+        f"{rule}, {row.unit}",
+        recipe.seeds,
+        found.word,
+        row.source,
+    )
+
+
+# ---- metrics
+
+
+def metric_rows(catalogue: Catalogue, card: PaperCard, recipe: Recipe, console: Console) -> list[Row]:
+    """Score the released weights where weights and data are at hand; say exactly what is lacking where not."""
+    measure: Callable = catalogue.module(recipe.paper, "metrics").measure
+    rows = []
+    for row in console.bar(card.metrics, "rows"):
+        what = f"{row.variant} on {row.dataset} ({row.split}): {row.metric}"
+        if row.remeasured:
+            what += f"; {row.remeasured.by} measured {row.remeasured.value:g}"
+        # without a printed number the re-measured one is what we compare with
+        reported = row.reported if row.reported is not None else row.remeasured.value
+        try:
+            value = measure(row, recipe)
+        except UserError as lacking:
+            rows.append(Row("metrics", row.id, what, reported, verdict="not run", source=row.source, need=str(lacking)))
+            continue
+        verdict = "match" if abs(value - reported) <= row.tolerance else "mismatch"
+        rows.append(
+            Row(
+                "metrics", row.id, what, reported, round(value, 2), None, None, row.tolerance, None, verdict, row.source
+            )
+        )
+    return rows
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,117 @@
+"""Generated tables: the papers in README.md and the evidence in each card, between markers, from cards and results/."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from shared.catalogue import Catalogue
+from shared.errors import UserError
+from shared.recipes import SCALES
+
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+GOOD = ("match", "reproduced")
+
+
+def papers_table(catalogue: Catalogue) -> str:
+    """One line a paper: what it is, its scales, rows a rung, and how the newest committed mini run ended."""
+    lines = [
+        "| paper | title | scales | structure | parity | claims | metrics |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in catalogue.names():
+        card = catalogue.card(name)
+        scales = [s for s in SCALES if (catalogue.root / "recipes" / name / f"{s}.yaml").is_file()]
+        rows = default_result(catalogue, name)
+        cells = [f"[{name}](papers/{name})", f"{card.paper.title} ({card.paper.year})", ", ".join(scales)]
+        declared = {"structure": len(card.structure), "claims": len(card.claims), "metrics": len(card.metrics)}
+        for rung in ("structure", "parity", "claims", "metrics"):
+            found = [row for row in rows if row["rung"] == rung]
+            cells.append(tally(found) if found else f"{declared.get(rung, '')} declared, none run".strip())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tally(rows: list[dict]) -> str:
+    """'12 match', '8 reproduced, 2 inconclusive', ... in a fixed order."""
+    order = ("match", "reproduced", "inconclusive", "contradicted", "mismatch", "not run")
+    counts = {word: sum(row["verdict"] == word for row in rows) for word in order}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+
+
+def results(catalogue: Catalogue, name: str) -> list[Path]:
+    return sorted((catalogue.root / "results" / name).glob("*.json"))
+
+
+def default_result(catalogue: Catalogue, name: str) -> list[dict]:
+    """Rows of the committed mini run on the default data, or of any other committed run."""
+    paths = results(catalogue, name)
+    chosen = [path for path in paths if path.stem == "mini-emoji"] or paths
+    return json.loads(chosen[0].read_text())["rows"] if chosen else []
+
+
+def evidence_table(catalogue: Catalogue, name: str) -> str:
+    """The claims of a card, one column a committed run, and the tally of the other rungs."""
+    runs = {path.stem: json.loads(path.read_text())["rows"] for path in results(catalogue, name)}
+    if not runs:
+        return "No committed run yet."
+    lines = ["| claim | reported | " + " | ".join(runs) + " |", "| --- | --- |" + " --- |" * len(runs)]
+    for claim in catalogue.card(name).claims:
+        cells = [f"`{claim.id}`", claim.reported_as or "-"]
+        for rows in runs.values():
+            found = next((row for row in rows if row["id"] == claim.id), None)
+            cells.append(claim_cell(found))
+        lines.append("| " + " | ".join(cells) + " |")
+    for rung in ("structure", "parity", "metrics"):
+        cells = [tally([row for row in rows if row["rung"] == rung]) or "-" for rows in runs.values()]
+        lines.append(f"| {rung}, all rows | | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def claim_cell(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    if row["verdict"] == "not run":
+        return "not run"
+    interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"**{row['verdict']}** {row['reproduced']:.2f}{interval}"
+
+
+def generated(catalogue: Catalogue) -> dict[Path, str]:
+    """{file: its text with a fresh table}."""
+    wanted = {catalogue.root / "README.md": papers_table(catalogue)}
+    for name in catalogue.names():
+        wanted[catalogue.folder / name / "README.md"] = evidence_table(catalogue, name)
+    return {path: between_markers(path, table) for path, table in wanted.items()}
+
+
+def between_markers(path: Path, table: str) -> str:
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{path}: needs the markers {BEGIN} and {END} once each")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def stale_tables(catalogue: Catalogue) -> list[Path]:
+    return [path for path, text in generated(catalogue).items() if path.read_text(encoding="utf-8") != text]
+
+
+def write_tables(catalogue: Catalogue) -> list[Path]:
+    changed = stale_tables(catalogue)
+    for path in changed:
+        path.write_text(generated(catalogue)[path], encoding="utf-8")
+    return changed
+
+
+def keep_result(catalogue: Catalogue, report: Path) -> Path:
+    """Copy a report.json to results/<paper>/<scale>-<data>.json: what was measured becomes committed evidence."""
+    found = json.loads(report.read_text())
+    if found["dirty"] or not found["commit"]:
+        raise UserError(f"{report}: was run on uncommitted changes, so nobody could repeat it; commit and run again")
+    target = catalogue.root / "results" / found["paper"] / f"{found['scale']}-{found['data']['name']}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(report, target)
+    return target

@@ -1,0 +1,273 @@
+"""CLIP against transformers' CLIPModel and open_clip's CLIP: outputs, loss, gradients, the converter both ways.
+
+No two sizes coincide, so that a transposed or swapped axis cannot pass by accident.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from papers.clip.config import ClipConfig
+from papers.clip.converter import OPENAI_RESNET, OPENAI_VIT, TRANSFORMERS
+from papers.clip.losses import clip_loss
+from papers.clip.model import Clip
+from shared.checkpoints import to_ours, to_published
+
+pytest.importorskip("transformers")
+open_clip_model = pytest.importorskip("open_clip.model")
+
+CONTEXT, VOCABULARY = 13, 97
+VIT = ClipConfig(
+    image_size=30,
+    vision_width=48,
+    vision_layers=3,
+    vision_heads=3,
+    patch=6,
+    embed_width=28,
+    text_width=40,
+    text_layers=2,
+    text_heads=4,
+    context=CONTEXT,
+    vocabulary=VOCABULARY,
+    end_token=VOCABULARY - 1,
+)
+RESNET = ClipConfig(
+    image_size=96,
+    vision_width=8,
+    vision_layers=(1, 2, 1, 1),
+    vision_heads=4,
+    patch=None,
+    embed_width=28,
+    text_width=40,
+    text_layers=2,
+    text_heads=4,
+    context=CONTEXT,
+    vocabulary=VOCABULARY,
+    end_token=VOCABULARY - 1,
+)
+
+
+def make_transformers(config: ClipConfig):
+    from transformers import CLIPConfig, CLIPModel
+
+    shared = {"hidden_act": "quick_gelu", "layer_norm_eps": config.eps, "attn_implementation": "eager"}
+    return CLIPModel(
+        CLIPConfig(
+            text_config={
+                "vocab_size": config.vocabulary,
+                "hidden_size": config.text_width,
+                "intermediate_size": 4 * config.text_width,
+                "num_hidden_layers": config.text_layers,
+                "num_attention_heads": config.text_heads,
+                "max_position_embeddings": config.context,
+                "projection_dim": config.embed_width,
+                "eos_token_id": config.end_token,
+                "bos_token_id": config.end_token - 1,
+                "pad_token_id": 0,
+                **shared,
+            },
+            vision_config={
+                "hidden_size": config.vision_width,
+                "intermediate_size": 4 * config.vision_width,
+                "num_hidden_layers": config.vision_layers,
+                "num_attention_heads": config.vision_heads,
+                "image_size": config.image_size,
+                "patch_size": config.patch,
+                "projection_dim": config.embed_width,
+                **shared,
+            },
+            projection_dim=config.embed_width,
+        )
+    )
+
+
+def make_open_clip(config: ClipConfig):
+    vision = {"image_size": config.image_size, "layers": config.vision_layers, "width": config.vision_width}
+    if config.patch:
+        vision |= {"patch_size": config.patch, "head_width": config.vision_width // config.vision_heads}
+    else:
+        vision |= {"head_width": config.vision_width * 32 // config.vision_heads}
+    text = {
+        "context_length": config.context,
+        "vocab_size": config.vocabulary,
+        "width": config.text_width,
+        "heads": config.text_heads,
+        "layers": config.text_layers,
+    }
+    return open_clip_model.CLIP(config.embed_width, vision, text, quick_gelu=True, output_dict=True)
+
+
+def batch(config: ClipConfig, size: int = 5):
+    """Normalised pictures, and texts of different lengths padded with zeros behind the end token."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(size, 3, config.image_size, config.image_size, generator=generator)
+    tokens = torch.zeros(size, config.context, dtype=torch.long)
+    for row in range(size):
+        length = 3 + (row * 4) % (config.context - 2)
+        tokens[row, :length] = torch.randint(1, config.end_token - 1, (length,), generator=generator)
+        tokens[row, length - 1] = config.end_token
+    return images, tokens
+
+
+REFERENCES = {
+    "transformers": (make_transformers, VIT, TRANSFORMERS),
+    "open_clip ViT": (make_open_clip, VIT, OPENAI_VIT),
+    "open_clip ResNet": (make_open_clip, RESNET, OPENAI_RESNET),
+}
+
+
+def reference_loss(reference, images, tokens):
+    """(picture features, text features, loss), features L2-normalised, from either library."""
+    if hasattr(reference, "vision_model"):
+        output = reference(pixel_values=images, input_ids=tokens, return_loss=True)
+        return output.image_embeds, output.text_embeds, output.loss
+    from open_clip.loss import ClipLoss
+
+    output = reference(images, tokens)
+    features = output["image_features"], output["text_features"]
+    return *features, ClipLoss()(*features, output["logit_scale"])
+
+
+def state(module: torch.nn.Module) -> dict:
+    return {k: v.detach().clone() for k, v in module.state_dict().items() if k != "attn_mask"}
+
+
+def loaded(config: ClipConfig, published: dict, weight_map: dict) -> Clip:
+    ours = Clip(config).eval()
+    ours.load_state_dict(to_ours(published, weight_map), strict=True)
+    return ours
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_outputs_loss_and_gradients_equal_the_reference(name, agree, perturb):
+    make, config, weight_map = REFERENCES[name]
+    torch.manual_seed(0)
+    reference = perturb(make(config))
+    images, tokens = batch(config)
+    their_images, their_texts, their_loss = reference_loss(reference, images, tokens)
+    their_loss.backward()
+    ours = loaded(config, state(reference), weight_map)
+    output = ours(images, tokens)
+    loss = clip_loss(output)
+    loss.backward()
+
+    key = name.replace(" ", "-").lower()
+    agree(f"clip.parity.{key}.image", f"image features against {name}", output.image_features, their_images)
+    agree(f"clip.parity.{key}.text", f"text features against {name}", output.text_features, their_texts)
+    agree(f"clip.parity.{key}.loss", f"contrastive loss against {name}", loss, their_loss)
+    gradients = {k: p.grad for k, p in ours.named_parameters()}
+    theirs = {k: p.grad for k, p in reference.named_parameters()}
+    if not config.patch:  # running statistics have no gradient, but the map is total
+        theirs |= {k: torch.zeros_like(v) for k, v in state(reference).items() if k not in theirs}
+    theirs = {k: v for k, v in to_ours(theirs, weight_map).items() if k in gradients}
+    assert all(value.abs().max() > 0 for value in gradients.values()), "a gradient that is zero compares nothing"
+    agree(f"clip.parity.{key}.gradients", f"all gradients against {name}", gradients, theirs)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_converter_returns_every_published_tensor_exactly(name, agree, perturb):
+    make, config, weight_map = REFERENCES[name]
+    published = state(perturb(make(config)))
+    ours = loaded(config, published, weight_map)
+    back = to_published(ours.state_dict(), weight_map)
+    key = name.replace(" ", "-").lower()
+    what = f"{name} weights, to ours and back"
+    agree(f"clip.parity.{key}.converter", what, back, {k: published[k] for k in back}, tolerance=0.0)
+    assert {k for k in published if k not in back} <= {k for k in weight_map if weight_map[k] is None}
+    make(config).load_state_dict(back, strict=False)
+
+
+def test_uint8_pictures_give_what_normalised_floats_give(agree):
+    torch.manual_seed(0)
+    model = Clip(VIT).eval()
+    pixels = torch.randint(0, 256, (3, 3, VIT.image_size, VIT.image_size), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (VIT.mean, VIT.std))
+    with torch.no_grad():
+        ours, plain = model.encode_image(pixels), model.encode_image((pixels / 255 - mean) / std)
+    agree("clip.parity.uint8", "image features of uint8 pixels against normalised floats", ours, plain)
+
+
+def _swap_key_and_value(model):
+    for block in model.text_encoder.blocks:
+        q, k, v = block.attention.qkv.weight.data.chunk(3)
+        block.attention.qkv.weight.data = torch.cat([q, v, k])
+
+
+def _exact_gelu(model):
+    for encoder in (model.vision_encoder, model.text_encoder):
+        for block in encoder.blocks:
+            block.mlp.activation = torch.nn.GELU()
+
+
+def _no_causal_mask(model):
+    blocks = model.text_encoder.blocks
+    plain = blocks.forward
+    blocks.forward = lambda x, causal: plain(x)
+
+
+def _read_last_position(model):
+    model.text_encoder.end_token = 0  # the first padding token instead of the end of the text
+
+
+def _no_input_norm(model):
+    model.vision_encoder.input_norm = torch.nn.Identity()
+
+
+def _wrong_eps(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-3
+
+
+def _norm_after_projection(model):
+    model.vision_encoder.output_norm = torch.nn.Identity()
+
+
+def _mean_instead_of_class_token(model):
+    encoder = model.vision_encoder
+    model.vision_encoder.forward = lambda images: encoder.output_norm(encoder.blocks(encoder.embed(images)).mean(1))
+
+
+def _scale_not_exponentiated(model):
+    model.logit_scale.data = model.logit_scale.data.log()
+
+
+def _skipped_block(model):
+    del model.vision_encoder.blocks[1]
+
+
+def _positions_shifted(model):
+    model.text_encoder.position.data = model.text_encoder.position.data.roll(1, 0)
+
+
+def _patches_in_column_order(model):
+    positions = model.vision_encoder.positions.position
+    grid = positions.data[1:].view(5, 5, -1).transpose(0, 1).reshape(25, -1)
+    positions.data = torch.cat([positions.data[:1], grid])
+
+
+MUTANTS = [value for name, value in list(globals().items()) if name.startswith("_") and callable(value)]
+MUTANTS = [m for m in MUTANTS if getattr(m, "__module__", None) == __name__]
+
+
+def test_every_mutant_is_told_from_the_reference(count, perturb):
+    torch.manual_seed(0)
+    reference = perturb(make_open_clip(VIT))
+    images, tokens = batch(VIT)
+    with torch.no_grad():
+        their_images, their_texts, their_loss = reference_loss(reference, images, tokens)
+        sound = loaded(VIT, state(reference), OPENAI_VIT)
+        caught = []
+        for mutate in MUTANTS:
+            mutant = copy.deepcopy(sound)
+            mutate(mutant)
+            output = mutant(images, tokens)
+            differences = (output.image_features - their_images, output.text_features - their_texts)
+            difference = max(float(d.abs().max()) for d in (*differences, clip_loss(output) - their_loss))
+            if difference > 1e-5:
+                caught.append(mutate.__name__)
+    assert len(MUTANTS) >= 12
+    missed = {m.__name__ for m in MUTANTS} - set(caught)
+    assert not missed, f"not caught: {missed}"
+    count("clip.parity.mutants", "faults planted in our model and caught", len(caught), len(MUTANTS))

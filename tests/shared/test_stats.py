@@ -1,0 +1,134 @@
+"""Intervals against scipy and hand-computed numbers, and every verdict a rule can reach."""
+
+import math
+
+import pytest
+from scipy import stats as scipy_stats
+
+from shared.errors import UserError
+from shared.stats import Rule, interval, log_log_fit, smallest_effect, verdict, wilson
+
+
+def test_the_interval_agrees_with_scipy_and_with_a_table_of_t():
+    effects = [0.031, 0.052, 0.047, 0.018, 0.040]
+    _, low, high = interval(effects)
+    reference = scipy_stats.ttest_1samp(effects, 0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=1e-12)
+    # three seeds 1, 2, 3: deviation 1, t = 4.3027 (printed tables, two degrees of freedom)
+    assert interval([1, 2, 3]) == pytest.approx((2.0, 2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), abs=1e-4)
+
+
+def test_a_wider_level_gives_a_wider_interval():
+    narrow, wide = interval([1, 2, 4], level=0.9), interval([1, 2, 4], level=0.99)
+    assert wide[1] < narrow[1] < narrow[2] < wide[2]
+
+
+def test_one_seed_has_a_mean_but_no_interval_and_no_verdict():
+    assert interval([0.4]) == (0.4, None, None)
+    assert smallest_effect([0.4]) is None
+    for rule in (Rule("greater"), Rule("equal", 10.0)):
+        word, mean, low, high, smallest, note = verdict([0.4], rule)
+        assert (word, mean, low, high, smallest) == ("inconclusive", 0.4, None, None, None)
+        assert "one seed" in note
+
+
+@pytest.mark.parametrize(
+    ("effects", "rule", "word"),
+    [
+        ([1.0, 1.1, 0.9], Rule("greater"), "reproduced"),
+        ([1.0, 1.1, 0.9], Rule("greater", 0.5), "reproduced"),
+        ([1.0, 1.1, 0.9], Rule("greater", 1.1), "inconclusive"),
+        ([1.0, 1.1, 0.9], Rule("greater", 2.0), "contradicted"),
+        ([-1.0, -1.1, -0.9], Rule("greater"), "contradicted"),
+        ([1.0, -1.0, 0.5], Rule("greater"), "inconclusive"),
+        ([0.0, 0.1, -0.1], Rule("equal", 0.5), "reproduced"),
+        ([0.0, 0.1, -0.1], Rule("equal", 0.2), "inconclusive"),
+        ([1.0, 1.1, 0.9], Rule("equal", 0.5), "contradicted"),
+        ([-1.0, -1.1, -0.9], Rule("equal", 0.5), "contradicted"),
+        ([0.4, 0.5, 0.6], Rule("equal", 0.5), "inconclusive"),
+    ],
+)
+def test_a_verdict_follows_its_rule(effects, rule, word):
+    found = verdict(effects, rule)
+    assert found.word == word
+    assert found.smallest_effect == pytest.approx((found.high - found.low) / 2)
+    assert found.note == ""
+
+
+def test_an_interval_that_touches_the_margin_is_inconclusive():
+    _, low, high = interval([1.0, 2.0, 3.0])
+    assert verdict([1.0, 2.0, 3.0], Rule("greater", low)).word == "inconclusive"
+    assert verdict([1.0, 2.0, 3.0], Rule("greater", high)).word == "inconclusive"
+
+
+def test_seeds_that_all_agree_exactly_are_judged_as_a_point_and_flagged():
+    assert verdict([0.0, 0.0, 0.0], Rule("greater")).word == "inconclusive"
+    assert verdict([0.0, 0.0, 0.0], Rule("equal", 0.1)).word == "reproduced"
+    found = verdict([0.25, 0.25], Rule("greater"))
+    assert (found.word, found.low, found.high) == ("reproduced", 0.25, 0.25)
+    assert "same effect" in found.note
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_named(bad):
+    with pytest.raises(UserError, match=f"effect 2 of 3 is {bad}"):
+        interval([1.0, bad, 2.0])
+    with pytest.raises(UserError, match=f"y 1 of 2 is {bad}"):
+        log_log_fit([1.0, 2.0], [bad, 1.0])
+
+
+def test_no_seed_at_all_is_an_error():
+    with pytest.raises(UserError, match="no effect values"):
+        verdict([], Rule())
+
+
+@pytest.mark.parametrize(("kind", "margin"), [("equal", 0.0), ("equal", -1.0), ("less", 0.0), ("greater", math.nan)])
+def test_a_rule_that_could_never_be_decided_is_refused(kind, margin):
+    with pytest.raises(UserError):
+        Rule(kind, margin)
+
+
+def test_a_rule_reads_as_a_sentence():
+    assert str(Rule("greater", 0.5)) == "effect > 0.5"
+    assert str(Rule("equal", 0.02)) == "|effect| < 0.02"
+
+
+def test_wilson_gives_the_intervals_of_the_fifty_raven_items():
+    # Kosmos-1 prints 22 % and 26 % of 50 items; chance, 16.7 %, lies in both
+    assert wilson(11, 50) == pytest.approx((0.128, 0.352), abs=5e-4)
+    assert wilson(13, 50) == pytest.approx((0.159, 0.396), abs=5e-4)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 7), (3, 7), (7, 7), (0, 1), (5000, 5000)])
+def test_wilson_agrees_with_scipy_and_stays_within_zero_and_one(successes, n):
+    low, high = wilson(successes, n)
+    reference = scipy_stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=1e-12)
+    assert 0 <= low <= high <= 1
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 4), (5, 4)])
+def test_wilson_refuses_what_is_no_proportion(successes, n):
+    with pytest.raises(UserError, match="no proportion"):
+        wilson(successes, n)
+
+
+def test_a_power_law_is_found_exactly_and_noise_lowers_r2():
+    x = [1e3, 1e4, 1e5, 1e6]
+    fit = log_log_fit(x, [5 * v**-0.3 for v in x])
+    assert fit == pytest.approx((-0.3, math.log10(5), 1.0))
+    noisy = [5 * v**-0.3 * factor for v, factor in zip(x, (1.3, 0.7, 1.2, 0.9), strict=True)]
+    reference = scipy_stats.linregress([math.log10(v) for v in x], [math.log10(v) for v in noisy])
+    assert log_log_fit(x, noisy) == pytest.approx((reference.slope, reference.intercept, reference.rvalue**2))
+
+
+def test_a_constant_is_explained_by_nothing():
+    assert log_log_fit([1, 10, 100], [3, 3, 3]).r2 == 0.0
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1, 2], [1, 0]), ([-1, 2], [1, 1]), ([2, 2], [1, 3]), ([1, 2, 3], [1, 2]), ([], [])]
+)
+def test_points_without_a_power_law_are_refused(x, y):
+    with pytest.raises(UserError):
+        log_log_fit(x, y)

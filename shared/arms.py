@@ -119,7 +119,11 @@ def _processes(recipe: Recipe) -> int:
 
     if recipe.accelerator == "cuda" or (recipe.accelerator == "auto" and torch.cuda.is_available()):
         return 1
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return cores()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]) -> Iterator[Outcome]:
@@ -130,6 +134,8 @@ def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]
     todo, done = context.SimpleQueue(), context.Queue()
     for job in jobs:
         todo.put(job)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for what computes beside torch, such as scikit-learn
+        os.environ.setdefault(name, str(max(1, cores() // at_once)))
     workers = [context.Process(target=_work, args=(todo, done, at_once), daemon=True) for _ in range(at_once)]
     for _ in workers:
         todo.put(None)
@@ -178,7 +184,7 @@ def _work(todo, done, at_once: int) -> None:
     from shared.training import quiet
 
     quiet()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // at_once))
+    torch.set_num_threads(max(1, cores() // at_once))
     while (job := todo.get()) is not None:
         try:
             done.put(("done", job.run(lambda samples: done.put(("samples", samples)))))

@@ -32,8 +32,7 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        gate = torch.sigmoid(x * 1.702)
-        return gradient * gate * (1 + 1.702 * x * (1 - gate))
+        return torch.ops.aten.silu_backward(gradient, x * 1.702)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,29 @@ def terminal_table(rows: Sequence[Row], width: int | None = None, colour: bool |
             if row.verdict == "not run":
                 lines += ["  " + _paint(line, "2", colour) for line in _wrap(f"needs: {row.need}", width - 2)]
     return "\n".join(lines[1:]) + "\n" if lines else "no rows\n"
+
+
+def brief(report: Report) -> list[Row]:
+    """The rows a terminal has room for: claims one by one, elsewhere what is wrong, and one line for all that agrees.
+
+    `what` becomes the row's id; the full rows stand in the report.
+    """
+    rows: list[Row] = []
+    for rung in RUNGS:
+        agreed: dict[str, list[Row]] = {}
+        for row in report.of(rung):
+            if rung != "claims" and row.verdict in ("match", "not run"):
+                agreed.setdefault(row.verdict, []).append(row)
+            else:
+                rows.append(replace(row, what=row.id.removeprefix(f"{report.paper}.").removeprefix(f"{rung}.")))
+        for verdict, group in agreed.items():
+            if len(group) == 1:
+                rows.append(group[0])
+                continue
+            what = f"{len(group)} rows, {group[0].what} and others"
+            ran = f"{len(group)} within tolerance" if verdict == "match" else None
+            rows.append(Row(rung, f"{report.paper}.{rung}", what, len(group), ran, verdict=verdict, need=group[0].need))
+    return rows
 
 
 def compare(paths: Sequence[str | Path]) -> str:

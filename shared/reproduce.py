@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -289,7 +288,3 @@ def metric_rows(catalogue: Catalogue, card: PaperCard, recipe: Recipe, console: 
             )
         )
     return rows
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

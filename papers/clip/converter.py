@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from shared.checkpoints import Rule
+from pathlib import Path
+
+from shared.checkpoints import Rule, to_published
+from shared.errors import UserError
 
 
 def _text_and_scale() -> dict:
@@ -131,3 +134,18 @@ def detect(keys: set[str]) -> str:
     if "text_encoder.position" in keys:
         return "ours"
     raise ValueError("these are not CLIP weights: none of the known names is among their keys")
+
+
+def convert(source: Path, target: Path, variant: str, to: str) -> None:
+    """Write `source` (any known names) as safetensors under our names, or a published format's; strict both ways."""
+    from papers.clip.config import VARIANTS
+    from papers.clip.pretrained import load_file
+    from shared.checkpoints import save_weights
+
+    known = {"ours": None, **WEIGHT_MAPS}
+    if to not in known:
+        raise UserError(f"--to {to}: choose {', '.join(known)}")
+    if not source.is_file():
+        raise UserError(f"{source}: no such file")
+    state = load_file(source, VARIANTS[variant]()).state_dict()
+    save_weights(state if to == "ours" else to_published(state, known[to]), target, {"variant": variant})

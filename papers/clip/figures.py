@@ -1,0 +1,87 @@
+"""What CLIP's report shows beside its rows: learning curves, scaling, the joint space, confusions, retrieval examples."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from torch import Tensor
+
+from papers.clip.claims import LADDER, TEMPLATE, Lab, lab_of, ladder_points
+from papers.clip.config import ClipRecipe
+from papers.clip.evaluate import classifier, image_features, text_features
+from papers.clip.pretrained import load_file
+from shared import figures
+from shared.arms import seeds_of
+from shared.metrics import confusion
+from shared.report import Figure, Ranked, Sample
+from shared.stats import log_log_fit
+
+EXAMPLES, RANKED = 6, 5
+
+
+def draw(recipe: ClipRecipe, outcomes: dict[int, dict[str, dict]], folder: Path) -> tuple[list[Figure], list[Sample]]:
+    """All figures that this run's arms and data allow; the model shown is the contrastive arm of the first seed."""
+    drawn = []
+    measured = list(outcomes.values())
+    for name, y_label in (("accuracy", "zero-shot top-1"), ("loss", "training loss")):
+        series = {}
+        for arm in measured[0]:
+            curves = [one[arm]["curves"].get(name) for one in measured if "curves" in one[arm]]
+            if curves and all(curves) and (name == "accuracy" or arm == "contrastive"):
+                series[arm] = curves
+        if series:
+            caption = "Mean over seeds; the band spans the lowest and the highest seed."
+            title = "Learning curves" if name == "accuracy" else "Contrastive loss"
+            drawn.append(figures.curves(series, name=title, caption=caption, x_label="pictures seen", y_label=y_label))
+    if all(arm in measured[0] for arm in LADDER):
+        points = [points for one in measured if (points := ladder_points(one))]
+        if points:
+            x = [value for compute, _ in points for value in compute]
+            y = [value for _, error in points for value in error]
+            drawn.append(
+                figures.log_log(
+                    x, y, log_log_fit(x, y), name="Error over compute", x_label="training FLOPs", y_label="top-1 error"
+                )
+            )
+    weights = folder / "arms" / f"contrastive-{seeds_of(recipe)[0]}" / "model.safetensors"
+    if not weights.is_file():
+        return drawn, []
+    lab = lab_of(recipe, seeds_of(recipe)[0])
+    model = load_file(weights, lab.config)
+    split = lab.world.class_test if lab.world.classes else None
+    if split is not None:
+        features = image_features(model, split.images)
+        names = text_features(model, lab.tokenizer, [TEMPLATE.format(phrase) for phrase in lab.phrases])
+        drawn.append(
+            figures.embedding_plane(features, names, split.labels, lab.world.classes, name="The joint space (t-SNE)")
+        )
+        head = classifier(model, lab.tokenizer, lab.phrases, [TEMPLATE])
+        table = confusion(features @ head.T, split.labels)
+        drawn.append(figures.confusion_matrix(table, lab.world.classes, name="Zero-shot confusion"))
+    return drawn, retrieval_examples(model, lab)
+
+
+def retrieval_examples(model, lab: Lab) -> list[Sample]:
+    """Test pictures with the captions that the model ranks first among all test captions."""
+    test = lab.world.test
+    captions = [several[0] for several in test.captions]
+    scores = image_features(model, test.images) @ text_features(model, lab.tokenizer, captions).T  # (I, T)
+    samples = []
+    for row in range(0, len(captions), max(1, len(captions) // EXAMPLES))[:EXAMPLES]:
+        best = scores[row].topk(min(RANKED, len(captions)))
+        ranked = [
+            Ranked(captions[i], round(float(score), 3), i == row)
+            for score, i in zip(best.values, best.indices.tolist(), strict=True)
+        ]
+        samples.append(Sample(png(test.images[row]), captions[row], ranked))
+    return samples
+
+
+def png(image: Tensor, size: int = 96) -> bytes:
+    """uint8 (3, H, W) -> PNG bytes, enlarged without smoothing."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size, size), Image.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()

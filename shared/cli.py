@@ -1,4 +1,4 @@
-"""The command line: `python -m papers VERB`. Heavy imports come inside the verbs, so that `list` and `cite` answer at once."""
+"""The command line: `python -m papers VERB`. Heavy imports come inside the verbs: `list` and `cite` answer at once."""
 
 from __future__ import annotations
 

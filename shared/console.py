@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Console:
-    """Writes to standard error, so that a verb's own output can be piped. Bars only where a terminal can redraw them."""
+    """Writes to standard error, so that a verb's own output can be piped. Bars only on a terminal."""
 
     def __init__(self, stream=None):
         self.stream = stream or sys.stderr

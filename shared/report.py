@@ -268,17 +268,18 @@ def brief(report: Report) -> list[Row]:
     """
     rows: list[Row] = []
     for rung in RUNGS:
-        agreed: dict[str, list[Row]] = {}
+        agreed: dict[tuple[str, str], list[Row]] = {}
         for row in report.of(rung):
-            if rung != "claims" and row.verdict in ("match", "not run"):
-                agreed.setdefault(row.verdict, []).append(row)
+            if row.verdict in ("match", "not run"):
+                agreed.setdefault((row.verdict, row.need if rung == "claims" else ""), []).append(row)
             else:
                 rows.append(replace(row, what=row.id.removeprefix(f"{report.paper}.").removeprefix(f"{rung}.")))
-        for verdict, group in agreed.items():
+        for (verdict, _), group in agreed.items():
+            first = group[0].id.removeprefix(f"{report.paper}.").removeprefix(f"{rung}.")
             if len(group) == 1:
-                rows.append(group[0])
+                rows.append(replace(group[0], what=first))
                 continue
-            what = f"{len(group)} rows, {group[0].what} and others"
+            what = f"{len(group)} rows, {first} to {group[-1].id.split('.', 2)[-1].removeprefix(f'{rung}.')}"
             ran = f"{len(group)} within tolerance" if verdict == "match" else None
             rows.append(Row(rung, f"{report.paper}.{rung}", what, len(group), ran, verdict=verdict, need=group[0].need))
     return rows

@@ -48,7 +48,7 @@ def run(root: Path, overrides: list[str]) -> None:
     for precision in settings["precisions"].split(","):
         rows += compare(config, settings, precision, device)
     print(
-        f"{settings['variant']}, batch {settings['batch']}, {device}, one optimizer step, median of {settings['repeats']}"
+        f"{settings['variant']}, batch {settings['batch']}, {device}, optimizer steps, median of {settings['repeats']}"
     )
     print(f"{'':14} {'precision':10} {'images/s':>9} {'ours is':>9}")
     for row in rows:

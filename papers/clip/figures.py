@@ -1,4 +1,4 @@
-"""What CLIP's report shows beside its rows: learning curves, scaling, the joint space, confusions, retrieval examples."""
+"""What CLIP's report shows beside its rows: learning curves, scaling, the joint space, confusions, retrieval."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def class_prompts(dataset: str, protocol: str) -> tuple[list[str], list[str]]:
     if dataset == "ImageNet":
         return imagenet_classes(), imagenet_templates()
     published = prompts()
-    return published["class_sets"][FOLDERS[dataset]]["classes"], published["template_sets"][protocol]["templates"]
+    return published["class_sets"][FOLDERS[dataset]]["names"], published["template_sets"][protocol]["templates"]
 
 
 def classification_records(folder: Path, dataset: str, split: str = "test") -> list[Record]:

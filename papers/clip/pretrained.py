@@ -1,4 +1,4 @@
-"""Released CLIP weights into our model: fetched by the manifest, its card held against the configuration, loaded strictly."""
+"""Released CLIP weights into our model: fetched by the manifest, held against its card, loaded strictly."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def classify(
     tokenizer: Path | None = None,
     manifest: Path = MANIFEST,
 ) -> Iterator[str]:
-    """One line a picture: its path, the labels by falling probability. Folders are searched; a broken picture is an error."""
+    """One line a picture: its path, the labels by falling probability. Folders are searched."""
     files = list(found(pictures))  # before the weights are fetched: a wrong path should cost nothing
     model, words = load_model(variant, weights, tokenizer, manifest)
     head = classifier(model, words, labels, [template])  # (labels, E)

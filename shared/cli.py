@@ -17,7 +17,7 @@ from shared.recipes import SCALES
 def main(folder: Path, package: str, argv: list[str] | None = None) -> None:
     """Run one verb; a UserError is one line on standard error and exit code 2, Ctrl-C is 130."""
     catalogue = Catalogue(folder.resolve(), package)
-    options = parser().parse_args(argv)
+    options = parse(argv)
     if not getattr(options, "verb", None):
         parser().print_help()
         return
@@ -32,6 +32,16 @@ def main(folder: Path, package: str, argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     sys.exit(code or 0)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """argparse gives up on words behind an option; `key=value` may stand anywhere."""
+    options, rest = parser().parse_known_args(argv)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def fail(message: str) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import lightning
+import torch
 from torch import Tensor, nn
 
+from papers.clip.config import VARIANTS, ClipRecipe
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
 from shared.blocks import set_recompute
@@ -48,3 +50,15 @@ class ClipModule(PretrainingModule):
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
         self.model.clamp_logit_scale()
+
+
+def example(pictures: int) -> tuple[ClipModule, tuple[Tensor, ...]]:
+    """A tiny module and a batch that fits it: what the contract tests run of every paper."""
+    config = VARIANTS["clip-tiny"]()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (pictures, 3, config.image_size, config.image_size), generator=generator).byte()
+    tokens = torch.randint(1, config.end_token - 1, (pictures, config.context), generator=generator)
+    ends = torch.randint(2, config.context, (pictures,), generator=generator)
+    tokens[torch.arange(pictures), ends] = config.end_token
+    recipe = ClipRecipe(model="clip-tiny", steps=60, learning_rate=2e-3, warmup_steps=5)
+    return ClipModule(Clip(config), recipe), (images, tokens, torch.full((pictures,), -1))

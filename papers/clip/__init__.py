@@ -1,0 +1,7 @@
+"""CLIP: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021."""
+
+from papers.clip.config import VARIANTS, ClipConfig, ClipRecipe
+from papers.clip.losses import clip_loss
+from papers.clip.model import Clip, ClipOutput
+
+__all__ = ["VARIANTS", "Clip", "ClipConfig", "ClipOutput", "ClipRecipe", "clip_loss"]

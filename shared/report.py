@@ -239,8 +239,8 @@ def terminal_table(rows: Sequence[Row], width: int | None = None, colour: bool |
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     cells = {id(row): [show(row.reported), show_reproduced(row), show_interval(row), row.verdict] for row in rows}
     titles = ["reported", "reproduced", "interval", "verdict"]
-    widths = [max([len(t), *(min(_columns(c[i]), 24) for c in cells.values())]) for i, t in enumerate(titles)]
-    first = max(16, width - sum(widths) - 3 * len(widths))
+    widths = [max([len(t), *(min(_columns(c[i]), 20) for c in cells.values())]) for i, t in enumerate(titles)]
+    first = max(26, width - sum(widths) - 3 * len(widths))
     lines = []
     for rung, (question, _, _) in RUNGS.items():
         group = [row for row in rows if row.rung == rung]
@@ -279,8 +279,8 @@ def brief(report: Report) -> list[Row]:
             if len(group) == 1:
                 rows.append(replace(group[0], what=first))
                 continue
-            what = f"{len(group)} rows, {first} to {group[-1].id.split('.', 2)[-1].removeprefix(f'{rung}.')}"
-            ran = f"{len(group)} within tolerance" if verdict == "match" else None
+            what = f"{len(group)} rows, see the report"
+            ran = len(group) if verdict == "match" else None
             rows.append(Row(rung, f"{report.paper}.{rung}", what, len(group), ran, verdict=verdict, need=group[0].need))
     return rows
 

@@ -47,9 +47,9 @@ class Catalogue:
         return self.module(name, "config").VARIANTS
 
     def recipe_type(self, name: str) -> type[Recipe]:
-        """The one Recipe that the paper's config.py defines."""
-        config = self.module(name, "config")
-        own = [v for v in vars(config).values() if isinstance(v, type) and v.__module__ == config.__name__]
+        """The one Recipe that the paper's recipe.py defines."""
+        module = self.module(name, "recipe")
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
         return next(kind for kind in own if issubclass(kind, Recipe))
 
     def recipe_path(self, name: str, scale: str) -> Path:

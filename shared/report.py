@@ -240,7 +240,7 @@ def terminal_table(rows: Sequence[Row], width: int | None = None, colour: bool |
     cells = {id(row): [show(row.reported), show_reproduced(row), show_interval(row), row.verdict] for row in rows}
     titles = ["reported", "reproduced", "interval", "verdict"]
     widths = [max([len(t), *(min(_columns(c[i]), 20) for c in cells.values())]) for i, t in enumerate(titles)]
-    first = max(26, width - sum(widths) - 3 * len(widths))
+    first = max(16, width - sum(widths) - 3 * len(widths))
     lines = []
     for rung, (question, _, _) in RUNGS.items():
         group = [row for row in rows if row.rung == rung]

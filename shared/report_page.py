@@ -146,6 +146,9 @@ white-space:pre-wrap}.rungs{grid-template-columns:repeat(4,1fr);gap:.5rem}.rungs
 """.strip()
 
 
+FOLDED = 20  # more rows than this are folded away
+
+
 def page(report: Report) -> str:
     """The whole page as text. A policy in its head forbids scripts and every load, should an escape ever be missed."""
     title = f"{report.title}: reported vs reproduced"
@@ -212,6 +215,9 @@ def _rung(report: Report, rung: str) -> str:
     question, proves, leaves = RUNGS[rung]
     rows = report.of(rung)
     body = _table(rung, rows) if rows else "<p>Nothing is declared on this rung.</p>"
+    if len(rows) > FOLDED and rung != "claims":  # what is argued about should not be far below what merely agrees
+        opened = " open" if any(row.verdict == "mismatch" for row in rows) else ""
+        body = f"<details{opened}><summary>All {len(rows)} rows</summary>\n{body}</details>"
     return (
         f'<section id="{rung}" aria-labelledby="{rung}-title">\n<h2 id="{rung}-title">{rung.capitalize()}: '
         f'{escape(question[0].lower() + question[1:])}</h2>\n<p class="means">{escape(proves)}; {escape(leaves)}</p>\n'

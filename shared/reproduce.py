@@ -25,6 +25,7 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
     from shared.tracking import commit_and_dirty, environment_text, machine_description
 
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S"), time.perf_counter()
+    commit, dirty = commit_and_dirty(catalogue.root)  # of what runs, not of what is edited meanwhile
     name, card = recipe.paper, catalogue.card(recipe.paper)
     folder = new_folder(catalogue.root / "runs" / name / recipe.scale)
     console.stages(len([rung for rung in recipe.rungs if rung != "claims"]) + 2 * ("claims" in recipe.rungs) + 1)
@@ -50,7 +51,6 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         rows += metric_rows(catalogue, card, recipe, console)
 
     console.stage("report")
-    commit, dirty = commit_and_dirty(catalogue.root)
     report = Report(
         paper=name,
         title=card.paper.title,
@@ -99,14 +99,15 @@ def structure_rows(catalogue: Catalogue, card: PaperCard, console: Console) -> l
         measured = measure(variant)
         for row in wanted:
             value = measured[row.part] / UNITS[row.unit]
+            whole = row.unit in ("count", "parameters")
             match = abs(value - row.reported) <= row.tolerance + 1e-9
             found.append(
                 Row(
                     "structure",
                     row.id,
                     f"{variant}: {row.part.replace('_', ' ')}, {row.unit}",
-                    reported=row.reported,
-                    reproduced=round(value, 4),
+                    reported=int(row.reported) if whole else row.reported,
+                    reproduced=round(value) if whole else round(value, 4),
                     tolerance=row.tolerance,
                     verdict="match" if match else "mismatch",
                     source=row.source,

@@ -19,10 +19,11 @@ from papers.clip.baselines import (
     Supervised,
     SupervisedModule,
 )
-from papers.clip.config import VARIANTS, ClipConfig, ClipRecipe
+from papers.clip.config import VARIANTS, ClipConfig
 from papers.clip.evaluate import classifier, image_features, probe_features, text_features
 from papers.clip.model import Clip
 from papers.clip.module import ClipModule, PretrainingModule
+from papers.clip.recipe import ClipRecipe
 from papers.clip.structure import flops
 from shared.arms import Claim, Context
 from shared.data.batches import Batches

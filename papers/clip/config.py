@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-from shared.recipes import Recipe
+from dataclasses import dataclass
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # official code, clip/clip.py
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -169,20 +167,3 @@ VARIANTS: dict[str, Callable[[], ClipConfig]] = {
     "clip-mini": mini,
     "clip-small": small,
 }
-
-
-@dataclass
-class ClipRecipe(Recipe):
-    """What CLIP's recipes have beside every paper's."""
-
-    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
-    objects: int = 2  # things in a picture at most
-    clutter: float = 0.5
-    noise: float = 10.0
-    jitter: float = 1.0
-    small: float = 0.4
-    captions: int = 1  # a training picture has
-    measure_at: int = 8  # points of the learning curves
-    val_pictures: int = 256  # read at each of them
-    ladder: list[int] = field(default_factory=lambda: [24, 40, 96])  # widths beside the model's own (clip.scaling)
-    manifest: str = "checkpoints_manifest.yaml"

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from papers.clip.claims import LADDER, TEMPLATE, Lab, lab_of, ladder_points
-from papers.clip.config import ClipRecipe
 from papers.clip.evaluate import classifier, image_features, text_features
 from papers.clip.pretrained import load_file
+from papers.clip.recipe import ClipRecipe
 from shared import figures
 from shared.arms import seeds_of
 from shared.metrics import confusion

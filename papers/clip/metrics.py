@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from papers.clip.config import VARIANTS, ClipRecipe
+from papers.clip.config import VARIANTS
 from papers.clip.evaluate import classifier, image_features, probe_features, text_features
 from papers.clip.model import Clip
 from papers.clip.pretrained import load_released, prompts
+from papers.clip.recipe import ClipRecipe
 from shared.data.adapters import Record, folder_records, karpathy_records, parquet_records, read_pictures
 from shared.errors import UserError
 from shared.evidence import MetricRow

@@ -6,9 +6,10 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from papers.clip.config import VARIANTS, ClipRecipe
+from papers.clip.config import VARIANTS
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
+from papers.clip.recipe import ClipRecipe
 from shared.blocks import set_recompute
 from shared.recipes import Recipe
 from shared.training import adamw_with_cosine

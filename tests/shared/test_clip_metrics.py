@@ -14,11 +14,12 @@ from PIL import Image
 
 from papers.clip import config as clip_config
 from papers.clip import metrics
-from papers.clip.config import ClipConfig, ClipRecipe
+from papers.clip.config import ClipConfig
 from papers.clip.converter import OPENAI_VIT, TRANSFORMERS, convert
 from papers.clip.evaluate import classifier, image_features
 from papers.clip.model import Clip
 from papers.clip.pretrained import load_file, load_model
+from papers.clip.recipe import ClipRecipe
 from papers.clip.zeroshot import classify
 from shared.checkpoints import read_tensors, save_weights, to_published
 from shared.errors import UserError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from papers.clip.config import ClipRecipe
+from papers.clip.recipe import ClipRecipe
 from shared.errors import UserError
 from shared.recipes import digest, load_recipe, to_yaml
 

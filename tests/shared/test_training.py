@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from papers.clip.config import ClipRecipe
 from papers.clip.module import example
+from papers.clip.recipe import ClipRecipe
 from shared.arms import Job, Outcome
 from shared.data.batches import Batches
 from shared.recipes import digest

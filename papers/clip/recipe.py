@@ -1,0 +1,24 @@
+"""The keys of CLIP's recipes (recipes/clip/*.yaml)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.recipes import Recipe
+
+
+@dataclass
+class ClipRecipe(Recipe):
+    """What CLIP's recipes have beside every paper's."""
+
+    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
+    objects: int = 2  # things in a picture at most
+    clutter: float = 0.5
+    noise: float = 10.0
+    jitter: float = 1.0
+    small: float = 0.4
+    captions: int = 1  # a training picture has
+    measure_at: int = 8  # points of the learning curves
+    val_pictures: int = 256  # read at each of them
+    ladder: list[int] = field(default_factory=lambda: [24, 40, 96])  # widths beside the model's own (clip.scaling)
+    manifest: str = "checkpoints_manifest.yaml"

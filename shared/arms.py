@@ -175,9 +175,16 @@ def _next(done, workers):
 
 
 def _work(todo, done, at_once: int) -> None:
-    """A worker process: one job after the other, its share of the cores, quiet."""
+    """A worker process: one job after the other, its share of the cores, quiet; it does not outlive its parent."""
+    import multiprocessing
     import signal
+    import threading
 
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
     import torch
 

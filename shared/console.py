@@ -95,7 +95,8 @@ class Progress:
         self.done += amount
         self.tqdm.update(amount)
         now = time.perf_counter()
-        if not self.console.live and now - self.spoken > 30:
+        # processes that are still starting would make the first estimate absurd
+        if not self.console.live and now - self.spoken > 30 and self.done > 0.02 * self.total:
             self.spoken = now
             left = (now - self.started) * (self.total - self.done) / max(1, self.done)
             self.console.say(f"{self.title}: {self.done / self.total:.0%}, about {left:.0f} s left; {self.text}")

@@ -1,0 +1,92 @@
+"""Arms in processes of their own: what one process gives, a dead worker is told, and no worker outlives its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests_common import ROOT
+
+from papers.clip.recipe import ClipRecipe
+from shared.arms import run_arms
+from shared.errors import UserError
+
+TINY = {
+    "paper": "clip", "model": "clip-tiny", "data": "shapes", "pairs": 64, "test_pairs": 16, "classes": 4, "batch": 16,
+    "steps": 3, "measure_at": 1, "val_pictures": 8, "accelerator": "cpu", "seeds": 2,
+}  # fmt: skip
+
+
+def outcomes(folder, **changes):
+    recipe = ClipRecipe(**TINY | changes)
+    found = {(o.arm, o.seed): o.measured for o in run_arms("papers.clip", recipe, ["bow_prediction"], folder, print)}
+    assert len(found) == 2
+    return found
+
+
+def test_two_processes_give_what_one_gives_bit_for_bit(tmp_path):
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert outcomes(tmp_path / "one", jobs=1) == outcomes(tmp_path / "two", jobs=2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_mistake_in_a_worker_reaches_the_user_as_its_own_line(tmp_path):
+    with pytest.raises(UserError, match="set data_root"):
+        outcomes(tmp_path, jobs=2, data="cifar10")
+
+
+def test_no_worker_outlives_a_killed_parent(tmp_path):
+    code = (
+        "from papers.clip.recipe import ClipRecipe; from shared.arms import run_arms; from pathlib import Path\n"
+        f"if __name__ == '__main__':\n"
+        f"    recipe = ClipRecipe(**{TINY | {'steps': 100_000, 'jobs': 2}!r})\n"
+        f"    list(run_arms('papers.clip', recipe, ['bow_prediction'], Path({str(tmp_path)!r}), lambda n: None))\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, env=environment)
+    try:
+        children = wait_for(lambda: children_of(parent.pid), 60)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert wait_for(lambda: not [c for c in children if alive(c)], 30), "workers run on without their parent"
+    finally:
+        parent.kill()
+
+
+def children_of(pid):
+    """Two workers, once multiprocessing has started them (its resource tracker is no worker)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == pid and b"spawn_main" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found if len(found) == 2 else None
+
+
+def alive(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds):
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    return None

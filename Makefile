@@ -45,7 +45,7 @@ reproduce: env  ## reported against reproduced, on four rungs: PAPER=clip (PAPER
 compare: env  ## one table over all papers and scales, from results/
 	@$(RUN) compare
 
-report: env  ## write the newest report of PAPER again and print its path and table
+report: env  ## the newest report of PAPER: its table and where it lies
 	@$(RUN) report $(PAPER)
 
 parity: env  ## our outputs, losses and gradients against independent implementations
@@ -63,7 +63,7 @@ bench: env  ## training step against transformers and open_clip, same weights, s
 data: env  ## fetch and check what PAPER's recipes need (all papers without PAPER)
 	@$(RUN) fetch $(if $(PAPER),--paper $(PAPER)) $(ARGS)
 
-convert: env  ## published weights to ours and back: ARGS="IN OUT --to transformers"
+convert: env  ## published weights to ours and back: ARGS="IN OUT --variant clip-vit-b-32 --to transformers"
 	@$(RUN) convert $(ARGS)
 
 cite: env  ## BibTeX of PAPER, its data and base weights

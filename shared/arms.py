@@ -136,7 +136,7 @@ def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]
         todo.put(job)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for what computes beside torch, such as scikit-learn
         os.environ.setdefault(name, str(max(1, cores() // at_once)))
-    workers = [context.Process(target=_work, args=(todo, done, at_once), daemon=True) for _ in range(at_once)]
+    workers = [context.Process(target=_work, args=(todo, done, at_once), daemon=False) for _ in range(at_once)]
     for _ in workers:
         todo.put(None)
     for worker in workers:
@@ -170,7 +170,7 @@ def _next(done, workers):
             if dead:
                 raise UserError(
                     f"a training process ended with code {dead[0].exitcode} (killed, or out of memory?); "
-                    "finished arms are kept, run the same command again, with ARGS=jobs=1 to use less memory"
+                    "run again with ARGS=jobs=1 to use less memory"
                 ) from None
 
 

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
     sub = verb("compare", compare, "one table over all papers and scales, from results/")
     sub.add_argument("paths", nargs="*", type=Path, help="report.json files (default: results/*/*.json)")
-    sub = verb("report", report, "write the newest report of a paper again, or one that is named")
+    sub = verb("report", report, "print the newest report of a paper, keep it, or write the generated tables")
     sub.add_argument("paper", nargs="?")
     sub.add_argument("--keep", action="store_true", help="copy its report.json to results/, as committed evidence")
     sub.add_argument("--tables", action="store_true", help="write the generated tables of README and cards anew")
@@ -148,8 +148,9 @@ def show_report(path: Path) -> None:
 
 def compare(catalogue: Catalogue, options: argparse.Namespace) -> None:
     from shared.report import compare as table
+    from shared.tables import results
 
-    print(table(options.paths or sorted((catalogue.root / "results").glob("*/*.json"))))
+    print(table(options.paths or [path for name in catalogue.names() for path in results(catalogue, name)]))
 
 
 def report(catalogue: Catalogue, options: argparse.Namespace) -> None:

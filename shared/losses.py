@@ -21,6 +21,7 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     rank, _ = world()
     rows = image_features.shape[0]
     target = torch.arange(rows, device=image_features.device) + rank * rows
-    image_to_text = logit_scale * image_features @ all_texts.T  # (B, R·B)
-    text_to_image = logit_scale * text_features @ all_images.T  # (B, R·B)
+    with torch.autocast(image_features.device.type, enabled=False):  # it would round logits near 100 to 0.25
+        image_to_text = logit_scale.float() * image_features @ all_texts.T  # (B, R·B)
+        text_to_image = logit_scale.float() * text_features @ all_images.T  # (B, R·B)
     return (F.cross_entropy(image_to_text, target) + F.cross_entropy(text_to_image, target)) / 2

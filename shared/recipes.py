@@ -33,7 +33,7 @@ class Recipe:
     test_pairs: int = 200
     image_size: int = 32
 
-    batch: int = 64  # the global batch; what one device holds follows from it
+    batch: int = 64  # the global batch
     steps: int = 100
     learning_rate: float = 1e-3
     weight_decay: float = 0.2
@@ -107,6 +107,10 @@ def _check(recipe: Recipe, path: Path) -> None:
     for name in ("seeds", "pairs", "test_pairs", "image_size", "batch", "steps", "devices"):
         if getattr(recipe, name) < 1:
             raise UserError(f"{path}: {name} is {getattr(recipe, name)}, but must be at least 1")
+    if recipe.devices > 1:
+        raise UserError(
+            f"{path}: devices is {recipe.devices}, but the arms are trained on one device each; use devices=1"
+        )
     unknown = set(recipe.rungs) - {"structure", "parity", "claims", "metrics"}
     if unknown or not recipe.rungs:
         raise UserError(f"{path}: rungs are structure, parity, claims, metrics; not {sorted(unknown) or 'none at all'}")

@@ -290,11 +290,12 @@ def compare(paths: Sequence[str | Path]) -> str:
     reports = sorted((read_report(path) for path in paths), key=lambda r: (r.paper, r.scale, r.started))
     if not reports:
         return "no results yet: `make reproduce PAPER=clip` writes the first\n"
-    table = [["paper", "scale", *RUNGS, "commit", "time"]]
+    table = [["paper", "scale", "data", *RUNGS, "commit", "time"]]
     for report in reports:
         counts = [", ".join(f"{n} {verdict}" for verdict, n in report.counts(rung).items()) or "-" for rung in RUNGS]
         commit = (report.commit or "unknown")[:10] + ("+" if report.dirty else "")
-        table.append([_clean(report.paper), _clean(report.scale), *counts, _clean(commit), duration(report.seconds)])
+        named = [_clean(str(name)) for name in (report.paper, report.scale, report.data.get("name", "-"))]
+        table.append([*named, *counts, _clean(commit), duration(report.seconds)])
     widths = [max(_columns(line[i]) for line in table) for i in range(len(table[0]))]
     table.insert(1, ["-" * w for w in widths])
     lines = ["  ".join(_pad(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]

@@ -17,12 +17,12 @@ from shared.errors import UserError
 from shared.evidence import UNITS, ClaimRow, PaperCard
 from shared.recipes import Recipe, to_yaml
 from shared.report import Report, Row
+from shared.tracking import Tracker, commit_and_dirty, environment_text, machine_description
 
 
 def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Console) -> Path:
     """Run the recipe's rungs and return the path of report.json. Everything lands in runs/<paper>/<scale>/<stamp>/."""
     from shared.report import write
-    from shared.tracking import commit_and_dirty, environment_text, machine_description
 
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S"), time.perf_counter()
     commit, dirty = commit_and_dirty(catalogue.root)  # of what runs, not of what is edited meanwhile
@@ -31,7 +31,7 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
     console.stages(len([rung for rung in recipe.rungs if rung != "claims"]) + 2 * ("claims" in recipe.rungs) + 1)
     rows: list[Row] = []
     data: dict = {"name": recipe.data, "digest": None, "coverage": [], "credits": [], "note": None}
-    figures, samples = [], []
+    figures, samples, tracker = [], [], None
 
     if "structure" in recipe.rungs:
         console.stage("structure: the full-size networks, on the meta device")
@@ -43,9 +43,12 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         console.stage(f"data: {recipe.data}")
         recipe, data = prepare_data(catalogue, recipe, console)
         console.stage("claims: every arm and seed, trained and measured")
-        claim_rows_found, outcomes = run_claims(catalogue, card, recipe, data, folder, console)
+        claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, folder, console)
         rows += claim_rows_found
-        figures, samples = catalogue.module(name, "figures").draw(recipe, outcomes, folder)
+        try:
+            figures, samples = catalogue.module(name, "figures").draw(recipe, outcomes, folder)
+        except Exception as error:  # a figure must not cost the rows that were trained for
+            console.say(f"figures could not be drawn: {type(error).__name__}: {error}")
     if "metrics" in recipe.rungs:
         console.stage("metrics: released weights on the paper's benchmarks")
         rows += metric_rows(catalogue, card, recipe, console)
@@ -68,7 +71,11 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         recipe=to_yaml(recipe),
         environment=environment_text(),
     )
-    return write(report, folder)
+    path = write(report, folder)
+    if tracker:
+        for name in ("report.html", "report.json"):
+            tracker.log_artifact(folder / name)
+    return path
 
 
 def new_folder(parent: Path) -> Path:
@@ -195,10 +202,9 @@ def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tupl
 
 def run_claims(
     catalogue: Catalogue, card: PaperCard, recipe: Recipe, data: dict, folder: Path, console: Console
-) -> tuple[list[Row], dict[int, dict[str, dict]]]:
-    """Train every arm once a seed, then let each claim compare them. -> rows, {seed: {arm: measurements}}."""
+) -> tuple[list[Row], dict[int, dict[str, dict]], Tracker]:
+    """Train every arm once a seed, then let each claim compare them. -> rows, {seed: {arm: measurements}}, its run."""
     from shared.arms import run_arms, seeds_of
-    from shared.tracking import Tracker
 
     wanted = [row for row in card.claims if not recipe.claims or row.id in recipe.claims]
     claims = catalogue.module(recipe.paper, "claims").CLAIMS
@@ -227,7 +233,7 @@ def run_claims(
         rows = [claim_row(row, claims[row.id], recipe, outcomes) for row in wanted]
         tracker.log_metrics({row.id: row.reproduced for row in rows if isinstance(row.reproduced, float)})
     seeds = seeds_of(recipe)
-    return rows, {seed: outcomes[seed] for seed in seeds}
+    return rows, {seed: outcomes[seed] for seed in seeds}, tracker
 
 
 def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str, dict]]) -> Row:
@@ -243,7 +249,10 @@ def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str
     if any(effect is None for effect in effects):
         need = f"{claim.need}; this run read {recipe.data}"
         return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
-    found = verdict(effects, rule)
+    try:
+        found = verdict(effects, rule)
+    except UserError as error:  # a diverged seed
+        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=str(error))
     beside = claim.shown(list(outcomes.values())) if claim.shown else ""
     if found.word == "inconclusive" and found.smallest_effect is not None:
         beside += f"{'; ' if beside else ''}smallest effect this run could have seen: {found.smallest_effect:.2g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def results(catalogue: Catalogue, name: str) -> list[Path]:
 def default_result(catalogue: Catalogue, name: str) -> list[dict]:
     """Rows of the committed mini run on the default data, or of any other committed run."""
     paths = results(catalogue, name)
-    chosen = [path for path in paths if path.stem == "mini-emoji"] or paths
+    chosen = [path for path in paths if path.stem == "mini-emoji"]
     return json.loads(chosen[0].read_text())["rows"] if chosen else []
 
 
@@ -111,6 +112,18 @@ def keep_result(catalogue: Catalogue, report: Path) -> Path:
     found = json.loads(report.read_text())
     if found["dirty"] or not found["commit"]:
         raise UserError(f"{report}: was run on uncommitted changes, so nobody could repeat it; commit and run again")
+    changed = set(re.findall(r"(\w+)=", found["command"])) - {
+        "PAPER",
+        "SCALE",
+        "SEEDS",
+        "ARGS",
+        "data",
+        "data_root",
+        "jobs",
+    }
+    if changed or found["scale"] == "smoke":
+        why = f"a changed recipe ({', '.join(sorted(changed))})" if changed else "smoke proves only that it runs"
+        raise UserError(f"{report}: not kept as evidence: {why}; run the recipe as it is committed")
     target = catalogue.root / "results" / found["paper"] / f"{found['scale']}-{found['data']['name']}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(report, target)

@@ -33,7 +33,7 @@ DEFAULTS = {"variant": "clip-vit-b-32", "batch": 16, "repeats": 7, "precisions":
 
 
 def run(root: Path, overrides: list[str]) -> None:
-    """Print the table and write results/bench/clip-step.json."""
+    """Print the table and write results/bench/clip-step-<device>.json."""
     from shared.tracking import machine_description
 
     settings = dict(DEFAULTS)

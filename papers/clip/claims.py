@@ -27,8 +27,9 @@ from papers.clip.recipe import ClipRecipe
 from papers.clip.structure import flops
 from shared.arms import Claim, Context
 from shared.data.batches import Batches
-from shared.data.wording import class_prompt
-from shared.data.world import Split, World, load_world
+from shared.data.wording import FRAMES, class_prompt
+from shared.data.world import LABEL_CAPTIONS, Split, World, load_world
+from shared.errors import UserError
 from shared.metrics import few_shot, linear_probe, retrieval_hits_from_features, topk_accuracy
 from shared.recipes import digest
 from shared.stats import log_log_fit
@@ -50,7 +51,7 @@ SHOTS = (1, 2, 4, 8, 16)
 SHOT_DRAWS = 3
 FEW_SHOT_STRENGTH = (0.1,)  # too few pictures to seek one
 PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-PROBE_ROWS = 2_000
+PROBE_ROWS = 2_000, 40  # at most: in all, and a class where there are many
 
 
 # ---- what every arm starts from
@@ -92,6 +93,8 @@ def make_lab(context: Context) -> Lab:
 def lab_of(recipe: ClipRecipe, seed: int) -> Lab:
     world = load(recipe, seed)
     base = VARIANTS[recipe.model]()
+    if not base.patch:
+        raise UserError(f"model={recipe.model}: the claims are trained with a ViT; choose a ViT variant")
     captions = [caption for several in world.train.captions for caption in several]
     rows = torch.tensor([row for row, several in enumerate(world.train.captions) for _ in several])
     tokenizer = SmallTokenizer.train(captions, base.vocabulary)
@@ -134,8 +137,9 @@ def fit(
     if measure:
         callbacks.append(At(steps, recipe.batch, lambda samples: accuracy.append((samples, measure()))))
     batches = Batches(tensors, recipe.batch, recipe.steps, context.seed)
-    make_trainer(recipe, context.folder, callbacks).fit(module, batches.loader(recipe.workers))
-    module.eval()
+    trainer = make_trainer(recipe, context.folder, callbacks)
+    trainer.fit(module, batches.loader(recipe.workers))
+    module.to(trainer.strategy.root_device).eval()  # Lightning leaves it on the CPU
     return curves.values | ({"accuracy": accuracy} if measure else {})
 
 
@@ -163,8 +167,9 @@ def clip_accuracy(model: Clip, lab: Lab, recipe: ClipRecipe) -> float:
 
 def scored_accuracy(model: BagOfWords | CaptionPredictor, lab: Lab, recipe: ClipRecipe) -> float:
     images, texts, target = validation(lab, recipe)
-    tokens = lab.tokenizer(texts, lab.config.context)
-    return topk_accuracy(model.score(images.to(next(model.parameters()).device), tokens).cpu(), target)
+    device = next(model.parameters()).device
+    tokens = lab.tokenizer(texts, lab.config.context).to(device)
+    return topk_accuracy(model.score(images.to(device), tokens).cpu(), target)
 
 
 # ---- the arms
@@ -229,10 +234,8 @@ def measure_classes(model: Clip, lab: Lab, context: Context) -> dict:
 def measure_probes(model: Clip, lab: Lab, context: Context) -> dict:
     """Linear probes on the features before the projection: few shots, and all of a few thousand labelled pictures."""
     world, measured = lab.world, {}
-    train_x, train_y = (
-        probe_features(model, world.class_train.images[:PROBE_ROWS]),
-        world.class_train.labels[:PROBE_ROWS],
-    )
+    rows = max(PROBE_ROWS[0], PROBE_ROWS[1] * len(world.classes))
+    train_x, train_y = probe_features(model, world.class_train.images[:rows]), world.class_train.labels[:rows]
     labels = world.class_test.labels
     tested = [probe_features(model, world.class_test.images)]
     if world.shift is not None:  # the same pictures by another artist, in the same order
@@ -257,8 +260,12 @@ def measure_probes(model: Clip, lab: Lab, context: Context) -> dict:
 
 
 def without_prefix(text: str) -> str:
-    """A caption without a leading 'a photo of', which the claim about that prefix puts there itself."""
-    return re.sub(r"^(an?|the|this is an?) (photo|picture|image|drawing|snapshot) of ", "", text)
+    """A caption without the frame it was written in ('look, ...', 'a photo of ...'): a prefix needs a bare caption."""
+    for frame in sorted((*FRAMES, *LABEL_CAPTIONS), key=len, reverse=True):
+        pattern = re.escape(frame).replace(r"\{x\}", "(.+)").replace(r"\{\}", "(.+)").replace(r"\{is_\}", "(?:is|are)")
+        if found := re.fullmatch(pattern, text):
+            return found.group(1)
+    return text
 
 
 def keep(model: Clip, lab: Lab, context: Context) -> None:
@@ -422,11 +429,11 @@ def smaller_drop(measured: dict[str, dict]) -> float | None:
 
 
 def probe_gain_does_not_move(measured: dict[str, dict]) -> float | None:
-    """The probe's gain where it was fitted, minus its gain under another artist."""
+    """Above zero only if both halves hold: the probe gains where it was fitted, and loses under another artist."""
     found = measured["contrastive"]
     if "probe_shift" not in found:
         return None
-    return (found["probe"] - found["zeroshot_ensemble"]) - (found["probe_shift"] - found["shift"])
+    return min(found["probe"] - found["zeroshot_ensemble"], found["shift"] - found["probe_shift"])
 
 
 def minus_slope(measured: dict[str, dict]) -> float | None:

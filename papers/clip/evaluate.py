@@ -14,17 +14,17 @@ from shared.metrics import zero_shot_classifier
 
 @torch.no_grad()
 def image_features(model: Clip, images: Tensor, batch: int = 256) -> Tensor:
-    """L2-normalised picture embeddings (N, E) of uint8 pictures (N, 3, H, W)."""
+    """L2-normalised picture embeddings (N, E), on the CPU, of uint8 pictures (N, 3, H, W)."""
     device = model.logit_scale.device
-    return torch.cat([F.normalize(model.encode_image(b.to(device)).float(), dim=-1) for b in images.split(batch)])
+    return torch.cat([F.normalize(model.encode_image(b.to(device)).float(), dim=-1).cpu() for b in images.split(batch)])
 
 
 @torch.no_grad()
 def text_features(model: Clip, tokenizer: Callable, texts: Sequence[str], batch: int = 512) -> Tensor:
-    """L2-normalised text embeddings (M, E)."""
+    """L2-normalised text embeddings (M, E), on the CPU."""
     tokens = tokenizer(list(texts), model.config.context)
     device = model.logit_scale.device
-    return torch.cat([F.normalize(model.encode_text(b.to(device)).float(), dim=-1) for b in tokens.split(batch)])
+    return torch.cat([F.normalize(model.encode_text(b.to(device)).float(), dim=-1).cpu() for b in tokens.split(batch)])
 
 
 def classifier(model: Clip, tokenizer: Callable, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -38,4 +38,4 @@ def classifier(model: Clip, tokenizer: Callable, classes: Sequence[str], templat
 def probe_features(model: Clip, images: Tensor, batch: int = 256) -> Tensor:
     """What a linear probe reads: the picture encoder's output before the projection (N, D)."""
     device = model.logit_scale.device
-    return torch.cat([model.vision_encoder(b.to(device)).float() for b in images.split(batch)])
+    return torch.cat([model.vision_encoder(b.to(device)).float().cpu() for b in images.split(batch)])

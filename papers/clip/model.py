@@ -114,8 +114,14 @@ def initialise(model: Clip) -> None:
         nn.init.normal_(block.attention.out.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(block.mlp.up.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(block.mlp.down.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-    if isinstance(model.text_proj, nn.Linear):
-        nn.init.normal_(model.text_proj.weight, std=width**-0.5)
+        nn.init.zeros_(block.attention.qkv.bias)  # nn.MultiheadAttention's default, not nn.Linear's
+        nn.init.zeros_(block.attention.out.bias)
+    for head in (model.text_proj, model.vision_proj):  # a non-linear head in the same manner as the linear one
+        for linear in head.modules():
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
     if isinstance(vision, ModifiedResNet):
         attention = vision.pool.attention
         for linear in (attention.q, attention.kv, attention.out):
@@ -126,8 +132,6 @@ def initialise(model: Clip) -> None:
         return
     nn.init.normal_(vision.positions.class_token, std=vision.width**-0.5)
     nn.init.normal_(vision.positions.position, std=vision.width**-0.5)
-    if isinstance(model.vision_proj, nn.Linear):
-        nn.init.normal_(model.vision_proj.weight, std=vision.width**-0.5)
     for block in vision.blocks:  # nn.MultiheadAttention's defaults, which are not nn.Linear's
         nn.init.xavier_uniform_(block.attention.qkv.weight)
         nn.init.zeros_(block.attention.qkv.bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shared.errors import UserError
 from shared.recipes import Recipe
 
 
@@ -22,3 +23,7 @@ class ClipRecipe(Recipe):
     val_pictures: int = 256  # read at each of them
     ladder: list[int] = field(default_factory=lambda: [24, 40, 96])  # widths beside the model's own (clip.scaling)
     manifest: str = "checkpoints_manifest.yaml"
+
+    def __post_init__(self) -> None:
+        if self.measure_at < 1 or len(self.ladder) != 3 or min(self.ladder) < 1:
+            raise UserError("recipe: measure_at must be at least 1, and ladder must name three widths")

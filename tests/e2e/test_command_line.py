@@ -129,7 +129,9 @@ def test_the_run_is_tracked_with_a_child_per_arm_and_seed(smoke, place):
     runs = client.search_runs([experiment.experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     arms = json.loads((smoke / "arms" / "contrastive-1000" / "outcome.json").read_text())
+    parent = next(run for run in runs if run not in children)
     assert len(children) == 10 and len(runs) == 11
+    assert {"report.html", "report.json"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert arms["outcome"]["seed"] == 1000
 
 

@@ -415,8 +415,17 @@ def data_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _item(item: Any) -> str:
     plain = _plain(item)
     if isinstance(plain, dict):
-        return ", ".join(f"{key} {show(value)}" for key, value in plain.items() if value not in (None, "", []))
+        return ", ".join(f"{key} {_value(value)}" for key, value in plain.items() if value not in (None, "", [], {}))
     return str(plain)
+
+
+def _value(value: Any) -> str:
+    """A list or a mapping, such as what was dropped and why, beside plain numbers and texts."""
+    if isinstance(value, Mapping):
+        value = [f"{key}: {one}" for key, one in value.items()]
+    if isinstance(value, (list, tuple)):
+        return "; ".join(_clean(str(one)) for one in value)
+    return show(value)
 
 
 def _plain(value: Any) -> Any:

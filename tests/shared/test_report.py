@@ -419,3 +419,12 @@ def test_confusion_scaling_and_effects_are_drawn():
 def test_equal_data_give_equal_files():
     effects = {"a": (0.1, 0.0, 0.2)}
     assert figures.bars(effects).image == figures.bars(effects).image
+
+
+@pytest.mark.parametrize("dropped", [[], ["7.jpg: cut", "9.jpg: no picture"], {}, {"7.jpg": "cut"}])
+def test_the_account_of_a_published_set_can_be_shown(dropped):
+    account = {"name": "cifar10 test", "expected": 10, "read": 8, "dropped": dropped, "digest": "ab"}
+    shown = dict(report.data_lines({"name": "cifar10", "coverage": [account]}))
+    text = " ".join(str(value) for value in shown.values())
+    assert "expected 10" in text and "read 8" in text
+    assert ("7.jpg" in text) == bool(dropped)

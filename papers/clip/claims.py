@@ -253,9 +253,10 @@ def measure_probes(model: Clip, lab: Lab, context: Context) -> dict:
             draws = [few_shot(train_y, shots, context.seed * 100 + draw) for draw in range(SHOT_DRAWS)]
             found = [accuracies(rows, FEW_SHOT_STRENGTH)[0] for rows in draws]
             measured[f"probe_{shots}"] = sum(found) / len(found)
-    measured |= dict(
-        zip(("probe", "probe_shift"), accuracies(torch.arange(len(train_y)), PROBE_STRENGTHS), strict=False)
-    )
+    if int(torch.bincount(train_y).min()) >= 2:  # one to fit, one to choose the strength by
+        measured |= dict(
+            zip(("probe", "probe_shift"), accuracies(torch.arange(len(train_y)), PROBE_STRENGTHS), strict=False)
+        )
     return measured
 
 

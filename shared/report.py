@@ -266,6 +266,10 @@ def brief(report: Report) -> list[Row]:
 
     `what` becomes the row's id; the full rows stand in the report.
     """
+
+    def short(row: Row) -> Row:
+        return replace(row, what=row.id.removeprefix(f"{report.paper}.").removeprefix(f"{row.rung}."))
+
     rows: list[Row] = []
     for rung in RUNGS:
         agreed: dict[tuple[str, str], list[Row]] = {}
@@ -273,11 +277,10 @@ def brief(report: Report) -> list[Row]:
             if row.verdict in ("match", "not run"):
                 agreed.setdefault((row.verdict, row.need if rung == "claims" else ""), []).append(row)
             else:
-                rows.append(replace(row, what=row.id.removeprefix(f"{report.paper}.").removeprefix(f"{rung}.")))
+                rows.append(short(row))
         for (verdict, _), group in agreed.items():
-            first = group[0].id.removeprefix(f"{report.paper}.").removeprefix(f"{rung}.")
             if len(group) == 1:
-                rows.append(replace(group[0], what=first))
+                rows.append(short(group[0]))
                 continue
             what = f"{len(group)} rows, see the report"
             ran = len(group) if verdict == "match" else None

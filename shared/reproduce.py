@@ -190,16 +190,7 @@ def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tupl
         f"{world.name}: {len(world.train.ids)} training pictures, {len(world.test.ids)} test pictures"
         + (f", {len(world.classes)} classes" if world.classes else "")
     )
-    coverage = [
-        {
-            "name": one.name,
-            "expected": one.expected,
-            "read": one.read,
-            "dropped": [f"{id}: {why}" for id, why in one.dropped.items()],
-            "digest": one.digest,
-        }
-        for one in world.coverage
-    ]
+    coverage = [dataclasses.asdict(one) for one in world.coverage]
     return recipe, {
         "name": world.name,
         "digest": world.digest,

@@ -12,7 +12,8 @@ from shared.errors import UserError
 from shared.recipes import SCALES
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
-GOOD = ("match", "reproduced")
+# What may differ from the committed recipe in a run that is kept: where its data lies, how it was spread, its seeds.
+OPEN_TO_CHOICE = {"PAPER", "SCALE", "SEEDS", "ARGS", "data", "data_root", "jobs"}
 
 
 def papers_table(catalogue: Catalogue) -> str:
@@ -46,10 +47,9 @@ def results(catalogue: Catalogue, name: str) -> list[Path]:
 
 
 def default_result(catalogue: Catalogue, name: str) -> list[dict]:
-    """Rows of the committed mini run on the default data, or of any other committed run."""
-    paths = results(catalogue, name)
-    chosen = [path for path in paths if path.stem == "mini-emoji"]
-    return json.loads(chosen[0].read_text())["rows"] if chosen else []
+    """Rows of the committed mini run on the default data; none where there is no such run."""
+    path = catalogue.root / "results" / name / "mini-emoji.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def evidence_table(catalogue: Catalogue, name: str) -> str:
@@ -96,15 +96,16 @@ def between_markers(path: Path, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
-def stale_tables(catalogue: Catalogue) -> list[Path]:
-    return [path for path, text in generated(catalogue).items() if path.read_text(encoding="utf-8") != text]
+def stale_tables(catalogue: Catalogue) -> dict[Path, str]:
+    """{file: its fresh text}, only those that differ from what is written."""
+    return {path: text for path, text in generated(catalogue).items() if path.read_text(encoding="utf-8") != text}
 
 
 def write_tables(catalogue: Catalogue) -> list[Path]:
-    changed = stale_tables(catalogue)
-    for path in changed:
-        path.write_text(generated(catalogue)[path], encoding="utf-8")
-    return changed
+    stale = stale_tables(catalogue)
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
+    return list(stale)
 
 
 def keep_result(catalogue: Catalogue, report: Path) -> Path:
@@ -112,15 +113,7 @@ def keep_result(catalogue: Catalogue, report: Path) -> Path:
     found = json.loads(report.read_text())
     if found["dirty"] or not found["commit"]:
         raise UserError(f"{report}: was run on uncommitted changes, so nobody could repeat it; commit and run again")
-    changed = set(re.findall(r"(\w+)=", found["command"])) - {
-        "PAPER",
-        "SCALE",
-        "SEEDS",
-        "ARGS",
-        "data",
-        "data_root",
-        "jobs",
-    }
+    changed = set(re.findall(r"(\w+)=", found["command"])) - OPEN_TO_CHOICE
     if changed or found["scale"] == "smoke":
         why = f"a changed recipe ({', '.join(sorted(changed))})" if changed else "smoke proves only that it runs"
         raise UserError(f"{report}: not kept as evidence: {why}; run the recipe as it is committed")

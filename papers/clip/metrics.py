@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from papers.clip.config import VARIANTS
 from papers.clip.evaluate import classifier, image_features, probe_features, text_features
 from papers.clip.model import Clip
 from papers.clip.pretrained import load_released, prompts
@@ -19,7 +18,7 @@ from shared.errors import UserError
 from shared.evidence import MetricRow
 from shared.fetch import cached, load_manifest
 from shared.metrics import linear_probe, retrieval_hits_from_features, topk_accuracy
-from shared.tokenizers import ClipTokenizer, Tokenizer, imagenet_classes, imagenet_templates
+from shared.tokenizers import ClipTokenizer, imagenet_classes, imagenet_templates
 
 # Where each benchmark lies under data_root.
 FOLDERS = {
@@ -58,12 +57,8 @@ def measure(row: MetricRow, recipe: ClipRecipe) -> float:
 
 @lru_cache(maxsize=1)
 def model_of(variant: str, weights: str, manifest: str) -> Clip:
-    model = load_released(variant, load_manifest(manifest)[weights], VARIANTS[variant]())
+    model = load_released(variant, load_manifest(manifest)[weights])
     return model.cuda() if torch.cuda.is_available() else model
-
-
-def tokenizer_of(model: Clip) -> Tokenizer:
-    return ClipTokenizer()
 
 
 @lru_cache(maxsize=2)
@@ -73,12 +68,12 @@ def class_scores(
     """Cosines (N, C) and labels (N,) of a classification set."""
     model = model_of(variant, weights, manifest)
     names, templates = class_prompts(dataset, protocol)
-    head = classifier(model, tokenizer_of(model), names, templates)
+    head = classifier(model, ClipTokenizer(), names, templates)
     records = classification_records(folder, dataset)
     number = label_numbers(records, names, dataset)
     scores, labels = [], []
     for kept, images in batches(dataset, records, model.config.image_size):
-        scores.append((image_features(model, images) @ head.T).cpu())
+        scores.append(image_features(model, images) @ head.T)
         labels += [number[record.label] for record in kept]
     return torch.cat(scores), torch.tensor(labels)
 
@@ -128,13 +123,13 @@ def retrieval(variant: str, weights: str, manifest: str, folder: Path) -> dict[s
     model = model_of(variant, weights, manifest)
     features, texts, owner, pictures = [], [], [], 0
     for kept, images in batches(folder.name, karpathy_records(folder)["test"], model.config.image_size):
-        features.append(image_features(model, images).cpu())
+        features.append(image_features(model, images))
         for record in kept:
             captions = record.captions[:5]
             texts += [f"a photo of {caption}" for caption in captions]
             owner += [pictures] * len(captions)
             pictures += 1
-    words = text_features(model, tokenizer_of(model), texts).cpu()
+    words = text_features(model, ClipTokenizer(), texts)
     return retrieval_hits_from_features(torch.cat(features), words, torch.tensor(owner))
 
 
@@ -148,7 +143,7 @@ def probe_score(variant: str, weights: str, manifest: str, folder: Path) -> floa
         number = {label: i for i, label in enumerate(sorted({record.label for record in records}))}
         features, labels = [], []
         for kept, images in batches(folder.name, records, model.config.image_size):
-            features.append(probe_features(model, images).cpu())
+            features.append(probe_features(model, images))
             labels += [number[record.label] for record in kept]
         splits[split] = torch.cat(features), torch.tensor(labels)
     return linear_probe(*splits["train"], *splits["test"]).accuracy

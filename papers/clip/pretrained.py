@@ -29,9 +29,9 @@ def card_of(config: ClipConfig) -> dict:
     }
 
 
-def load_released(variant: str, entry: Entry, config: ClipConfig | None = None) -> Clip:
+def load_released(variant: str, entry: Entry) -> Clip:
     """The published weights of a manifest entry, in fp32, in eval mode. UserError where entry and model disagree."""
-    config = config or VARIANTS[variant]()
+    config = VARIANTS[variant]()
     check_card(entry, card_of(config))
     return load_file(fetch(entry), config)
 
@@ -58,7 +58,7 @@ def load_model(variant: str, weights: Path | None, tokenizer: Path | None, manif
         entries = load_manifest(manifest)
         if variant not in entries:
             raise UserError(f"{variant}: no released weights in {manifest.name}; give --weights and --tokenizer")
-        return load_released(variant, entries[variant], config), ClipTokenizer()
+        return load_released(variant, entries[variant]), ClipTokenizer()
     if not weights.is_file():
         raise UserError(f"{weights}: no such file; --weights takes a safetensors file or a published .pt")
     if config.tokenizer == "clip-bpe":
@@ -70,8 +70,8 @@ def load_model(variant: str, weights: Path | None, tokenizer: Path | None, manif
     return load_file(weights, replace(config, vocabulary=words.vocab_size, end_token=words.end)), words
 
 
-def prompts(path: Path | None = None) -> dict:
+def prompts() -> dict:
     """prompts.yaml: the published template sets and class names."""
     import yaml
 
-    return yaml.safe_load((path or Path(__file__).with_name("prompts.yaml")).read_text(encoding="utf-8"))
+    return yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))

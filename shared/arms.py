@@ -5,19 +5,20 @@ A paper's claims.py offers ARMS, {name: function(Context) -> measurements}, and 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from shared.recipes import SEED_BASE, Recipe, digest
+from shared.recipes import SEED_BASE, Recipe, digest, of_one_arm
+from shared.runs import write_whole
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Context:
     folder: Path  # of this arm and seed
     progress: Callable[[int], None]  # samples just seen
     first: bool  # the seed whose model and figures are kept
+    arm: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Outcome:
     arm: str
     seed: int
     seconds: float
-    measured: dict[str, Any]  # numbers, and `curves`: {name: [(samples, value)]}
+    measured: dict[str, Any]  # numbers, `curves`: {name: [(samples, value)]}, `waited`: share of the time, for data
 
 
 def seeds_of(recipe: Recipe) -> list[int]:
@@ -94,7 +96,7 @@ class Job:
         if not self.file.is_file():
             return None
         found = json.loads(self.file.read_text())
-        return Outcome(**found["outcome"]) if found["recipe"] == digest(self.recipe) else None
+        return Outcome(**found["outcome"]) if found["recipe"] == digest(of_one_arm(self.recipe)) else None
 
     def run(self, progress: Callable[[int], None]) -> Outcome:
         import lightning
@@ -103,13 +105,11 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         lightning.seed_everything(self.seed, verbose=False)
         claims = importlib.import_module(f"{self.package}.claims")
-        context = Context(self.recipe, self.seed, self.folder, progress, self.first)
+        context = Context(self.recipe, self.seed, self.folder, progress, self.first, self.arm)
         measured = claims.ARMS[self.arm](context)
         outcome = Outcome(self.arm, self.seed, round(time.perf_counter() - started, 2), measured)
-        text = json.dumps({"recipe": digest(self.recipe), "outcome": dataclasses.asdict(outcome)})
-        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, self.file)
+        write_whole(self.file, json.dumps({"recipe": digest(of_one_arm(self.recipe)), "outcome": asdict(outcome)}))
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to go on with
         return outcome
 
 

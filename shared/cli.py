@@ -66,6 +66,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry", action="store_true", help="only print what would run, be downloaded and cost")
     sub.add_argument("-v", "--verbose", action="store_true", help="show third-party warnings")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
+    sub.add_argument(
+        "--fresh", action="store_true", help="begin anew, even where an interrupted run could be gone on with"
+    )
+    sub = verb("train", train, "one model on one recipe, on one device or many (torchrun, SLURM); resumes by itself")
+    sub.add_argument("paper")
+    sub.add_argument("--scale", default="mini", help=f"one of {', '.join(SCALES)} (default: mini)")
+    sub.add_argument("--out", type=Path, help="folder of checkpoints and weights (default: runs/PAPER/train-SCALE)")
+    sub.add_argument("-v", "--verbose", action="store_true", help="show third-party warnings")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
+    sub = verb("chaos", chaos, "kill a small run at random moments; it must end as one never interrupted")
+    sub.add_argument("paper")
+    sub.add_argument("--kills", type=int, default=20)
+    sub.add_argument("--seed", type=int, default=0, help="of the random moments")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
     sub = verb("compare", compare, "one table over all papers and scales, from results/")
     sub.add_argument("paths", nargs="*", type=Path, help="report.json files (default: results/*/*.json)")
     sub = verb("report", report, "print the newest report of a paper, keep it, or write the generated tables")
@@ -134,7 +148,7 @@ def reproduce(catalogue: Catalogue, options: argparse.Namespace) -> int | None:
             from shared.training import quiet
         if not options.verbose:
             quiet()
-        show_report(run(catalogue, recipe, command, console))
+        show_report(run(catalogue, recipe, command, console, options.fresh))
     return None
 
 
@@ -144,6 +158,33 @@ def show_report(path: Path) -> None:
     print(terminal_table(brief(read_report(path))))
     for name in ("report.html", "report.md", "report.json"):
         print(f"{path.parent / name}")
+
+
+def train(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    recipe = catalogue.recipe(catalogue.known(options.paper), options.scale, options.overrides)
+    console = Console()
+    with console.waiting("starting"):
+        from shared.train import train as run
+        from shared.training import quiet
+    if not options.verbose:
+        quiet()
+    print(run(catalogue, recipe, options.out, console) / "model.safetensors")
+
+
+def chaos(catalogue: Catalogue, options: argparse.Namespace) -> int:
+    import tempfile
+
+    from shared.chaos import chaos as run
+
+    if options.kills < 1:
+        raise UserError(f"--kills {options.kills}: give at least 1")
+    name = catalogue.known(options.paper)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        found = run(catalogue, name, options.kills, options.seed, Path(folder), options.overrides, Console().say)
+    print(found)
+    for line in found.differences:
+        print(line)
+    return 0 if found.equal == found.runs else 1
 
 
 def compare(catalogue: Catalogue, options: argparse.Namespace) -> None:

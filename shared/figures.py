@@ -67,7 +67,8 @@ def curves(
             if len(seeds) > 1:
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         _label(axes, name, x_label, y_label)
-        axes.legend()
+        # many lines leave no free corner
+        axes.legend(**({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(series) > 4 else {}))
         figure.tight_layout()
     return Figure(
         name, caption or f"{name}. Line: mean over the seeds; band: from the lowest seed to the highest.", png()

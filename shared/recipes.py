@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from shared.errors import UserError
+from shared.yaml_safe import read_text
 
 SCALES = ("smoke", "mini", "gpu", "paper")
 SEED_BASE = 1_000
@@ -44,8 +46,11 @@ class Recipe:
 
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = 1
-    strategy: str = "auto"
+    devices: int = 1  # processes a node
+    nodes: int = 1
+    strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "zero3_offload"] = "auto"
+    accumulate: int = 1  # parts of a batch that are computed one after the other
+    checkpoint_every: int = 100  # steps; 0: never
     compile: bool = False
     recompute: bool = False  # activation checkpointing
     jobs: int = 0  # arms trained at once; 0: one a core on CPU, one on a GPU
@@ -64,9 +69,11 @@ def load_recipe(path: Path, schema: type[R], overrides: list[str] | None = None)
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise UserError(f"{path}: no such recipe; there are: {', '.join(there) or 'none'}")
+    text = read_text(path, "recipe")
+    _refuse_interpolation(str(path), text)
     try:
-        given = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        given = OmegaConf.load(io.StringIO(text))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:  # OSError: a number alone
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not OmegaConf.is_dict(given):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
@@ -77,9 +84,10 @@ def load_recipe(path: Path, schema: type[R], overrides: list[str] | None = None)
         key, sign, value = override.partition("=")
         if not sign or not key:
             raise UserError(f"ARGS: '{override}' is not of the form key=value")
+        _refuse_interpolation("ARGS", override)
         try:
             parsed = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             raise UserError(f"ARGS: '{override}': {_one_line(error)}") from None
         if value == "???":
             raise UserError(f"ARGS: '{override}' would leave {key} without a value")
@@ -102,15 +110,19 @@ def load_recipe(path: Path, schema: type[R], overrides: list[str] | None = None)
     return recipe
 
 
+def _refuse_interpolation(place: str, text: str) -> None:
+    if "${" in text:  # OmegaConf would put a variable of the environment in its place, a secret too
+        raise UserError(f"{place}: ${{...}} is not taken in a recipe: write the value out")
+
+
 def _check(recipe: Recipe, path: Path) -> None:
     # `rungs` may be empty only by mistake; sizes below one would fail far from here
-    for name in ("seeds", "pairs", "test_pairs", "image_size", "batch", "steps", "devices"):
+    for name in ("seeds", "pairs", "test_pairs", "image_size", "batch", "steps", "devices", "nodes", "accumulate"):
         if getattr(recipe, name) < 1:
             raise UserError(f"{path}: {name} is {getattr(recipe, name)}, but must be at least 1")
-    if recipe.devices > 1:
-        raise UserError(
-            f"{path}: devices is {recipe.devices}, but the arms are trained on one device each; use devices=1"
-        )
+    parts = recipe.devices * recipe.nodes * recipe.accumulate
+    if recipe.batch % parts:
+        raise UserError(f"{path}: batch {recipe.batch} does not divide by devices x nodes x accumulate = {parts}")
     unknown = set(recipe.rungs) - {"structure", "parity", "claims", "metrics"}
     if unknown or not recipe.rungs:
         raise UserError(f"{path}: rungs are structure, parity, claims, metrics; not {sorted(unknown) or 'none at all'}")
@@ -125,10 +137,16 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, width=120)
 
 
-def digest(recipe: Recipe) -> str:
+def digest(recipe: Recipe | dict) -> str:
     """Sixteen hex digits that change with any value of the recipe."""
-    text = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    values = recipe if isinstance(recipe, dict) else dataclasses.asdict(recipe)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def of_one_arm(recipe: Recipe) -> dict:
+    """The values that decide what one arm computes: not how many arms there are, nor how they are spread."""
+    others = ("seeds", "rungs", "claims", "jobs", "workers", "checkpoint_every", "data_root")  # the digest tells data
+    return {key: value for key, value in dataclasses.asdict(recipe).items() if key not in others}
 
 
 def _one_line(error: Exception) -> str:

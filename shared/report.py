@@ -125,7 +125,7 @@ class Sample:
 
 @dataclass
 class Report:
-    """`data` holds name, digest, coverage, credits, note; `started` is ISO 8601; `seconds` the whole run's duration."""
+    """`data` holds name, digest, coverage, credits, note, run (how it went); `started` is ISO 8601; `seconds` the whole run's duration."""
 
     paper: str
     title: str
@@ -406,9 +406,9 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def data_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) for name, digest, coverage, note, credits; lists give a line an item."""
+    """(label, text) for name, digest, coverage, note, run, credits; lists give a line an item."""
     lines = []
-    for key in ("name", "digest", "coverage", "note", "credits"):
+    for key in ("name", "digest", "coverage", "note", "run", "credits"):
         value = data.get(key)
         items = value if isinstance(value, (list, tuple)) else [value] if value else []
         lines += [(key.rstrip("s") if key == "credits" else key, _item(item)) for item in items]

@@ -355,6 +355,7 @@ def _footer(report: Report) -> str:
         "digest": "Digest",
         "coverage": "Really read",
         "note": "Note",
+        "run": "The run",
         "credit": "Credit, licence",
     }
     lines, last = "", None

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +16,28 @@ from shared.errors import UserError
 from shared.evidence import UNITS, ClaimRow, PaperCard
 from shared.recipes import Recipe, to_yaml
 from shared.report import Report, Row
+from shared.runs import RunFolder, open_run
 from shared.tracking import Tracker, commit_and_dirty, environment_text, machine_description
 
 
-def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Console) -> Path:
-    """Run the recipe's rungs and return the path of report.json. Everything lands in runs/<paper>/<scale>/<stamp>/."""
+def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Console, fresh: bool = False) -> Path:
+    """Run the recipe's rungs and return the path of report.json. Everything lands in runs/<paper>/<scale>/<stamp>/.
+
+    An interrupted run of the same recipe and code is gone on with, unless `fresh`: no finished arm is trained again.
+    """
     from shared.report import write
 
-    started, clock = time.strftime("%Y-%m-%dT%H:%M:%S"), time.perf_counter()
+    if recipe.devices * recipe.nodes > 1:
+        raise UserError(
+            f"devices={recipe.devices} nodes={recipe.nodes}: a reproduction trains every arm on one device; "
+            "`python -m papers train` trains one model on many"
+        )
     commit, dirty = commit_and_dirty(catalogue.root)  # of what runs, not of what is edited meanwhile
     name, card = recipe.paper, catalogue.card(recipe.paper)
-    folder = new_folder(catalogue.root / "runs" / name / recipe.scale)
+    run = open_run(catalogue.root, recipe, fresh)
+    folder = run.path
+    if run.sessions > 1:
+        console.say(f"going on with the interrupted run in {folder} (--fresh begins anew)")
     console.stages(len([rung for rung in recipe.rungs if rung != "claims"]) + 2 * ("claims" in recipe.rungs) + 1)
     rows: list[Row] = []
     data: dict = {"name": recipe.data, "digest": None, "coverage": [], "credits": [], "note": None}
@@ -42,8 +52,9 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
     if "claims" in recipe.rungs:
         console.stage(f"data: {recipe.data}")
         recipe, data = prepare_data(catalogue, recipe, console)
+        run.same("data", data["digest"])
         console.stage("claims: every arm and seed, trained and measured")
-        claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, folder, console)
+        claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, run, console)
         rows += claim_rows_found
         try:
             figures, samples = catalogue.module(name, "figures").draw(recipe, outcomes, folder)
@@ -54,6 +65,8 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         rows += metric_rows(catalogue, card, recipe, console)
 
     console.stage("report")
+    if run.sessions > 1:
+        data["run"] = [*data.get("run", []), f"gone on with after an interruption, {run.sessions} sessions"]
     report = Report(
         paper=name,
         title=card.paper.title,
@@ -62,8 +75,8 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         dirty=dirty,
         data=data,
         machine=machine_description(),
-        seconds=round(time.perf_counter() - clock, 1),
-        started=started,
+        seconds=round(run.seconds, 1),
+        started=run.started,
         rows=rows,
         figures=figures,
         samples=samples,
@@ -76,21 +89,6 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         for name in ("report.html", "report.json"):
             tracker.log_artifact(folder / name)
     return path
-
-
-def new_folder(parent: Path) -> Path:
-    """A folder named after the moment; a second run in the same second gets another."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for attempt in range(100):
-        folder = parent / (stamp if attempt == 0 else f"{stamp}-{attempt}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{parent}: cannot write there ({error.strerror}); run in a folder of your own") from None
-    raise UserError(f"{parent}: no free name for a run; remove old runs with `make clean`")
 
 
 # ---- structure
@@ -201,7 +199,7 @@ def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tupl
 
 
 def run_claims(
-    catalogue: Catalogue, card: PaperCard, recipe: Recipe, data: dict, folder: Path, console: Console
+    catalogue: Catalogue, card: PaperCard, recipe: Recipe, data: dict, run: RunFolder, console: Console
 ) -> tuple[list[Row], dict[int, dict[str, dict]], Tracker]:
     """Train every arm once a seed, then let each claim compare them. -> rows, {seed: {arm: measurements}}, its run."""
     from shared.arms import run_arms, seeds_of
@@ -211,6 +209,7 @@ def run_claims(
     arms = list(dict.fromkeys(arm for row in wanted for arm in claims[row.id].arms))
     total = len(arms) * recipe.seeds * recipe.steps * recipe.batch
     outcomes: dict[int, dict[str, dict]] = defaultdict(dict)
+    folder, waited = run.path, []
     tracker = Tracker(
         experiment=recipe.paper,
         name=f"{recipe.paper} {recipe.scale} {folder.name}",
@@ -225,13 +224,17 @@ def run_claims(
         tracker.log_text(to_yaml(recipe), "recipe.yaml")
         for outcome in run_arms(package, recipe, arms, folder / "arms", bar.advance):
             outcomes[outcome.seed][outcome.arm] = outcome.measured
+            waited += [outcome.measured["waited"]] if "waited" in outcome.measured else []
+            run.keep()
             bar.note(f"{sum(map(len, outcomes.values()))}/{len(arms) * recipe.seeds} trained")
-            with tracker.child(f"{outcome.arm} {outcome.seed}", {"arm": outcome.arm}, {"seed": outcome.seed}) as run:
+            with tracker.child(f"{outcome.arm} {outcome.seed}", {"arm": outcome.arm}, {"seed": outcome.seed}) as child:
                 numbers = {k: v for k, v in outcome.measured.items() if isinstance(v, (int, float))}
-                run.log_metrics(numbers | {"seconds": outcome.seconds}, step=recipe.steps)
-                run.log_curves(outcome.measured.get("curves", {}))
+                child.log_metrics(numbers | {"seconds": outcome.seconds}, step=recipe.steps)
+                child.log_curves(outcome.measured.get("curves", {}))
         rows = [claim_row(row, claims[row.id], recipe, outcomes) for row in wanted]
         tracker.log_metrics({row.id: row.reproduced for row in rows if isinstance(row.reproduced, float)})
+    if waited:
+        data["run"] = [f"waited for data {100 * sum(waited) / len(waited):.2g} % of the training time"]
     seeds = seeds_of(recipe)
     return rows, {seed: outcomes[seed] for seed in seeds}, tracker
 

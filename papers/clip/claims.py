@@ -34,7 +34,7 @@ from shared.metrics import few_shot, linear_probe, retrieval_hits_from_features,
 from shared.recipes import digest
 from shared.stats import log_log_fit
 from shared.tokenizers import SmallTokenizer
-from shared.training import At, Curves, make_trainer
+from shared.training import At, Curves, fit
 
 # {} takes the class with its article ("a red panda", "some grapes"); the bare name goes without.
 TEMPLATE = "a photo of {}"
@@ -122,25 +122,22 @@ def load(recipe: ClipRecipe, seed: int) -> World:
     )
 
 
-def fit(
+def train(
     context: Context,
     module: PretrainingModule,
     tensors: tuple[Tensor, ...],
     measure: Callable[[], float] | None = None,
-) -> dict[str, list[tuple[int, float]]]:
-    """Train on (images, tokens, labels); curves by samples seen, `accuracy` among them where `measure` is given."""
-    recipe = context.recipe
+) -> dict:
+    """Train on (images, tokens, labels). -> `curves` by samples seen, `accuracy` among them where `measure` is given,
+    and `waited`."""
+    recipe, world = context.recipe, make_lab(context).world
     curves = Curves(recipe.batch, context.progress)
-    accuracy: list[tuple[int, float]] = []
     steps = sorted({max(1, round(recipe.steps * (i + 1) / recipe.measure_at)) for i in range(recipe.measure_at)})
-    callbacks = [curves]
-    if measure:
-        callbacks.append(At(steps, recipe.batch, lambda samples: accuracy.append((samples, measure()))))
-    batches = Batches(tensors, recipe.batch, recipe.steps, context.seed)
-    trainer = make_trainer(recipe, context.folder, callbacks)
-    trainer.fit(module, batches.loader(recipe.workers))
-    module.to(trainer.strategy.root_device).eval()  # Lightning leaves it on the CPU
-    return curves.values | ({"accuracy": accuracy} if measure else {})
+    accuracy = At(steps, recipe.batch, measure) if measure else None
+    batches = Batches(tensors, recipe.batch, recipe.steps, context.seed, accumulate=recipe.accumulate)
+    identity = {"arm": context.arm, "seed": context.seed, "data": world.digest}
+    waited = fit(module, batches, recipe, context.folder, [curves, *([accuracy] if accuracy else [])], identity)
+    return {"curves": curves.values | ({"accuracy": accuracy.values} if accuracy else {}), "waited": round(waited, 5)}
 
 
 # ---- scoring pictures against texts, whatever the model
@@ -179,14 +176,14 @@ def contrastive(context: Context) -> dict:
     """CLIP itself: the treatment of most claims. Measured in every way the data allows."""
     lab = make_lab(context)
     model = Clip(lab.config)
-    curves = fit_clip(context, model)
+    trained = fit_clip(context, model)
     flops = training_flops(lab.config, context.recipe, lab)
-    return {"curves": curves, "flops": flops} | measure_clip(model, lab, context)
+    return trained | {"flops": flops} | measure_clip(model, lab, context)
 
 
 def fit_clip(context: Context, model: Clip) -> dict:
     lab, recipe = make_lab(context), context.recipe
-    return fit(context, ClipModule(model, recipe), lab.pairs, lambda: clip_accuracy(model, lab, recipe))
+    return train(context, ClipModule(model, recipe), lab.pairs, lambda: clip_accuracy(model, lab, recipe))
 
 
 def measure_clip(model: Clip, lab: Lab, context: Context) -> dict:
@@ -279,21 +276,21 @@ def keep(model: Clip, lab: Lab, context: Context) -> None:
 
 def bag_of_words_contrastive(context: Context) -> dict:
     """Fig. 2's last arm: the contrastive objective over a text encoder that sees no order."""
-    return {"curves": fit_clip(context, BagOfWordsClip(make_lab(context).config))}
+    return fit_clip(context, BagOfWordsClip(make_lab(context).config))
 
 
 def bag_of_words_prediction(context: Context) -> dict:
     lab, recipe = make_lab(context), context.recipe
     model = BagOfWords(lab.config)
     module = BagOfWordsModule(model, recipe)
-    return {"curves": fit(context, module, lab.pairs, lambda: scored_accuracy(model, lab, recipe))}
+    return train(context, module, lab.pairs, lambda: scored_accuracy(model, lab, recipe))
 
 
 def caption_prediction(context: Context) -> dict:
     lab, recipe = make_lab(context), context.recipe
     model = CaptionPredictor(lab.config)
     module = CaptionModule(model, recipe)
-    return {"curves": fit(context, module, lab.pairs, lambda: scored_accuracy(model, lab, recipe))}
+    return train(context, module, lab.pairs, lambda: scored_accuracy(model, lab, recipe))
 
 
 def supervised(context: Context) -> dict:
@@ -303,15 +300,17 @@ def supervised(context: Context) -> dict:
     if not world.classes or world.shift is None:
         return {}
     model = Supervised(lab.config, len(world.classes))
-    train = world.class_train
-    curves = fit(context, SupervisedModule(model, context.recipe), (train.images, train.labels[:, None], train.labels))
+    shown = world.class_train
+    trained = train(
+        context, SupervisedModule(model, context.recipe), (shown.images, shown.labels[:, None], shown.labels)
+    )
     device = next(model.parameters()).device
     scored = {}
     with torch.no_grad():
         for name, split in (("supervised", world.class_test), ("supervised_shift", world.shift)):
             logits = torch.cat([model(batch.to(device)) for batch in split.images.split(256)]).cpu()
             scored[name] = 100 * topk_accuracy(logits, split.labels)
-    return {"curves": curves} | scored
+    return trained | scored
 
 
 def nonlinear_projection(context: Context) -> dict:
@@ -327,7 +326,7 @@ def contrastive_only(context: Context, config: ClipConfig) -> dict:
     """A CLIP of another configuration: only the numbers that its claims compare."""
     lab = make_lab(context)
     model = Clip(config)
-    measured = {"curves": fit_clip(context, model), "flops": training_flops(config, context.recipe, lab)}
+    measured = fit_clip(context, model) | {"flops": training_flops(config, context.recipe, lab)}
     if lab.world.classes:
         weights = classifier(model, lab.tokenizer, lab.phrases, ENSEMBLE)
         scores = image_features(model, lab.world.class_test.images) @ weights.T

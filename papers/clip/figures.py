@@ -63,15 +63,16 @@ def draw(recipe: ClipRecipe, outcomes: dict[int, dict[str, dict]], folder: Path)
 
 
 def retrieval_examples(model, lab: Lab) -> list[Sample]:
-    """Test pictures with the captions that the model ranks first among all test captions."""
+    """Test pictures with the captions that the model ranks first among all test captions, each wording once."""
     test = lab.world.test
     captions = [several[0] for several in test.captions]
-    scores = image_features(model, test.images) @ text_features(model, lab.tokenizer, captions).T  # (I, T)
+    texts = list(dict.fromkeys(captions))  # of labelled pictures many are worded alike
+    scores = image_features(model, test.images) @ text_features(model, lab.tokenizer, texts).T  # (I, T)
     samples = []
     for row in range(0, len(captions), max(1, len(captions) // EXAMPLES))[:EXAMPLES]:
-        best = scores[row].topk(min(RANKED, len(captions)))
+        best = scores[row].topk(min(RANKED, len(texts)))
         ranked = [
-            Ranked(captions[i], round(float(score), 3), i == row)
+            Ranked(texts[i], round(float(score), 3), texts[i] == captions[row])
             for score, i in zip(best.values, best.indices.tolist(), strict=True)
         ]
         samples.append(Sample(png(test.images[row]), captions[row], ranked))

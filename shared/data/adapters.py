@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
+import struct
 import warnings
+import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.archives import ArchiveError, Limits, SafeArchive, leads_out, shown
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ LARGEST_FILE = 512_000_000  # bytes of one encoded picture
 
 
 class PictureError(ValueError):
-    """A picture that cannot be used, and why."""
+    """A picture that cannot be used, and why: 'kind' or 'kind: details', so that kinds can be counted."""
 
 
 # --- one picture
@@ -36,7 +39,7 @@ class PictureError(ValueError):
 
 def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
     """The fully decoded picture as it is stored. The header is checked before a pixel is decoded; a cut file raises."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -44,15 +47,68 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
-            raise PictureError(f"{width} x {height} pixels are more than {max_pixels:,}")
+            raise PictureError(f"too large: {width} x {height} pixels are more than {max_pixels:,}")
         image.load()
-    except Image.DecompressionBombError:
-        raise PictureError(f"more than {max_pixels:,} pixels") from None
+        whole = _CHECKS.get(image.format, lambda *_: True)(image, content)
     except PictureError:
         raise
+    except Image.DecompressionBombError:
+        raise PictureError(f"too large: more than {max_pixels:,} pixels") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"no picture: none of {', '.join(FORMATS)} by its content") from None
     except Exception as wrong:  # Pillow's decoders raise nearly anything at broken bytes
-        raise PictureError(f"{type(wrong).__name__}: {wrong}") from None
+        kind = "cut short" if "truncated" in str(wrong).lower() else "broken"
+        raise PictureError(f"{kind}: {type(wrong).__name__}, {shown(wrong)}") from None
+    if not whole:
+        raise PictureError("cut short: fewer pixels than its header promises")
     return image
+
+
+def _jpeg_is_whole(image: Picture, content: bytes) -> bool:
+    """libjpeg fills what is missing with grey and only warns, which Pillow does not pass on.
+
+    So where a picture ends in that grey, junk is put before its end marker: a decoder that still waits for data takes
+    it in, one that has all of them skips it. (A progressive one that lacks its last scans is coarse, and passes.)
+    """
+    from PIL import Image
+
+    end = content.rfind(b"\xff\xd9")
+    if end < content.rfind(b"\xff\xda"):  # no end behind the last scan: a download that was never filled
+        return False
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if not {127, 128}.issuperset(last if isinstance(last, tuple) else (last,)):
+        return True
+    longer = Image.open(io.BytesIO(content[:end] + bytes(range(1, 65)) + content[end:]), formats=FORMATS)
+    return longer.tobytes() == image.tobytes()
+
+
+def _png_is_whole(image: Picture, content: bytes) -> bool:
+    """Pillow leaves rows at zero that a complete but short stream does not hold. Where the last row is zero, or the
+    rows are interlaced, the unpacked bytes are counted."""
+    width, height, depth, colour, interlaced = struct.unpack_from(">IIBB2xB", content, 16)
+    if not interlaced and image.crop((0, height - 1, width, height)).tobytes().strip(b"\0"):
+        return True
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    steps = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // right), -(-(height - y) // down)) for x, y, right, down in steps]
+    missing = sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in sizes if columns > 0 and rows > 0)
+    inflate, place, piece = zlib.decompressobj(), 8, 1 << 20
+    while missing > 0 and place + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        packed, got = content[place + 8 : place + 8 + length] if kind == b"IDAT" else b"", piece
+        while got == piece:
+            got = len(inflate.decompress(packed, piece))
+            packed, missing = inflate.unconsumed_tail, missing - got
+        place += 12 + length
+    return missing <= 0
+
+
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_CHECKS: Mapping[str | None, Callable[[Picture, bytes], bool]] = {
+    "JPEG": _jpeg_is_whole,
+    "MPO": _jpeg_is_whole,  # a JPEG with a second one behind it
+    "PNG": _png_is_whole,
+}
 
 
 def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> ndarray:
@@ -68,16 +124,32 @@ def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> ndarray:
 def _rgb(image: Picture) -> Picture:
     from PIL import Image, ImageOps
 
+    kind, form = "broken EXIF", image.format
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception as wrong:
-        raise PictureError(f"EXIF: {wrong}") from None
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda level: level / 256, "L")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        kind = "broken"
+        if image.mode.startswith("I"):
+            image = _eight_bits(image, form)
+        if image.mode == "F":
+            raise PictureError("unknown range: pixels are floating-point numbers")
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except PictureError:
+        raise
+    except Exception as wrong:  # as above: a palette's index out of range, a profile of no length, ...
+        raise PictureError(f"{kind}: {type(wrong).__name__}, {shown(wrong)}") from None
+
+
+def _eight_bits(image: Picture, form: str | None) -> Picture:
+    """Sixteen bits a pixel ('I;16' and its byte orders; 'I' for a PNG in older Pillow) -> eight."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode == "I" and form != "PNG":
+        raise PictureError("unknown range: pixels are 32-bit numbers")
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def square(image: Picture, size: int, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -89,10 +161,17 @@ def square(image: Picture, size: int, max_pixels: int = MAX_PIXELS) -> Picture:
         short = min(width, height)
         width, height = size * width // short, size * height // short
         if width * height > max_pixels:
-            raise PictureError(f"sides {image.size[0]} : {image.size[1]} are too unequal")
+            raise PictureError(f"sides too unequal: {image.size[0]} : {image.size[1]}")
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size)) if (width, height) != (size, size) else image
+
+
+def fitted_image(content: bytes, size: int, max_pixels: int = MAX_PIXELS) -> ndarray:
+    """Encoded bytes -> (3, size, size) uint8, as every model here takes it. Raises PictureError."""
+    import numpy as np
+
+    return np.asarray(square(_rgb(open_image(content, max_pixels)), size, max_pixels)).transpose(2, 0, 1)
 
 
 # --- many pictures
@@ -112,7 +191,7 @@ class Record:
 class Coverage:
     """What share of a set was really read. dropped: id -> reason.
 
-    digest: SHA-256 over the ids and bytes that were read.
+    digest: SHA-256 over the ids, labels, captions and bytes that were read, in whatever order they came.
     """
 
     name: str
@@ -124,6 +203,17 @@ class Coverage:
     @property
     def share(self) -> float:
         return self.read / self.expected if self.expected else 0.0
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many were dropped for each kind of reason, the most frequent first."""
+        return dict(Counter(reason.split(":")[0] for reason in self.dropped.values()).most_common())
+
+    def told(self, first: int = 3) -> str:
+        """'3 of 500 pictures cannot be read (2 cut short, 1 no picture; a.jpg: cut short, ...; ...)', one line."""
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.reasons.items())
+        names = "; ".join(f"{shown(id, 80)}: {reason}" for id, reason in list(self.dropped.items())[:first])
+        return f"{len(self.dropped)} of {self.expected} pictures cannot be read ({counts}; {names})"
 
 
 def read_pictures(
@@ -140,24 +230,30 @@ def read_pictures(
     images = np.empty((len(records), 3, size, size), dtype=np.uint8)
     kept: list[Record] = []
     dropped: dict[str, str] = {}
-    digest = sha256()
+    lines: list[str] = []
     for record in records:
         try:
             content = record.read()
-            picture = square(_rgb(open_image(content, max_pixels)), size, max_pixels)
+            picture = fitted_image(content, size, max_pixels)
         except PictureError as wrong:
             dropped[record.id] = str(wrong)
             continue
-        images[len(kept)] = np.asarray(picture).transpose(2, 0, 1)
+        except OSError as wrong:
+            dropped[record.id] = f"unreadable: {wrong.strerror or type(wrong).__name__}"
+            continue
+        images[len(kept)] = picture
         kept.append(record)
-        digest.update(f"{record.id}\n{sha256(content).hexdigest()}\n".encode())
-    if len(dropped) > max_dropped * len(records) or not kept:
-        first = "; ".join(f"{id}: {reason}" for id, reason in list(dropped.items())[:3])
+        lines.append(json.dumps([record.id, record.label, record.captions, sha256(content).hexdigest()]))
+    digest = sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    coverage = Coverage(name, len(records), len(kept), dropped, digest)
+    if not kept:
+        raise UserError(f"{name}: {coverage.told()}: get the files again")
+    if len(dropped) > max_dropped * len(records):
         raise UserError(
-            f"{name}: {len(dropped)} of {len(records)} pictures cannot be read ({first}), more than {max_dropped:.1%}: "
-            f"get the files again, or allow it with max_dropped={_up(len(dropped), len(records))}"
+            f"{name}: {coverage.told()}, more than {max_dropped:.1%}: get the files again, or allow it with "
+            f"max_dropped={_up(len(dropped), len(records))}"
         )
-    return kept, images[: len(kept)], Coverage(name, len(records), len(kept), dropped, digest.hexdigest())
+    return kept, images[: len(kept)], coverage
 
 
 def _up(part: int, whole: int) -> float:
@@ -180,14 +276,17 @@ def parquet_records(path: str | Path) -> list[Record]:
             f"parquet: no file {path}: set data_root to the folder that holds train.parquet and test.parquet"
         )
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            columns, parts = file.schema_arrow.names, range(file.metadata.num_row_groups)
+            unpacked, limits = sum(file.metadata.row_group(i).total_byte_size for i in parts), Limits()
+            if unpacked > limits.floor + limits.ratio * path.stat().st_size:
+                raise UserError(f"{path}: unpacks to {unpacked:,} bytes, which its size does not explain: not read")
+            table = file.read(columns=[name for name in ("image", "label", "key") if name in columns])
     except (pa.ArrowException, OSError) as wrong:
-        raise UserError(f"{path}: no readable parquet file ({wrong})") from None
+        raise UserError(f"{path}: no readable parquet file ({shown(wrong)})") from None
     for column in ("image", "label"):
-        if column not in table.column_names:
-            raise UserError(
-                f"{path}: no column {column!r} (it has {', '.join(table.column_names)}): rename the columns"
-            )
+        if column not in columns:
+            raise UserError(f"{path}: no column {column!r} (it has {shown(', '.join(columns))}): rename the columns")
     names = _class_names(table.schema.metadata or {})
     images, labels = table["image"], table["label"].to_pylist()
     keys = table["key"].to_pylist() if "key" in table.column_names else [f"{row:06d}" for row in range(len(labels))]
@@ -198,6 +297,7 @@ def parquet_records(path: str | Path) -> list[Record]:
             content = cell.get("bytes") if isinstance(cell, dict) else cell
             if not isinstance(content, bytes):
                 raise PictureError("no bytes in the row")
+            _check_length(len(content))
             return content
 
         return read
@@ -208,15 +308,23 @@ def parquet_records(path: str | Path) -> list[Record]:
             if not 0 <= label < len(names):
                 raise UserError(f"{path}: row {row} has label {label}, but the file names {len(names)} classes")
             label = names[label]
-        records.append(Record(f"{stem}/{key}", reader(row), label=str(label).replace("_", " ")))
+        label = None if label is None else _words(str(label))
+        if not label:
+            raise UserError(f"{path}: row {row} has no label: remove the row, or put its label in")
+        records.append(Record(f"{stem}/{key}", reader(row), label=label))
     _check_unique(path, records)
     return records
 
 
+def _words(name: str) -> str:
+    """A class's name as one says it: 'ice_cream' -> 'ice cream'."""
+    return " ".join(name.replace("_", " ").split())
+
+
 def _class_names(metadata: Mapping[bytes, bytes]) -> list[str]:
     try:
-        return list(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
-    except (KeyError, TypeError, ValueError):
+        return [str(name) for name in json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return []
 
 
@@ -224,7 +332,7 @@ def _check_unique(path: Path, records: Sequence[Record]) -> None:
     seen: set[str] = set()
     for record in records:
         if record.id in seen:
-            raise UserError(f"{path}: the id {record.id!r} occurs twice: ids must be unique")
+            raise UserError(f"{path}: the id '{shown(record.id)}' occurs twice: ids must be unique")
         seen.add(record.id)
 
 
@@ -238,10 +346,30 @@ def folder_records(root: str | Path, split: str) -> list[Record]:
     paths = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise UserError(f"imagefolder: no picture in {folder} (looked for CLASS/PICTURE with {', '.join(SUFFIXES)})")
+    if nameless := next((path.parent for path in paths if not _words(path.parent.name)), None):
+        raise UserError(f"imagefolder: '{shown(nameless)}' is no name of a class: rename the folder")
     return [
-        Record(f"{split}/{path.parent.name}/{path.name}", path.read_bytes, label=path.parent.name.replace("_", " "))
+        Record(f"{split}/{path.parent.name}/{path.name}", _reader(path), label=_words(path.parent.name))
         for path in paths
     ]
+
+
+def _reader(path: Path) -> Callable[[], bytes]:
+    def read() -> bytes:
+        try:
+            _check_length(path.stat().st_size)
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise PictureError("the file is missing") from None
+        except ValueError:
+            raise PictureError("unreadable: a name that no file system takes") from None
+
+    return read
+
+
+def _check_length(length: int) -> None:
+    if length > LARGEST_FILE:
+        raise PictureError(f"too large: {length:,} bytes")
 
 
 def karpathy_records(root: str | Path) -> dict[str, list[Record]]:
@@ -258,16 +386,18 @@ def karpathy_records(root: str | Path) -> dict[str, list[Record]]:
         rows = [
             (
                 (f"{image['filepath']}/" if image.get("filepath") else "") + image["filename"],
-                image["split"],
+                str(image["split"]),
                 tuple(text for text in (" ".join(s["raw"].split()) for s in image["sentences"]) if text),
                 image.get("category"),
             )
             for image in images
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as wrong:
+    except OSError as wrong:
+        raise UserError(f"{path}: cannot be read ({wrong.strerror}): name a file that can") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as wrong:
         raise UserError(
-            f"{path}: not in Karpathy's form ({type(wrong).__name__}: {wrong}): it needs images[] with filename, split "
-            "and sentences[].raw"
+            f"{path}: not in Karpathy's form ({type(wrong).__name__}: {shown(wrong)}): it needs images[] with "
+            "filename, split and sentences[].raw"
         ) from None
     if not rows:
         raise UserError(f"{path}: it lists no images")
@@ -276,8 +406,9 @@ def karpathy_records(root: str | Path) -> dict[str, list[Record]]:
     for file, split, captions, category in rows:
         where = "train" if split == "restval" else split
         if where not in splits:
-            raise UserError(f"{path}: {file} is in split {split!r}: it may be train, restval, val or test")
-        label = str(category).replace("_", " ") if category else None
+            told = f"{shown(file)} is in split '{shown(split)}'"
+            raise UserError(f"{path}: {told}: it may be train, restval, val or test")
+        label = _words(str(category)) or None if category else None
         splits[where].append(Record(file, source(file, captions), captions, label))
     _check_unique(path, [record for records in splits.values() for record in records])
     return splits
@@ -295,59 +426,37 @@ def _only_json(root: Path) -> Path:
 
 def _picture_source(folder: Path, name: str, files: list[str]) -> Callable[[str, tuple], Callable[[], bytes]]:
     """Where the pictures lie -> (file, captions) -> a reader of its bytes."""
-    archive = folder / "images.tar"
-    tar = TarFiles(archive) if archive.is_file() else None
-    bases = [folder, folder / "images", folder / f"{name}-images"]
-    base = next((base for base in bases if (base / files[0]).is_file()), None)
-    base = base or next((base for base in bases if any((base / file).is_file() for file in files)), None)
-    if tar is None and base is None:
-        looked = ", ".join(str(base / files[0]) for base in bases)
-        raise UserError(f"karpathy: no pictures (looked for {archive}, {looked}): put images.tar beside the JSON")
+    packed = folder / "images.tar"
+    archive = SafeArchive(packed, Limits(member=LARGEST_FILE)) if packed.is_file() else None
+    for _ in archive.members() if archive else ():
+        pass
+    bases = [folder, folder / "images", *([] if "/" in name or leads_out(name) else [folder / f"{name}-images"])]
+    base = next((base for base in bases if _is_in(base, files[0])), None)
+    base = base or next((base for base in bases if any(_is_in(base, file) for file in files)), None)
+    if archive is None and base is None:
+        looked = ", ".join(shown(base / files[0]) for base in bases)
+        raise UserError(f"karpathy: no pictures (looked for {packed}, {looked}): put images.tar beside the JSON")
 
     def reader(file: str, captions: tuple) -> Callable[[], bytes]:
         def read() -> bytes:
             if not captions:
                 raise PictureError("it has no caption")
-            if tar is not None:
-                return tar.read(file)
-            # A path of the JSON is data: it may not lead out of the folder.
-            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file:
+            if leads_out(file):  # a path of the JSON is data
                 raise PictureError("its path leads out of the folder")
+            if archive is None:
+                return _reader(base / file)()
             try:
-                return (base / file).read_bytes()
-            except OSError:
-                raise PictureError("the file is missing") from None
+                return archive.read(file)
+            except ArchiveError as wrong:
+                raise PictureError(str(wrong)) from None
 
         return read
 
     return reader
 
 
-class TarFiles:
-    """The regular files of a tar archive, read by name; nothing is unpacked, links and devices are not followed."""
-
-    def __init__(self, path: Path):
-        try:
-            self.archive = tarfile.open(path, "r:*")  # noqa: SIM115 (read on demand, closed with the object)
-            self.members = {_plain(m.name): m for m in self.archive.getmembers() if m.isreg()}
-        except (tarfile.TarError, OSError, EOFError) as wrong:
-            raise UserError(f"{path}: no readable tar archive ({wrong}): get the file again") from None
-
-    def read(self, name: str) -> bytes:
-        member = self.members.get(_plain(name))
-        if member is None:
-            raise PictureError("the archive has no such file")
-        if member.size > LARGEST_FILE:
-            raise PictureError(f"{member.size:,} bytes")
-        try:
-            content = self.archive.extractfile(member)
-            data = content.read() if content else b""
-        except (tarfile.TarError, OSError, EOFError) as wrong:
-            raise PictureError(f"the archive is damaged: {wrong}") from None
-        if len(data) != member.size:
-            raise PictureError("the archive is cut short")
-        return data
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("./")
+def _is_in(base: Path, file: str) -> bool:
+    try:
+        return not leads_out(file) and (base / file).is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False

@@ -1,0 +1,196 @@
+"""`chaos`: a small run is killed with -9 at random moments, started again each time with the same command, and must end
+as one that was never interrupted: the same curves, metrics and weights, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.catalogue import Catalogue
+from shared.errors import UserError
+
+SMALL = (
+    "steps=60", "pairs=256", "test_pairs=16", "classes=4", "batch=16", "measure_at=4", "val_pictures=8",
+    "accelerator=cpu", "checkpoint_every=3", "jobs=1",
+)  # fmt: skip
+LONGEST = 600  # seconds that one start may take
+
+
+@dataclass
+class Chaos:
+    """What was done, and what came out of it. lost: steps that had to be trained again, per kill."""
+
+    kills: int = 0
+    while_writing: int = 0
+    before_a_checkpoint: int = 0
+    runs: int = 0
+    equal: int = 0
+    lost: list[int] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        mean = sum(self.lost) / len(self.lost) if self.lost else 0.0
+        return (
+            f"{self.kills} kills over {self.runs} runs ({self.while_writing} while a checkpoint was being written, "
+            f"{self.before_a_checkpoint} before the first), {mean:.1f} steps trained again per kill; "
+            f"{self.equal} of {self.runs} runs ended bit for bit as the uninterrupted one"
+        )
+
+
+def chaos(
+    catalogue: Catalogue,
+    name: str,
+    kills: int,
+    seed: int,
+    folder: Path,
+    overrides: list[str],
+    say: Callable[[str], None],
+) -> Chaos:
+    """Kill the paper's first arm `kills` times, over as many whole runs as that takes. folder: a new, empty one."""
+    random_moment = random.Random(seed)
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        str(catalogue.root),
+        catalogue.package,
+        name,
+        json.dumps([*SMALL, *overrides]),
+    ]
+    found = Chaos()
+    say("an uninterrupted run")
+    expected, duration = ended(Child(command, folder / "whole"))
+    while found.kills < kills:
+        place = folder / f"killed-{found.runs}"
+        found.runs += 1
+        while True:
+            child = Child(command, place)
+            # the first step may be any number of seconds away; the moments are drawn over what comes after it
+            writing = random_moment.random() < 0.5
+            moment = random_moment.uniform(0.0, duration / 2)
+            if found.kills >= kills or not child.survives_until(moment, writing):
+                break
+            child.kill()
+            found.kills += 1
+            found.while_writing += child.left_half_written()
+            kept = child.newest_step()
+            found.before_a_checkpoint += kept == 0
+            found.lost.append(max(0, child.seen - kept))
+            say(f"kill {found.kills}: at step {child.seen}, goes on from step {kept}")
+        now, _ = ended(child)
+        different = [key for key in expected.keys() | now.keys() if expected.get(key) != now.get(key)]
+        found.equal += not different
+        found.differences += [f"run {found.runs}: {key}" for key in sorted(different)]
+        say(f"run {found.runs} ended {'bit for bit equal' if not different else f'different: {different}'}")
+    return found
+
+
+class Child:
+    """One start of the run in a process of its own; it writes the number of every finished step to `progress`."""
+
+    def __init__(self, command: list[str], folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.progress = folder / "progress"
+        self.progress.unlink(missing_ok=True)
+        self.log = (folder / "log.txt").open("a")
+        environment = os.environ | {"PYTHONPATH": command[3], "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([*command, str(folder)], stdout=self.log, stderr=self.log, env=environment)
+        self.limit = time.monotonic() + LONGEST
+
+    @property
+    def seen(self) -> int:
+        """Steps trained so far, those before a resume included."""
+        try:
+            return int(self.progress.read_text() or 0)
+        except (OSError, ValueError):
+            return 0
+
+    def survives_until(self, moment: float, writing: bool) -> bool:
+        """Wait `moment` seconds from its first step on, then, if wanted, for a checkpoint being written. False: it ended."""
+        started = None
+        while self.process.poll() is None:
+            if started is None and self.seen:
+                started = time.monotonic()
+            if started and time.monotonic() - started >= moment and (not writing or self.left_half_written()):
+                return True
+            if time.monotonic() > self.limit:
+                self.kill()
+                raise UserError(f"{self.folder}: no end after {LONGEST} s; see log.txt there")
+            time.sleep(0.0005)
+        return False
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def left_half_written(self) -> bool:
+        return any((self.folder / "checkpoints").glob("*.partial"))
+
+    def newest_step(self) -> int:
+        from shared.resume import newest_valid
+
+        sealed = newest_valid(self.folder / "checkpoints")
+        return sealed.step if sealed else 0
+
+
+def ended(child: Child) -> tuple[dict, float]:
+    """Wait for the end. -> ({what is compared: its value or digest}, seconds of training)."""
+    started = None
+    while child.process.poll() is None:
+        started = started or (time.monotonic() if child.seen else None)
+        time.sleep(0.001)
+    spent = time.monotonic() - started if started else 0.0
+    if child.process.returncode:
+        raise UserError(f"{child.folder}: the run ended with code {child.process.returncode}; see log.txt there")
+    outcome = json.loads((child.folder / "outcome.json").read_text())["outcome"]["measured"]
+    compared = {key: value for key, value in outcome.items() if key != "waited"}
+    curves = compared.pop("curves")
+    compared |= {f"curve {key}": value for key, value in curves.items()}
+    weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in child.folder.glob("*.safetensors")}
+    if not weights:
+        raise UserError(f"{child.folder}: the arm kept no weights, so they cannot be compared")
+    return compared | weights, spent
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from shared.catalogue import Catalogue
+from shared.chaos import run_child
+root, package, name, overrides, folder = sys.argv[1:]
+run_child(Catalogue(Path(root) / package, package), name, json.loads(overrides), Path(folder))
+"""
+
+
+def run_child(catalogue: Catalogue, name: str, overrides: list[str], folder: Path) -> None:
+    """What is started and killed: the first arm of the paper at smoke scale, as `reproduce` runs it."""
+    import torch
+
+    from shared.arms import Job
+    from shared.recipes import SEED_BASE
+    from shared.training import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    recipe = catalogue.recipe(name, "smoke", overrides)
+    arm = next(iter(catalogue.module(name, "claims").ARMS))
+    seen, file = 0, (folder / "progress").open("w")
+
+    def progress(samples: int) -> None:
+        nonlocal seen
+        seen += samples // recipe.batch
+        file.seek(0)
+        file.write(str(seen))
+        file.flush()
+
+    Job(f"{catalogue.package}.{name}", recipe, arm, SEED_BASE, folder, True).run(progress)

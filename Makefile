@@ -2,7 +2,7 @@
 # as it is; otherwise .venv is made here from pyproject.toml and constraints.txt before anything runs in it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install list reproduce compare report parity test lint bench data convert cite mlflow clean env
+.PHONY: help install list reproduce compare report parity test lint bench data convert cite doctor mutants mlflow clean env
 
 ifdef PYTHON
   OWN :=
@@ -68,6 +68,12 @@ convert: env  ## published weights to ours and back: ARGS="IN OUT --variant clip
 
 cite: env  ## BibTeX of PAPER, its data and base weights
 	@$(RUN) cite $(PAPER)
+
+doctor: env  ## what this machine has, lacks and could run, with a block to paste into an issue
+	@$(RUN) doctor $(PAPER) $(ARGS)
+
+mutants: env  ## planted faults: every one must be caught by the tests
+	@"$(PYTHON)" tests/mutants/run.py $(ARGS)
 
 mlflow: env  ## browse the tracked runs on http://127.0.0.1:5000
 	@"$(PYTHON)" -m mlflow server --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port 5000

@@ -116,7 +116,7 @@ class Child:
             return 0
 
     def survives_until(self, moment: float, writing: bool) -> bool:
-        """Wait `moment` seconds from its first step on, then, if wanted, for a checkpoint being written. False: it ended."""
+        """Wait `moment` seconds from its first step on, then, if wanted, for a checkpoint begun. False: it ended."""
         started = None
         while self.process.poll() is None:
             if started is None and self.seen:

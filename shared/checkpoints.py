@@ -3,12 +3,13 @@ code of theirs: safetensors, torch archives with weights_only, and TorchScript a
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
+import pickletools
 import re
-import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.archives import Limits, SafeArchive, shown
 from shared.errors import UserError
 from shared.fetch import Entry, atomic
 
@@ -160,23 +162,37 @@ def _refuse(what: str, problems: list[tuple[str, list[str]]]) -> None:
 
 def _listed(keys: list[str], show: int = 8) -> str:
     more = f", ... ({len(keys)} in all)" if len(keys) > show else ""
-    return ", ".join(map(str, keys[:show])) + more
+    return ", ".join(shown(key) for key in keys[:show]) + more
 
 
 def load_weights(model: nn.Module, path: str | Path, weight_map: WeightMap | None = None) -> None:
-    """Read a file into a model, strictly: every parameter and buffer of its state dict, no key more, same shapes. The
-    model keeps its dtypes. Without a map the file holds our own names."""
+    """Read a file into a model, strictly: every parameter and buffer of its state dict, no key more, same shapes, and
+    numbers of the same kind; the model keeps its dtypes. Without a map the file holds our own names. What a safetensors
+    header promises is held against the model before any tensor is read."""
+    if _head(Path(path))[8:] == b"{":
+        _fitted(path, read_header(path), model, weight_map)
+    model.load_state_dict(_fitted(path, read_tensors(path), model, weight_map), strict=True)
+
+
+def _fitted(
+    path: str | Path, tensors: dict[str, Tensor], model: nn.Module, weight_map: WeightMap | None
+) -> dict[str, Tensor]:
     own = model.state_dict()
     expected = {key: tensor.shape for key, tensor in own.items()}
-    tensors = read_tensors(path)
     try:
         if weight_map is None:
             _refuse("weights do not fit the model", _differences(tensors, expected))
         else:
             tensors = to_ours(tensors, weight_map, expected)
+        kinds = [f"{key} {t.dtype} for {own[key].dtype}" for key, t in tensors.items() if _kind(t) != _kind(own[key])]
+        _refuse("weights do not fit the model", [("other kinds of numbers", kinds)])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    model.load_state_dict(tensors, strict=True)
+    return tensors
+
+
+def _kind(tensor: Tensor) -> Any:
+    return "floating-point" if tensor.is_floating_point() else tensor.dtype
 
 
 def save_weights(
@@ -199,39 +215,120 @@ def save_weights(
     try:
         with atomic(path) as temporary:
             save_file(ready, temporary, metadata={"format": "pt", **text})
+            _sort_header(temporary)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write it ({error.strerror or error}); free space or name another place"
         ) from None
 
 
+def _sort_header(path: Path) -> None:
+    """safetensors writes its metadata in any order; equal weights are to be equal bytes, for hashes to name them."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # it was padded with spaces to a multiple of eight
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def read_header(path: str | Path) -> dict[str, Tensor]:
+    """The names, shapes and dtypes of a weight file as tensors on the meta device. Of a safetensors file the header
+    alone is read; a file of another kind is read as a whole."""
+    path = Path(path)
+    if _head(path)[8:] != b"{":
+        return {key: tensor.to("meta") for key, tensor in read_tensors(path).items()}
+    try:
+        return _safetensors_header(path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _refused(path, error) from None
+
+
+def _safetensors_header(path: Path) -> dict[str, Tensor]:
+    """safetensors itself holds offsets, shapes and dtypes against each other and against the file's length, but takes
+    the last of two equal keys; and its limit of 100 MB would be a gigabyte of Python objects."""
+    from safetensors import safe_open
+
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > _LARGEST_HEADER:
+            raise ValueError(f"header too large, {length:,} bytes")
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            promised = {key: (tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
+        json.loads(stream.read(length), object_pairs_hook=_unique)
+    if unknown := {dtype for _, dtype in promised.values()} - set(_DTYPES):
+        raise ValueError(f"numbers of a type that no weights here have, {', '.join(sorted(unknown))}")
+    return {key: torch.empty(shape, dtype=_DTYPES[dtype], device="meta") for key, (shape, dtype) in promised.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(key for key, _ in pairs)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise ValueError(f"key '{twice[0]}' is given twice")
+    return dict(pairs)
+
+
+_LARGEST_HEADER = 1 << 24  # bytes
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a weight file, on the CPU, by its content: safetensors, a torch archive (weights_only: tensors and
     plain containers), or a TorchScript archive (its parameters and buffers; its code is not run)."""
     path = Path(path)
+    head = _head(path)
     try:
-        with open(path, "rb") as stream:
-            head = stream.read(9)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror}); fetch it or correct the path") from None
-    try:
-        if head[8:9] == b"{":
+        if head[8:] == b"{":
             from safetensors.torch import load_file
 
+            _safetensors_header(path)
             return load_file(path)
         if head[:4] == b"PK\x03\x04":
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # as torch.load tells them
-                    return _read_torchscript(archive)
+            with SafeArchive(path, _STORED) as archive:
+                names = list(archive.members())
+                if any(name.endswith("/constants.pkl") for name in names):  # as torch.load tells them
+                    return _read_torchscript(archive, names)
             return _only_tensors(path, torch.load(path, map_location="cpu", weights_only=True))
         if head[:1] == b"\x80":  # a bare pickle, as torch wrote before 1.6
             return _only_tensors(path, torch.load(path, map_location="cpu", weights_only=True))
     except UserError:
         raise
     except Exception as error:  # parsers of hostile or cut files fail in many ways
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise UserError(f"{path}: refused as a weight file ({reason}); fetch it again or convert it") from error
+        raise _refused(path, error) from error
     raise UserError(f"{path}: neither safetensors nor a torch archive; convert it to safetensors")
+
+
+_STORED = Limits(ratio=1.0, member=1 << 40)  # torch packs the code of TorchScript alone
+
+
+def _head(path: Path) -> bytes:
+    """The first nine bytes, which tell the kinds of weight files apart."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(9)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it ({error.strerror}); fetch it or correct the path") from None
+
+
+def _refused(path: Path, error: Exception) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return UserError(f"{path}: refused as a weight file ({shown(reason)}); fetch it again or convert it")
 
 
 def _only_tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
@@ -244,6 +341,9 @@ def _only_tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
     )
     if others:
         raise UserError(f"{path}: not a state dict, these are no tensors: {_listed(others)}; save the state dict alone")
+    for key, tensor in loaded.items():  # a view may repeat one number to any size, and a copy of it would be that size
+        if tensor.layout != torch.strided or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(f"'{key}' {tuple(tensor.shape)} is not stored in full")
     return dict(loaded)
 
 
@@ -257,8 +357,12 @@ class _ArchiveUnpickler(pickle.Unpickler):
     """Builds tensors, plain containers and empty shells out of a TorchScript data.pkl, and refuses every other name, so
     that nothing in the file can be called."""
 
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}/data.pkl"))
+    def __init__(self, archive: SafeArchive, root: str):
+        program = archive.read(f"{root}/data.pkl")
+        for opcode, argument, _ in pickletools.genops(program):  # one number makes the C unpickler's memo that long
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(program):
+                raise ValueError(f"a memo of {argument:,} places")
+        super().__init__(io.BytesIO(program))
         self.archive, self.root = archive, root
         self.storages: dict[str, Tensor] = {}
         self.allowed = {
@@ -275,7 +379,9 @@ class _ArchiveUnpickler(pickle.Unpickler):
             return _STORAGES[name]
         if (module, name) in self.allowed:
             return self.allowed[module, name]
-        raise UserError(f"{self.archive.filename}: asks for {module}.{name}, which weights do not need; not loaded")
+        raise UserError(
+            f"{self.archive.path}: asks for {shown(f'{module}.{name}')}, which weights do not need; not loaded"
+        )
 
     def persistent_load(self, pid: Any) -> Tensor:
         """('storage', dtype, key, device, elements): the device that it was saved from is ignored."""
@@ -313,18 +419,15 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_
     return storage.as_strided(tuple(size), tuple(stride), offset)
 
 
-def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+def _read_torchscript(archive: SafeArchive, names: list[str]) -> dict[str, Tensor]:
     """What jit_module.state_dict() would give: the tensors that the code's class headers name as parameters or buffers.
-    The code is read as text, and is the only part that torch stores packed."""
-    for info in archive.infolist():
-        if info.file_size > (_LARGEST_CODE if "/code/" in info.filename else info.compress_size):
-            raise UserError(f"{archive.filename}: {info.filename} grows on reading, torch's do not; not loaded")
-    root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rsplit("/", 1)[0]
+    The code is read as text."""
+    root = next(name for name in names if name.endswith("/constants.pkl")).rsplit("/", 1)[0]
     byteorder = f"{root}/byteorder"
-    if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
-        raise UserError(f"{archive.filename}: written on a big-endian machine; convert it to safetensors there")
+    if byteorder in names and archive.read(byteorder) != b"little":
+        raise UserError(f"{archive.path}: written on a big-endian machine; convert it to safetensors there")
     headers: dict[str, set[str] | None] = {}  # None: written before 1.6, which named no buffers; take every tensor
-    for name in archive.namelist():
+    for name in names:
         if name.startswith(f"{root}/code/") and name.endswith(".py"):
             module = name[len(f"{root}/code/") : -len(".py")].replace("/", ".")
             for found in _HEADER.finditer(archive.read(name).decode()):
@@ -350,7 +453,6 @@ def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     return tensors
 
 
-_LARGEST_CODE = 1 << 26  # bytes
 _HEADER = re.compile(r"^class (\w+)\(Module\):\n  __parameters__ = \[(.*)\]\n(?:  __buffers__ = \[(.*)\]\n)?", re.M)
 
 

@@ -80,6 +80,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--kills", type=int, default=20)
     sub.add_argument("--seed", type=int, default=0, help="of the random moments")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
+    sub = verb("calibrate", calibrate, "how often a verdict is false where nothing differs")
+    sub.add_argument("paper")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
+    sub = verb("plan", plan, "memory, time and cost of a full-size training on GPUs that are not at hand")
+    sub.add_argument("variant", help="such as clip-vit-l-14")
+    sub.add_argument("--gpus", type=int, default=1)
+    sub.add_argument("--gpu", default="h100")
+    sub.add_argument("--efficiency", type=float, help="share of the GPU's peak that is reached")
+    sub.add_argument("--price", type=float, help="of a GPU-hour; without it no cost is said")
+    sub.add_argument("--batch", type=int, help="global batch (default: the paper's)")
+    sub.add_argument("--zero", type=int, help="one ZeRO stage, 0 to 3 (default: all)")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="values of the recipe")
+    sub = verb("doctor", doctor, "what this machine has, lacks and could run; ends in a block to paste into an issue")
+    sub.add_argument("paper", nargs="?")
+    sub.add_argument("--scale", default="mini", help=f"one of {', '.join(SCALES)} (default: mini)")
+    sub.add_argument("--verify", action="store_true", help="hash large cached files too")
+    sub = verb("deliver", deliver, "send what tracking kept while its server was away")
+    sub.add_argument("files", nargs="*", type=Path, help="default: tracking-*.jsonl here")
     sub = verb("compare", compare, "one table over all papers and scales, from results/")
     sub.add_argument("paths", nargs="*", type=Path, help="report.json files (default: results/*/*.json)")
     sub = verb("report", report, "print the newest report of a paper, keep it, or write the generated tables")
@@ -92,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--paper", default="clip")
     sub.add_argument("--variant", required=True)
     sub.add_argument("--to", default="ours", help="ours, or one of the paper's published formats")
+    sub.add_argument("--tokenizer", type=Path, help="of weights trained here, for an exported folder")
     sub = verb("cite", cite, "BibTeX of a paper, its data and base weights")
     sub.add_argument("paper", nargs="?")
     sub = verb("fetch", fetch, "bring and check files of the manifest")
@@ -187,6 +206,44 @@ def chaos(catalogue: Catalogue, options: argparse.Namespace) -> int:
     return 0 if found.equal == found.runs else 1
 
 
+def calibrate(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.calibration import line, run
+    from shared.training import quiet
+
+    quiet()
+    path = run(catalogue, catalogue.known(options.paper), options.overrides, Console())
+    print(line(path))
+    print(path)
+
+
+def plan(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.plan import EFFICIENCY, make_plan, text
+
+    efficiency = EFFICIENCY if options.efficiency is None else options.efficiency
+    planned = make_plan(
+        catalogue, options.variant, options.gpus, options.gpu, efficiency, options.batch, options.zero,
+        options.overrides, Console(),
+    )  # fmt: skip
+    print(text(planned, options.price))
+
+
+def doctor(catalogue: Catalogue, options: argparse.Namespace) -> int:
+    from shared.doctor import doctor as examine
+
+    return examine(catalogue, options.paper and catalogue.known(options.paper), options.scale, options.verify)
+
+
+def deliver(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.tracking import deliver as send
+    from shared.tracking import kept_files
+
+    files = options.files or kept_files(catalogue.root)
+    for path in files:
+        print(f"{path}: {send(path)} records delivered")
+    if not files:
+        print("nothing is kept: all that was tracked has arrived")
+
+
 def compare(catalogue: Catalogue, options: argparse.Namespace) -> None:
     from shared.report import compare as table
     from shared.tables import results
@@ -215,7 +272,13 @@ def report(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 def convert(catalogue: Catalogue, options: argparse.Namespace) -> None:
     catalogue.variant(options.paper, options.variant)
-    catalogue.module(options.paper, "converter").convert(options.source, options.target, options.variant, options.to)
+    if options.target.suffix == ".safetensors":
+        catalogue.module(options.paper, "converter").convert(
+            options.source, options.target, options.variant, options.to
+        )
+    else:  # a folder that the library of that name loads
+        export = catalogue.module(options.paper, "export").export
+        export(options.source, options.target, options.variant, options.to, options.tokenizer, catalogue)
     print(options.target)
 
 

@@ -61,7 +61,12 @@ def _of_zero(folder: Path) -> dict[str, Tensor]:
     with quiet_and_plain():
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        tensors = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        whole = folder / TAG / "mp_rank_00_model_states.pt"  # below ZeRO-3 the module is whole on every rank
+        if whole.is_file():  # frozen parameters have no master copy; ZeRO-1 leaves them out
+            own = torch.load(whole, map_location="cpu", weights_only=True)["module"]
+            tensors |= {key: value for key, value in own.items() if key not in tensors}
+        return tensors
 
 
 def written_by(folder: Path) -> int:

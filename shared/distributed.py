@@ -39,3 +39,16 @@ def all_gather(x: Tensor) -> Tensor:
     with data-parallel averaging (DDP divides by R) the mean of the ranks' losses is what gets optimised.
     """
     return x if world()[1] == 1 else _AllGather.apply(x)
+
+
+def add_exponentials_over_ranks(maximum: Tensor, total: Tensor) -> None:
+    """In place: of maximum and total = Σ exp(x - maximum) over each rank's own x, (N,) each, those over all ranks' x.
+
+    Not differentiable. Does nothing on one rank.
+    """
+    if world()[1] == 1:
+        return
+    own = maximum.clone()
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    total.mul_((own - maximum).exp_())
+    dist.all_reduce(total)

@@ -16,9 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from shared.errors import UserError
+from shared.yaml_safe import read_yaml
 
 # What one unit of a structure row stands for: divide the measured count by it before comparing with `reported`.
 UNITS = {"parameters": 1.0, "M parameters": 1e6, "B parameters": 1e9, "GFLOPs": 1e9, "count": 1.0}
@@ -139,7 +138,7 @@ class PaperCard:
 def load_paper(path: str | Path) -> PaperCard:
     """Read and check one paper.yaml; every fault is a UserError that names the file, the row and the key."""
     path = Path(path)
-    card = _build(PaperCard, _read(path), _Place(str(path)))
+    card = _build(PaperCard, read_yaml(path, "paper card"), _Place(str(path)))
     _check(card, _Place(str(path)))
     return card
 
@@ -151,29 +150,6 @@ def bibtex(card: PaperCard) -> str:
 
 
 # ---- reading
-
-
-class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML keeps the last of two equal keys in silence; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a paper's folder needs a paper.yaml") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
-        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', None) or error}") from error
 
 
 class _Place:

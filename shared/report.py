@@ -50,6 +50,7 @@ VERDICTS = {
     "claims": ("reproduced", "inconclusive", "contradicted", "not run"),
     "metrics": ("match", "mismatch", "not run"),
 }
+LONGEST = 4000  # characters of one text that are shown
 _ANSI = {
     "match": "32",
     "reproduced": "32",
@@ -125,7 +126,8 @@ class Sample:
 
 @dataclass
 class Report:
-    """`data` holds name, digest, coverage, credits, note, run (how it went); `started` is ISO 8601; `seconds` the whole run's duration."""
+    """`data` holds name, digest, coverage, credits, note, run (how it went); `started` is ISO 8601; `seconds` the whole
+    run's duration."""
 
     paper: str
     title: str
@@ -318,7 +320,7 @@ def markdown(report: Report) -> str:
         "",
     ]
     if report.command:
-        lines += ["```", report.command.replace("```", "'''"), "```", ""]
+        lines += ["```", _clean(report.command).replace("```", "'''"), "```", ""]
     for rung, (question, proves, leaves) in RUNGS.items():
         lines += [f"## {rung.capitalize()}: {question[0].lower()}{question[1:]}", "", f"{proves}; {leaves}", ""]
         group = report.of(rung)
@@ -479,8 +481,10 @@ def _beside(path: Path, name: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """One line without control characters: a caption may carry terminal escapes."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
+    """One line without control characters, and not endless: a caption may carry terminal escapes, or be a megabyte."""
+    text = str(text)
+    more = f" ... ({len(text):,} characters)" if len(text) > LONGEST else ""
+    return "".join(c if c.isprintable() else " " for c in text[:LONGEST]) + more
 
 
 def _md(text: str) -> str:
@@ -496,7 +500,13 @@ def _pad(text: str, width: int) -> str:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    return textwrap.wrap(_clean(text), width, break_on_hyphens=False) or [""]
+    lines = []
+    for line in textwrap.wrap(_clean(text), width, break_on_hyphens=False):
+        while _columns(line) > width:  # textwrap counts a wide character as one
+            cut = next(i for i in range(width, 0, -1) if _columns(line[:i]) <= width)
+            lines, line = [*lines, line[:cut]], line[cut:]
+        lines.append(line)
+    return lines or [""]
 
 
 def _paint(text: str, code: str, colour: bool) -> str:

@@ -340,7 +340,7 @@ def _samples(samples: Sequence[Sample]) -> str:
 def _how(report: Report) -> str:
     parts = []
     if report.command:
-        parts.append(f'<pre tabindex="0">{escape(report.command)}</pre>')
+        parts.append(f'<pre tabindex="0">{_text(report.command)}</pre>')
     for name, text in (("Recipe, fully resolved", report.recipe), ("Environment", report.environment)):
         if text:
             parts.append(f'<details><summary>{name}</summary><pre tabindex="0">{escape(text)}</pre></details>')

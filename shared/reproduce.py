@@ -54,7 +54,7 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         recipe, data = prepare_data(catalogue, recipe, console)
         run.same("data", data["digest"])
         console.stage("claims: every arm and seed, trained and measured")
-        claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, run, console)
+        claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, run, command, console)
         rows += claim_rows_found
         try:
             figures, samples = catalogue.module(name, "figures").draw(recipe, outcomes, folder)
@@ -199,7 +199,7 @@ def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tupl
 
 
 def run_claims(
-    catalogue: Catalogue, card: PaperCard, recipe: Recipe, data: dict, run: RunFolder, console: Console
+    catalogue: Catalogue, card: PaperCard, recipe: Recipe, data: dict, run: RunFolder, command: str, console: Console
 ) -> tuple[list[Row], dict[int, dict[str, dict]], Tracker]:
     """Train every arm once a seed, then let each claim compare them. -> rows, {seed: {arm: measurements}}, its run."""
     from shared.arms import run_arms, seeds_of
@@ -212,13 +212,17 @@ def run_claims(
     folder, waited = run.path, []
     tracker = Tracker(
         experiment=recipe.paper,
-        name=f"{recipe.paper} {recipe.scale} {folder.name}",
+        name=f"{recipe.scale} {data['name']}",
         folder=catalogue.root,
         root=catalogue.root,
+        data=data["name"],
         data_digest=data["digest"],
-        tags={"scale": recipe.scale, "data": data["name"]},
+        command=command,
+        tags={"scale": recipe.scale, "seeds": recipe.seeds},
         params=dataclasses.asdict(recipe),
+        resume=run.get("tracking"),
     )
+    run.keep(tracking=tracker.key)
     package = f"{catalogue.package}.{recipe.paper}"
     with tracker, console.progress(total, f"{len(arms)} arms x {recipe.seeds} seeds", "samples") as bar:
         tracker.log_text(to_yaml(recipe), "recipe.yaml")

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 from shared.errors import UserError
@@ -38,7 +39,10 @@ class Rule:
 
 
 class Verdict(NamedTuple):
-    """`word` is reproduced | inconclusive | contradicted; bounds are None with a single seed; `note` flags doubts."""
+    """`word` is reproduced | inconclusive | contradicted; bounds are None with a single seed; `note` flags doubts.
+
+    `smallest_effect`: see the function of that name; None with a single seed or without any spread over the seeds.
+    """
 
     word: str
     mean: float
@@ -64,20 +68,35 @@ def interval(effects: Sequence[float], level: float = 0.95) -> tuple[float, floa
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, None, None
-    from scipy.stats import t  # a second to import: only runs pay for it
-
-    half = float(t.ppf(0.5 + level / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    half = _quantile(level, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
+@cache
+def _quantile(level: float, freedom: int) -> float:
+    """Student's t that the middle `level` of the distribution lies within, either side."""
+    from scipy.stats import t  # a second to import: only runs pay for it
+
+    return float(t.ppf(0.5 + level / 2, freedom))
+
+
 def smallest_effect(effects: Sequence[float], level: float = 0.95) -> float | None:
-    """The smallest true effect this run could have told from none: half the interval's width; None with one seed."""
+    """Half the interval's width: the effect this run could tell from none with even odds; None with one seed.
+
+    Its power is one half, whatever the number of seeds: the interval of a run whose true effect is of just this size
+    excludes zero as often as not. shared/calibration.py measures what effects of 1.5 and 2 times the size are found.
+    """
     mean, _, high = interval(effects, level)
     return None if high is None else high - mean
 
 
 def verdict(effects: Sequence[float], rule: Rule, level: float = 0.95) -> Verdict:
-    """Apply `rule` to the interval of `effects`, one value a seed (paired: treatment minus baseline of that seed)."""
+    """Apply `rule` to the interval of `effects`, one value a seed (paired: treatment minus baseline of that seed).
+
+    Effects that all agree have no spread to draw an interval from. A metric with two equally likely outcomes agrees
+    over n seeds by chance in 2^(1-n) of the runs, so agreement alone decides only where that is within 1 - level:
+    from six seeds on at 95 %.
+    """
     mean, low, high = interval(effects, level)
     if low is None or high is None:
         return Verdict("inconclusive", mean, None, None, None, "one seed: no interval, no verdict")
@@ -85,10 +104,13 @@ def verdict(effects: Sequence[float], rule: Rule, level: float = 0.95) -> Verdic
         holds, fails = low > rule.margin, high < rule.margin
     else:
         holds, fails = -rule.margin < low and high < rule.margin, low > rule.margin or high < -rule.margin
-    word = "reproduced" if holds else "contradicted" if fails else "inconclusive"
-    # An interval of width zero is no certainty: as a rule the metric is saturated, or the seed never reached the run.
-    note = "every seed gave the same effect: saturated metric, or a seed that changes nothing" if low == high else ""
-    return Verdict(word, mean, low, high, high - mean, note)
+    word, smallest, note = "reproduced" if holds else "contradicted" if fails else "inconclusive", high - mean, ""
+    # differences of percentages agree up to rounding only: 60.2 - 60 is not 40.2 - 40
+    if math.isclose(min(effects), max(effects), rel_tol=1e-9, abs_tol=1e-9):
+        smallest, note = None, "every seed gave the same effect: saturated metric, or a seed that changes nothing"
+        if 2.0 ** (1 - len(effects)) > 1 - level:
+            word, note = "inconclusive", f"{note}; {len(effects)} seeds without spread decide nothing"
+    return Verdict(word, mean, low, high, smallest, note)
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from shared.consolidate import quiet_and_plain, written_by
@@ -132,6 +133,10 @@ class Zero(DeepSpeedStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         with _BytesOfScalars(), super().model_sharded_context():
             yield
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by the batches it accumulates; deepspeed would divide it again.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(checkpoint_path)

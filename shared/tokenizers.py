@@ -9,12 +9,14 @@ import hashlib
 import html
 import importlib.util
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.archives import shown
 from shared.errors import UserError
 from shared.fetch import atomic
 
@@ -47,18 +49,19 @@ class Tokenizer(ABC):
 
     def __call__(self, texts: Sequence[str] | str, context: int, truncate: bool = True) -> Tensor:
         """Ids (B, context), int64. A text that is too long loses its tail and keeps `end` in the last slot; with
-        truncate=False it is a UserError."""
+        truncate=False it is a UserError. No more than 100 characters a slot are read: what takes seconds in a
+        megabyte has no place in the ids."""
         import torch
 
         if isinstance(texts, str):
             texts = [texts]
         batch = torch.full((len(texts), context), self.pad, dtype=torch.long)  # (B, context)
         for row, text in enumerate(texts):
-            ids = [self.start, *self.encode(text), self.end]
+            ids = [self.start, *self.encode(text[: 100 * context] if truncate else text), self.end]
             if len(ids) > context:
                 if not truncate:
                     raise UserError(
-                        f"'{text[:60]}' takes {len(ids)} tokens, the context is {context}: shorten the text"
+                        f"'{shown(text, 60)}' takes {len(ids)} tokens, the context is {context}: shorten the text"
                     )
                 ids = [*ids[: context - 1], self.end]
             batch[row, : len(ids)] = torch.tensor(ids)
@@ -111,9 +114,12 @@ class ClipTokenizer(Tokenizer):
             words = self._words = dict(list(words.items())[:2])
         ids: list[int] = []
         for word in self._pattern.findall(_clean(text)):
-            if word not in words:
-                words[word] = self._bpe.encode(word).ids
-            ids += words[word]
+            found = words.get(word)
+            if found is None:
+                found = self._bpe.encode(word).ids
+                if len(word) <= _LONGEST_WORD:
+                    words[word] = found
+            ids += found
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -130,9 +136,16 @@ def _clean(text: str) -> str:
     if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = _unescape(_unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
+
+def _unescape(text: str) -> str:
+    # Python refuses to read a number of 5,000 digits; no character has one of 1,000
+    return html.unescape(re.sub("&#[0-9]{1000,};?", "\ufffd", text))
+
+
+_LONGEST_WORD = 100  # characters: longer ones are neither remembered nor learnt from whole
 
 # Byte-level alphabets print every byte: the printable ones stand for themselves, the others for U+0100 and up.
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -198,7 +211,7 @@ class SmallTokenizer(Tokenizer):
             special_tokens=["<|pad|>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
-        bpe.train_from_iterator(map(_plain, texts), trainer)
+        bpe.train_from_iterator(map(_in_pieces, texts), trainer)
         # as a plain entry: the padding's name in a text must not turn into padding
         model = json.loads(bpe.to_str())
         model["added_tokens"] = []
@@ -217,6 +230,11 @@ class SmallTokenizer(Tokenizer):
 
 def _plain(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())  # a lone surrogate becomes '?'
+
+
+def _in_pieces(text: str) -> str:
+    """A merge costs as much as a word is long, and a stranger's word may be a megabyte."""
+    return re.sub(rf"(\S{{{_LONGEST_WORD}}})(?=\S)", r"\1 ", _plain(text))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

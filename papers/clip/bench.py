@@ -1,181 +1,412 @@
-"""One training step of ViT-B/32, ours against transformers and open_clip: same weights, same batch, one run."""
+"""Ours against transformers and open_clip: equal weights and equal bytes, in turns, in one run. `make bench`.
+
+Each is run as its own training scripts and documentation run it: open_clip and transformers get texts padded to the
+full context, ours stops at the longest by itself; a contestant with `, trimmed` in its name is given trimmed ones.
+"""
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from papers.clip.config import VARIANTS, ClipConfig
-from papers.clip.converter import OPENAI_VIT
+from papers.clip.converter import OPENAI_VIT, TRANSFORMERS
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
-from shared.checkpoints import to_ours
+from papers.clip.structure import flops
+from shared.bench import DTYPES, Job, MemoryMeter, Sweep, core, in_child, matrix_peak, memory_rows, parse, race
+from shared.bench import run_sweeps as run_all
+from shared.checkpoints import to_ours, to_published
 from shared.errors import UserError
-from shared.training import decay_groups
+from shared.training import decay_groups, quiet
 
-# Mean length of COCO captions is 11 to 13 tokens of this vocabulary, with both end marks; these are of that kind.
-CAPTIONS = (
-    "a man riding a wave on top of a surfboard",
-    "two dogs are playing with a red ball on the grass near the house",
-    "a plate of food with rice, vegetables and a slice of lemon",
-    "a street sign in front of an old brick building",
-    "the kitchen has a wooden table and four white chairs",
-    "a train pulling into a station while people wait on the platform",
-    "a black cat sleeping on a laptop keyboard",
-    "several kites flying over a beach on a windy afternoon with children watching",
-)
-DEFAULTS = {"variant": "clip-vit-b-32", "batch": 16, "repeats": 7, "precisions": "fp32,bf16"}
+# Tokens of a caption with both end marks. Of the kind that COCO's captions have: about 13 on average, few beyond 20.
+NATURAL = (11, 16, 13, 10, 12, 22, 14, 11, 9, 13, 15, 12, 10, 17, 12, 14)
+SWEEPS = ("step", "inference", "memory", "resolution", "text", "core")
+NAMES = ("ours", "open_clip", "transformers")
+TRIMMED = "transformers, trimmed"
+DEFAULTS = {
+    "sweep": "all",
+    "variant": "",
+    "batch": "",
+    "repeats": 5,
+    "precision": "",
+    "seconds": 150.0,  # at most this long in one race, but for its first three rounds
+    "out": "results/bench",
+}
 
 
 def run(root: Path, overrides: list[str]) -> None:
-    """Print the table and write results/bench/clip-step-<device>.json."""
-    from shared.tracking import machine_description
-
-    settings = dict(DEFAULTS)
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign or key not in settings:
-            raise UserError(f"bench: '{override}' is not one of {', '.join(f'{k}=' for k in settings)}")
-        settings[key] = int(value) if isinstance(settings[key], int) else value
-    config = VARIANTS[settings["variant"]]()
+    """Print a table a sweep; write it, with its figure, into results/bench/."""
+    settings = parse(overrides, DEFAULTS)
+    chosen = SWEEPS if settings["sweep"] == "all" else (settings["sweep"],)
+    if unknown := set(chosen) - set(SWEEPS):
+        raise UserError(f"bench: no sweep '{unknown.pop()}'; choose all, {', '.join(SWEEPS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
-    for precision in settings["precisions"].split(","):
-        if precision == "bf16":
-            slowdown = product_seconds(device, torch.bfloat16) / product_seconds(device, torch.float32)
-            if slowdown > 2:
-                print(
-                    f"bf16 left out: a bf16 product takes {slowdown:.0f} times as long as an fp32 one on this machine"
-                )
-                continue
-        rows += compare(config, settings, precision, device)
-    print(
-        f"{settings['variant']}, batch {settings['batch']}, {device}, optimizer steps, median of {settings['repeats']}"
-    )
-    print(f"{'':14} {'precision':10} {'images/s':>9} {'ours is':>9}")
-    for row in rows:
-        print(f"{row['name']:14} {row['precision']:10} {row['images_per_second']:9.2f} {row['ours_is']:8.2f}x")
-    target = root / "results" / "bench" / f"clip-step-{device}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    result = {"settings": settings, "machine": machine_description(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(target)
+    precision = settings["precision"] or ("bf16" if device == "cuda" else "fp32")
+    if precision not in DTYPES:
+        raise UserError(f"bench: no precision '{precision}'; choose {', '.join(DTYPES)}")
+    peaks = [peak for peak in (matrix_peak(device, name) for name in DTYPES) if peak]
+    if precision not in {peak["precision"] for peak in peaks}:
+        raise UserError(f"bench: {precision} products are slower than fp32 ones on this machine; precision=fp32")
+    plan = Plan(device, precision, settings["repeats"], settings["seconds"], peaks, batches=_batches(settings["batch"]))
+    plan = replace(plan, variant=_known(settings["variant"]))
+    sweeps = [sweep for name in chosen for sweep in plan.sweeps(name)]
+    settings |= {"device": device, "precision": precision}
+    run_all(sweeps, settings, root / settings["out"], peaks)
 
 
-def product_seconds(device: str, dtype: torch.dtype) -> float:
-    """Of one small matrix product: a CPU without bf16 instructions is a hundred times slower in bf16."""
-    a, b = torch.randn(256, 256, device=device, dtype=dtype), torch.randn(256, 256, device=device, dtype=dtype)
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        float((a @ b).sum())
-        times.append(time.perf_counter() - started)
-    return min(times)
+def _known(variant: str) -> str:
+    if variant and variant not in VARIANTS:
+        raise UserError(f"bench: no variant '{variant}'; choose {', '.join(VARIANTS)}")
+    if variant and not VARIANTS[variant]().patch:
+        raise UserError(f"bench: transformers has no {variant}; choose a variant with patches, such as clip-vit-b-32")
+    return variant
 
 
-def compare(config: ClipConfig, settings: dict, precision: str, device: str) -> list[dict]:
-    """Alternate the three for `repeats` rounds; the ratio is the median over rounds of theirs / ours."""
-    from shared.tokenizers import ClipTokenizer
-
-    batch = settings["batch"]
-    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
-    tokens = ClipTokenizer()(captions, config.context).to(device)
-    pixels = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device)
-    steps = {name: step for name, step in contestants(config, device, pixels, tokens, precision)}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    losses = {name: step() for name, step in steps.items()}  # warm-up, and the proof that all compute the same
-    spread = max(losses.values()) - min(losses.values())
-    if spread > (1e-3 if precision == "fp32" else 5e-2):
-        raise UserError(f"bench: the losses differ by {spread:.2g} before the first step: {losses}")
-    for _ in range(settings["repeats"]):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
-    rows = []
-    for name, times in seconds.items():
-        ratios = [theirs / ours for theirs, ours in zip(times, seconds["ours"], strict=True)]
-        rows.append(
-            {
-                "name": name,
-                "precision": precision,
-                "images_per_second": round(batch / statistics.median(times), 2),
-                "ours_is": round(statistics.median(ratios), 2),
-                "seconds": [round(t, 4) for t in times],
-            }
-        )
-    return rows
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.split(",") if size)
+    except ValueError:
+        raise UserError(f"bench: batch={text} is no list of whole numbers; batch=4,16") from None
+    if any(size < 1 for size in sizes):
+        raise UserError(f"bench: batch={text} holds a batch of nothing")
+    return sizes
 
 
-def contestants(config: ClipConfig, device: str, pixels: Tensor, tokens: Tensor, precision: str):
-    """(name, a function that takes one optimizer step and returns the loss) of ours, open_clip and transformers.
+# ---- the contestants
 
-    Every contestant starts from the same uint8 pixels: what normalising them costs belongs to the step.
-    """
-    import open_clip.model
-    from open_clip.loss import ClipLoss
+
+@dataclass(frozen=True)
+class Contestant:
+    """One implementation; every function starts from the same bytes, so normalising them belongs to its time."""
+
+    model: nn.Module
+    images: Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> features (B, E)
+    texts: Callable[[Tensor], Tensor]  # token ids (B, T) -> features (B, E)
+    loss: Callable[[Tensor, Tensor], Tensor]  # both -> scalar
+
+
+def contestants(config: ClipConfig, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Contestant]:
+    """All three with equal weights, in eval mode."""
+    torch.manual_seed(0)
+    models = {name: build(name, config) for name in NAMES}
+    published = {k: v for k, v in models["open_clip"].state_dict().items() if k != "attn_mask"}
+    models["ours"].load_state_dict(to_ours(published, OPENAI_VIT))
+    models["transformers"].load_state_dict(to_published(models["ours"].state_dict(), TRANSFORMERS))
+    return {name: contestant(name, model.to(device, dtype).eval(), config) for name, model in models.items()}
+
+
+def build(name: str, config: ClipConfig) -> nn.Module:
+    """One of NAMES, with its own initial weights."""
+    if name == "ours":
+        return Clip(config)
+    if name == "open_clip":
+        import open_clip.model
+
+        vision = {
+            "image_size": config.image_size,
+            "patch_size": config.patch,
+            "width": config.vision_width,
+            "layers": config.vision_layers,
+            "head_width": config.vision_width // config.vision_heads,
+        }
+        text = {
+            "context_length": config.context,
+            "vocab_size": config.vocabulary,
+            "width": config.text_width,
+            "layers": config.text_layers,
+            "heads": config.text_heads,
+        }
+        return open_clip.model.CLIP(config.embed_width, vision, text, quick_gelu=config.activation == "quick_gelu")
     from transformers import CLIPConfig, CLIPModel
 
-    from papers.clip.converter import TRANSFORMERS
-    from shared.checkpoints import to_published
+    def tower(width: int, layers: int, heads: int) -> dict:
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "projection_dim": config.embed_width,
+            "hidden_act": config.activation,
+            "layer_norm_eps": config.eps,
+        }
 
-    torch.manual_seed(0)
-    theirs = open_clip.model.CLIP(
-        config.embed_width,
-        {"image_size": config.image_size, "layers": config.vision_layers, "width": config.vision_width,
-         "patch_size": config.patch},
-        {"context_length": config.context, "vocab_size": config.vocabulary, "width": config.text_width,
-         "heads": config.text_heads, "layers": config.text_layers},
-        quick_gelu=True,
-    ).to(device)  # fmt: skip
-    ours = Clip(config).to(device)
-    published = {k: v for k, v in theirs.state_dict().items() if k != "attn_mask"}
-    ours.load_state_dict(to_ours(published, OPENAI_VIT))
-    hugging = CLIPModel(
-        CLIPConfig(
-            text_config={"hidden_size": config.text_width, "intermediate_size": 4 * config.text_width,
-                         "num_hidden_layers": config.text_layers, "num_attention_heads": config.text_heads,
-                         "projection_dim": config.embed_width, "eos_token_id": config.end_token},
-            vision_config={"hidden_size": config.vision_width, "intermediate_size": 4 * config.vision_width,
-                           "num_hidden_layers": config.vision_layers, "num_attention_heads": config.vision_heads,
-                           "image_size": config.image_size, "patch_size": config.patch,
-                           "projection_dim": config.embed_width},
-            projection_dim=config.embed_width,
-        )
-    ).to(device)  # fmt: skip
-    hugging.load_state_dict(to_published(ours.state_dict(), TRANSFORMERS), strict=False)
-    mean = torch.tensor(config.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(config.std, device=device).view(3, 1, 1)
-
-    def normalised() -> Tensor:
-        return (pixels / 255 - mean) / std
-
-    losses = {
-        "ours": (ours, lambda: clip_loss(ours(pixels, tokens))),
-        "open_clip": (theirs, lambda: ClipLoss()(*theirs(normalised(), tokens))),
-        "transformers": (
-            hugging,
-            lambda: hugging(pixel_values=normalised(), input_ids=tokens, return_loss=True).loss,
-        ),
+    text = tower(config.text_width, config.text_layers, config.text_heads) | {
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.context,
+        "bos_token_id": config.end_token - 1,
+        "eos_token_id": config.end_token,
+        "pad_token_id": 0,
     }
-    for name, (model, loss) in losses.items():
-        model.train()
-        optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=1e-5, fused=True)
-        yield name, stepper(loss, optimizer, device, precision)
+    vision = tower(config.vision_width, config.vision_layers, config.vision_heads) | {
+        "image_size": config.image_size,
+        "patch_size": config.patch,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.embed_width))
 
 
-def stepper(loss, optimizer: torch.optim.Optimizer, device: str, precision: str):
-    def step() -> float:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            value = loss()
-        value.backward()
+def contestant(name: str, model: nn.Module, config: ClipConfig) -> Contestant:
+    if name == "ours":
+        return Contestant(
+            model, model.encode_image, model.encode_text, lambda pixels, tokens: clip_loss(model(pixels, tokens))
+        )
+    weight = next(model.parameters())
+    mean, std = (torch.tensor(values, device=weight.device).view(3, 1, 1) for values in (config.mean, config.std))
+
+    def normalised(pixels: Tensor) -> Tensor:
+        return pixels.float().div_(255).sub_(mean).div_(std).to(weight.dtype)
+
+    if name == "open_clip":
+        from open_clip.loss import ClipLoss
+
+        loss = ClipLoss()
+        return Contestant(
+            model,
+            lambda pixels: model.encode_image(normalised(pixels)),
+            model.encode_text,
+            lambda pixels, tokens: loss(*model(normalised(pixels), tokens)),
+        )
+    return Contestant(
+        model,
+        lambda pixels: model.get_image_features(pixel_values=normalised(pixels)).pooler_output,
+        lambda tokens: model.get_text_features(input_ids=tokens).pooler_output,
+        lambda pixels, tokens: model(pixel_values=normalised(pixels), input_ids=tokens, return_loss=True).loss,
+    )
+
+
+def stepper(one: Contestant, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of pictures and tokens that takes one optimizer step and returns the loss before it."""
+    one.model.train()
+    optimizer = torch.optim.AdamW(decay_groups(one.model, 0.2), lr=1e-5, fused=True)
+
+    def step(pixels: Tensor, tokens: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = one.loss(pixels, tokens)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(value.detach())
+        return loss.detach()
 
     return step
+
+
+def bytes_and_tokens(
+    config: ClipConfig, batch: int, device: str, lengths: tuple[int, ...] = NATURAL
+) -> tuple[Tensor, Tensor]:
+    """Pictures of noise (B, 3, H, W) uint8, and token ids (B, context) whose texts have `lengths` in turn."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(
+        0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=generator
+    )
+    tokens = torch.randint(1, config.end_token - 1, (batch, config.context), generator=generator)
+    ends = torch.tensor([min(lengths[row % len(lengths)], config.context) - 1 for row in range(batch)])[:, None]
+    place = torch.arange(config.context)
+    tokens = torch.where(place < ends, tokens, torch.where(place == ends, config.end_token, 0))
+    tokens[:, 0] = config.end_token - 1
+    return pixels.to(device), tokens.to(device)
+
+
+def longest(batch: int, config: ClipConfig, lengths: tuple[int, ...] = NATURAL) -> int:
+    return min(config.context, max(lengths[:batch]))
+
+
+@functools.cache
+def work(config: ClipConfig, tokens: int, train: bool, towers: str = "both") -> int:
+    """FLOPs for one picture and one text of `tokens`: what ours computes, so that nobody's waste counts as work."""
+    with torch.device("meta"):
+        model = Clip(config)
+        pixels = torch.empty(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        ids = torch.empty(1, tokens, dtype=torch.long)
+
+    def call() -> None:
+        features = ([model.encode_image(pixels)] if towers != "texts" else []) + (
+            [model.encode_text(ids)] if towers != "images" else []
+        )
+        if train:
+            sum(f.sum() for f in features).backward()
+
+    return flops(call)
+
+
+# ---- the sweeps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and on what; `variant` and `batches` empty: what suits the device."""
+
+    device: str
+    precision: str
+    repeats: int
+    seconds: float
+    peaks: list[dict]
+    variant: str = ""
+    batches: tuple[int, ...] = ()
+
+    def sweeps(self, name: str) -> list[Sweep]:
+        if name == "core":
+            return core(self.device, self.precision, self.repeats)
+        return [getattr(self, f"_{name}")()]
+
+    @property
+    def peak(self) -> float:
+        return next(peak["flops_per_second"] for peak in self.peaks if peak["precision"] == self.precision)
+
+    def expected(self, work: float, rounds: int | None = None) -> float:
+        """Seconds, when `work` FLOPs are counted for one round of all contestants."""
+        rounds = (self.repeats if rounds is None else rounds) + 1
+        return 1 + rounds * work / (0.6 * self.peak)
+
+    def on(self, cpu, cuda):
+        return cuda if self.device == "cuda" else cpu
+
+    def race(self, calls: dict[str, Callable], **options) -> list[dict]:
+        """Looser where weights move: a rounding error in a gradient that is zero becomes a whole step of Adam."""
+        training = options.pop("training", False)
+        tolerance = 5e-2 if self.precision == "bf16" else 1e-3 if training else 1e-4
+        return race(
+            calls,
+            self.repeats,
+            device=self.device,
+            tolerance=tolerance,
+            seconds=self.seconds,
+            peak=self.peak,
+            **options,
+        )
+
+    def _head(self, what: str, variant: str) -> str:
+        return f"{what}: {variant.removeprefix('clip-')}, {self.precision}"
+
+    def _step(self) -> Sweep:
+        variant = self.variant or self.on("clip-vit-b-32", "clip-vit-b-16")
+        config = VARIANTS[variant]()
+        sizes = self.batches or self.on((4, 16), (64, 256))
+
+        @functools.cache
+        def steps() -> dict[str, Callable]:
+            return {name: stepper(one, self.precision) for name, one in contestants(config, self.device).items()}
+
+        def job(batch: int, lengths: tuple[int, ...]) -> Job:
+            tokens = longest(batch, config, lengths)
+            texts = f"captions of up to {tokens} tokens" if lengths is NATURAL else f"full texts, {tokens} tokens"
+            ours = batch * work(config, tokens, True)
+
+            def run() -> list[dict]:
+                data = bytes_and_tokens(config, batch, self.device, lengths)
+                calls = {name: functools.partial(step, *data) for name, step in steps().items()}
+                rows = self.race(calls, items=batch, unit="pictures/s", flops=ours, training=True)
+                return [{"batch": batch, "tokens": tokens, **row} for row in rows]
+
+            full = batch * work(config, config.context, True)
+            return Job(f"batch {batch}, {texts}", self.expected(ours + 2 * full), run)
+
+        jobs = [job(batch, NATURAL) for batch in sizes] + [job(sizes[-1], (config.context,))]
+        return Sweep("clip-step", self._head("TRAINING STEP", variant), jobs)
+
+    def _inference(self) -> Sweep:
+        pairs = self.on(
+            [("clip-vit-b-32", 1), ("clip-vit-b-32", 8), ("clip-vit-b-16", 4), ("clip-vit-l-14", 2)],
+            [("clip-vit-b-32", 256), ("clip-vit-b-16", 1), ("clip-vit-b-16", 256), ("clip-vit-l-14", 128)],
+        )
+        if self.variant or self.batches:
+            variants = [self.variant] if self.variant else list(dict.fromkeys(variant for variant, _ in pairs))
+            pairs = [(variant, batch) for variant in variants for batch in self.batches or self.on((1, 8), (1, 256))]
+        jobs = [self._pictures(variant, VARIANTS[variant](), batch) for variant, batch in pairs]
+        return Sweep("clip-inference", f"PICTURES TO FEATURES, {self.precision}", jobs)
+
+    def _resolution(self) -> Sweep:
+        variant = self.variant or self.on("clip-vit-b-32", "clip-vit-b-16")
+        config = VARIANTS[variant]()
+        batch = self.batches[-1] if self.batches else self.on(4, 64)
+        grid = config.image_size // config.patch
+        sizes = [config.patch * max(1, round(grid * times)) for times in (0.7, 1, 1.5, 2)]
+        jobs = [self._pictures(variant, replace(config, image_size=size), batch) for size in sizes]
+        title = f"RESOLUTION: {variant.removeprefix('clip-')}, pictures to features, batch {batch}, {self.precision}"
+        return Sweep("clip-resolution", title, jobs, x="resolution", x_label="side of the picture, px")
+
+    def _pictures(self, variant: str, config: ClipConfig, batch: int) -> Job:
+        config = replace(config, text_layers=1, vocabulary=512, end_token=511)  # that tower is not measured here
+        total = batch * work(config, config.context, False, "images")
+
+        def run() -> list[dict]:
+            pixels, _ = bytes_and_tokens(config, batch, self.device)
+            models = contestants(config, self.device, DTYPES[self.precision])
+            calls = {name: without_gradients(one.images, pixels) for name, one in models.items()}
+            rows = self.race(calls, items=batch, unit="pictures/s", flops=total, at_least=self.on(0.2, 0.1))
+            facts = {"variant": variant, "batch": batch, "resolution": config.image_size}
+            return [{**facts, **row} for row in rows]
+
+        setting = f"{variant.removeprefix('clip-')}, {config.image_size} px, batch {batch}"
+        return Job(setting, 4 + self.expected(3 * total) + 3 * total / self.peak, run)
+
+    def _text(self) -> Sweep:
+        variant = self.variant or self.on("clip-vit-b-32", "clip-vit-b-16")
+        config = VARIANTS[variant]()
+        config = replace(config, vision_layers=1)  # that tower is not measured here
+        batch = self.batches[-1] if self.batches else self.on(8, 256)
+        models = functools.cache(lambda: contestants(config, self.device, DTYPES[self.precision]))
+
+        def job(length: int) -> Job:
+            ours, full = (batch * work(config, tokens, False, "texts") for tokens in (length, config.context))
+
+            def run() -> list[dict]:
+                _, tokens = bytes_and_tokens(config, batch, self.device, (length,))
+                calls = {name: without_gradients(one.texts, tokens) for name, one in models().items()}
+                calls[TRIMMED] = without_gradients(models()["transformers"].texts, tokens[:, :length])
+                rows = self.race(calls, items=batch, unit="texts/s", flops=ours, at_least=self.on(0.2, 0.1))
+                return [{"batch": batch, "tokens": length, **row} for row in rows]
+
+            return Job(f"{length} tokens", 2 + 1.5 * self.expected(2 * ours + 2 * full), run)
+
+        jobs = [job(length) for length in sorted({8, 16, 32, config.context}) if length <= config.context]
+        title = f"TEXTS: {variant.removeprefix('clip-')}, texts to features, batch {batch}, {self.precision}"
+        return Sweep("clip-text", title, jobs, x="tokens", x_label="tokens of the longest text")
+
+    def _memory(self) -> Sweep:
+        variant = self.variant or self.on("clip-vit-b-32", "clip-vit-b-16")
+        config = VARIANTS[variant]()
+        sizes = tuple(sorted(self.batches or self.on((4, 16), (64, 256))))
+
+        def run() -> list[dict]:
+            peaks = {name: in_child(memory, name, variant, sizes, self.device, self.precision) for name in NAMES}
+            return [
+                {"setting": f"batch {batch}, captions of up to {longest(batch, config)} tokens", "batch": batch, **row}
+                for place, batch in enumerate(sizes)
+                for row in memory_rows({name: peaks[name][place] for name in NAMES})
+            ]
+
+        full = (sum(sizes) + sizes[0]) * work(config, config.context, True)
+        job = Job(f"batches {', '.join(map(str, sizes))}", 45 + self.expected(3 * full, 0), run)
+        title = self._head("PEAK MEMORY of a training step, weights and optimizer included", variant)
+        return Sweep("clip-memory", title, [job], verb="needs")
+
+
+def without_gradients(call: Callable[[Tensor], Tensor], data: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return call(data)
+
+    return run
+
+
+def memory(name: str, variant: str, batches: tuple[int, ...], device: str, precision: str) -> list[int]:
+    """Bytes at the peak of a training step at each of the rising `batches`; to be called in a process of its own."""
+    quiet()
+    config = VARIANTS[variant]()
+    build(name, replace(config, vision_layers=1, text_layers=1))  # imports what it needs, which is nobody's memory
+    meter = MemoryMeter(device)
+    step = stepper(contestant(name, build(name, config).to(device), config), precision)
+    step(*bytes_and_tokens(config, batches[0], device))  # makes the optimizer's state
+    peaks = []
+    for batch in batches:
+        data = bytes_and_tokens(config, batch, device)
+        meter.reset()
+        step(*data)
+        peaks.append(meter.peak())
+    return peaks

@@ -81,11 +81,6 @@ class Clip(nn.Module):
         text_features = F.normalize(self.encode_text(tokens).float(), dim=-1)  # (B, E)
         return ClipOutput(image_features, text_features, self.logit_scale.exp())
 
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """To be called after every optimizer step (Sec. 2.5)."""
-        self.logit_scale.clamp_(0, LARGEST_LOGIT_SCALE)
-
     def parts(self) -> dict[str, nn.Module]:
         """The modules that published parameter counts are split into."""
         return {

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from papers.clip.config import VARIANTS
 from papers.clip.losses import clip_loss
-from papers.clip.model import Clip
+from papers.clip.model import LARGEST_LOGIT_SCALE, Clip
 from papers.clip.recipe import ClipRecipe
 from shared.blocks import set_recompute
 from shared.recipes import Recipe
+from shared.strategies import whole
 from shared.training import adamw_with_cosine
 
 
@@ -50,7 +51,8 @@ class ClipModule(PretrainingModule):
         return clip_loss(output)
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
-        self.model.clamp_logit_scale()
+        with whole(self.model.logit_scale) as (logit_scale,):  # ZeRO keeps the trained copy elsewhere
+            logit_scale.clamp_(0, LARGEST_LOGIT_SCALE)
 
 
 def example(pictures: int) -> tuple[ClipModule, tuple[Tensor, ...]]:

@@ -43,12 +43,12 @@ def open_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours and strict
+            warnings.simplefilter("ignore")  # of large pictures, where the limit here is strict, and of noise in EXIF
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise PictureError(f"too large: {width} x {height} pixels are more than {max_pixels:,}")
-        image.load()
+            width, height = image.size
+            if width * height > max_pixels:
+                raise PictureError(f"too large: {width} x {height} pixels are more than {max_pixels:,}")
+            image.load()
         whole = _CHECKS.get(image.format, lambda *_: True)(image, content)
     except PictureError:
         raise
@@ -126,7 +126,9 @@ def _rgb(image: Picture) -> Picture:
 
     kind, form = "broken EXIF", image.format
     try:
-        image = ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = ImageOps.exif_transpose(image)
         kind = "broken"
         if image.mode.startswith("I"):
             image = _eight_bits(image, form)
@@ -361,7 +363,7 @@ def _reader(path: Path) -> Callable[[], bytes]:
             return path.read_bytes()
         except FileNotFoundError:
             raise PictureError("the file is missing") from None
-        except ValueError:
+        except UnicodeError:
             raise PictureError("unreadable: a name that no file system takes") from None
 
     return read

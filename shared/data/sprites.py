@@ -6,13 +6,11 @@ Both packs come in two hands, so that a model trained on one artist can be teste
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-import tarfile
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,6 +18,7 @@ from math import acos, cos, pi, sin
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.archives import ArchiveError, Limits, SafeArchive, shown
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -243,10 +242,7 @@ def _read_package(vendor: str, source: Path) -> tuple[list[dict], ndarray]:
     import numpy as np
 
     wanted = re.compile(rf"(?:package/)?(emoji\.json|img/{vendor}/64/[0-9a-f-]+\.png)")
-    files = {}
-    for path, content in _members(source):
-        if found := wanted.fullmatch(path):
-            files[found[1]] = content
+    files = dict(_members(source, wanted))
     try:
         chosen = choose(json.loads(files["emoji.json"]))
         pictures = [_picture(files[f"img/{vendor}/64/{entry['image']}"]) for entry in chosen]
@@ -254,28 +250,30 @@ def _read_package(vendor: str, source: Path) -> tuple[list[dict], ndarray]:
         raise UserError(
             f"emoji: {source} lacks {missing}: is it the package emoji-datasource-{vendor} 16.0.0?"
         ) from None
-    except ValueError as wrong:
-        raise UserError(f"emoji: {source} cannot be read ({wrong}): fetch it again") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as wrong:
+        raise UserError(f"emoji: {source} cannot be read ({shown(wrong)}): fetch it again") from None
     if not chosen:
         raise UserError(f"emoji: {source} names no emoji that both vendors draw")
     return chosen, np.stack(pictures)
 
 
-def _members(source: Path, largest: int = 16_000_000) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the regular files of a .tgz or of its unpacked folder; nothing is written to disk."""
+def _members(source: Path, wanted: re.Pattern) -> Iterator[tuple[str, bytes]]:
+    """(group 1 of `wanted`, content) of the files of a .tgz or of its unpacked folder; nothing is written to disk."""
     if source.is_dir():
         folder = _inside(source)
         for path in [folder / "emoji.json", *sorted(folder.glob("img/*/64/*.png"))]:
-            yield path.relative_to(folder).as_posix(), path.read_bytes()
+            if found := wanted.fullmatch(path.relative_to(folder).as_posix()):
+                yield found[1], path.read_bytes()
         return
     try:
-        with tarfile.open(source, "r|gz") as archive:
-            for member in archive:
-                if member.isreg() and member.size <= largest:
-                    content = archive.extractfile(member)
-                    yield member.name, content.read() if content else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as wrong:
-        raise UserError(f"emoji: {source} is no readable .tgz ({wrong}): fetch it again") from None
+        with SafeArchive(source, Limits(member=16_000_000)) as archive:
+            for name in archive.members():
+                if found := wanted.fullmatch(name):
+                    yield found[1], archive.read(name)
+    except UserError as wrong:
+        raise UserError(f"emoji: no readable .tgz: {wrong}") from None
+    except ArchiveError as wrong:
+        raise UserError(f"emoji: no readable .tgz: {source}: {wrong}: fetch it again") from None
 
 
 def _picture(content: bytes) -> ndarray:
@@ -297,10 +295,12 @@ def _read_cache(path: Path, key: list) -> tuple[list, ndarray] | None:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            header = json.loads(str(stored["header"]))
-            return (header["table"], stored["rgba"]) if header["key"] == key else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with SafeArchive(path, Limits(ratio=1)) as archive:  # np.savez packs nothing
+            parts = {name: np.load(io.BytesIO(archive.read(name)), allow_pickle=False) for name in archive.members()}
+        header, rgba = json.loads(str(parts["header.npy"])), parts["rgba.npy"]
+        sound = header["key"] == key and rgba.shape == (len(header["table"]), 64, 64, 4) and rgba.dtype == np.uint8
+        return (header["table"], rgba) if sound else None
+    except (UserError, ValueError, KeyError, TypeError, EOFError, MemoryError):
         return None
 
 

@@ -1,7 +1,7 @@
 """Starts ranks: processes forked from one that has imported everything already, so that a start costs no imports."""
 
+import functools
 import multiprocessing
-import os
 import socket
 from pathlib import Path
 
@@ -44,21 +44,12 @@ def processes():
 
 @pytest.fixture(scope="session")
 def trained(processes, tmp_path_factory):
-    """trained(strategy) -> the folder of a whole training: on one rank by "auto", else on two."""
-    finished: dict[str, Path] = {}
+    """trained(strategy, accumulate) -> the folder of a whole training: on one rank by "auto", else on two."""
 
-    def folder(strategy: str) -> Path:
-        if strategy not in finished:
-            place = tmp_path_factory.mktemp(strategy)
-            ranks = 1 if strategy == "auto" else 2
-            assert processes(worker.run, worker.Task(strategy, ranks, place)) == [0] * ranks
-            finished[strategy] = place
-        return finished[strategy]
+    @functools.cache
+    def folder(strategy: str, accumulate: int = 1) -> Path:
+        place, ranks = tmp_path_factory.mktemp(strategy), 1 if strategy == "auto" else 2
+        assert processes(worker.run, worker.Task(strategy, ranks, place, accumulate)) == [0] * ranks
+        return place
 
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _from_the_repository(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
-    assert os.path.isdir("papers")

@@ -13,11 +13,12 @@ CAP = 2.65  # of logit_scale, which starts at 2.659: the cap acts, and has to ac
 
 @dataclass(frozen=True)
 class Task:
-    """A training by one strategy. kill: end with -9 in the middle of it. resume: of a checkpoint, bare of its seal."""
+    """A training by one strategy. kill: end with -9 in the middle of it. resume: from a Trainer's own checkpoint."""
 
     strategy: str
     ranks: int
     folder: Path
+    accumulate: int = 1
     kill: bool = False
     resume: Path | None = None
 
@@ -58,16 +59,17 @@ def train(task: Task, rank: int) -> None:
     # gradient summed instead of averaged shows, and rounding does not.
     module.recipe = recipe = ClipRecipe(
         model="clip-tiny", steps=STEPS, batch=BATCH, pairs=ROWS, learning_rate=5e-4, warmup_steps=5, eps=1e-3,
-        accelerator="cpu", strategy=task.strategy, devices=task.ranks, checkpoint_every=CHECKPOINT,
+        accelerator="cpu", strategy=task.strategy, devices=task.ranks, accumulate=task.accumulate,
+        checkpoint_every=CHECKPOINT,
     )  # fmt: skip
     frozen = module.model.vision_encoder.positions.position.requires_grad_(False)
-    batches = Batches(rows, BATCH, STEPS, 0, rank, task.ranks)
+    batches = Batches(rows, BATCH, STEPS, 0, rank, task.ranks, task.accumulate)
 
     class Watch(lightning.Callback):
         """Every step's loss, as exact text, and the whole gradients of the first step."""
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            if trainer.global_step == 0:
+            if trainer.global_step == 0 and (trainer.fit_loop.batch_idx + 1) % task.accumulate == 0:
                 gradients = {name: gradient_of(p) for name, p in module.model.named_parameters() if p.requires_grad}
                 torch.save(gradients, task.folder / f"gradients-{rank}.pt")
 

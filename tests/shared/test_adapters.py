@@ -13,7 +13,6 @@ from published import encoded, entry, make_folder, make_karpathy, write_parquet
 
 from shared.data.adapters import (
     PictureError,
-    TarFiles,
     decode_image,
     folder_records,
     karpathy_records,
@@ -38,7 +37,15 @@ def test_a_picture_becomes_rgb_whatever_its_mode():
     assert decode_image(encoded((10, 200, 90), form="PNG"))[3, 3].tolist() == [10, 200, 90]
     assert decode_image(encoded(77, form="PNG", mode="L"))[0, 0].tolist() == [77, 77, 77]
     assert decode_image(encoded(77 * 256, form="PNG", mode="I;16"))[0, 0].tolist() == [77, 77, 77]
-    assert decode_image(encoded((0, 0, 0, 0), form="JPEG", mode="CMYK")).shape == (16, 20, 3)
+    assert decode_image(encoded(77 * 256, form="TIFF", mode="I;16B"))[0, 0].tolist() == [77, 77, 77]
+    red = decode_image(encoded((0, 255, 255, 0), form="JPEG", mode="CMYK"))[0, 0]
+    assert np.abs(red - np.array([255, 0, 0])).max() < 4
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("I", "32-bit numbers"), ("F", "floating-point numbers")])
+def test_a_picture_whose_white_nobody_knows_is_refused(mode, reason):
+    with pytest.raises(PictureError, match=f"unknown range: pixels are {reason}"):
+        decode_image(encoded(77, form="TIFF", mode=mode))
 
 
 def test_transparency_lies_over_white():
@@ -63,16 +70,73 @@ def test_a_cut_jpeg_is_refused():
         decode_image(whole[: len(whole) // 2])
 
 
-def bomb(width, height):
-    """A PNG of a few hundred bytes whose header promises width x height pixels."""
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"restart_marker_blocks": 4}, {"quality": 100, "subsampling": 0}],
+    ids=["plain", "restarts", "full colour"],
+)
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_cut_jpeg_with_an_end_put_on_it_is_refused_and_a_whole_grey_one_is_not(mode, share, options):
+    image = Image.open(io.BytesIO(noise())).convert(mode)
+    image.paste(127 if mode == "CMYK" else 128, (0, 24, 64, 48))  # what libjpeg fills gaps with; it ends the picture
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    whole = file.getvalue()
+    assert decode_image(whole).shape == (48, 64, 3)
+    with pytest.raises(PictureError, match=r"^cut short"):
+        decode_image(whole[: int(share * len(whole))] + b"\xff\xd9")
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
-    )
+def test_a_progressive_jpeg_is_never_half_grey():
+    file = io.BytesIO()
+    Image.open(io.BytesIO(noise())).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    with pytest.raises(PictureError, match=r"^cut short"):
+        decode_image(whole[: len(whole) // 2])
+    first = whole.index(b"\xff\xc4", whole.index(b"\xff\xda"))  # the end of the first scan
+    with pytest.raises(PictureError, match=r"^cut short"):
+        decode_image(whole[: first - 40] + b"\xff\xd9")
+
+
+def test_a_jpeg_whose_tail_was_never_written_is_refused():
+    whole = noise()
+    with pytest.raises(PictureError, match=r"^cut short"):
+        decode_image(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, rows, depth=8, colour=2, interlaced=0, before=b""):
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    parts = chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "bits"), [(8, 2, 24), (1, 0, 1), (16, 0, 16), (8, 4, 16), (8, 6, 32), (4, 0, 4), (16, 2, 48)]
+)
+def test_a_png_with_fewer_rows_than_it_promises_is_refused_and_a_black_one_is_not(depth, colour, bits):
+    row = bytes(1 + -(-13 * bits // 8))
+    assert decode_image(png(13, 40, row * 40, depth, colour)).shape == (40, 13, 3)
+    for rows in (39, 20, 1):
+        with pytest.raises(PictureError, match=r"^cut short"):
+            decode_image(png(13, 40, row * rows, depth, colour))
+
+
+def test_interlaced_rows_are_counted_as_well():
+    whole = bytes(sum((1 + 3 * w) * h for w, h in [(2, 2), (2, 2), (4, 2), (3, 4), (7, 3), (6, 7), (13, 6)]))
+    assert decode_image(png(13, 13, whole, interlaced=1)).shape == (13, 13, 3)
+    with pytest.raises(PictureError, match=r"^cut short"):
+        decode_image(png(13, 13, whole[:-1], interlaced=1))
+
+
+def test_a_palette_that_lies_is_a_reason_and_not_a_crash():
+    lying = png(4, 4, b"\0\1\1\1\1" * 4, 8, 3, before=chunk(b"PLTE", bytes(6)) + chunk(b"tRNS", bytes(300)))
+    with pytest.raises(PictureError, match=r"^broken: ValueError, palette index out of range"):
+        decode_image(lying)
 
 
 @pytest.mark.filterwarnings("error")
@@ -82,7 +146,7 @@ def test_a_png_bomb_is_refused_from_its_header(side, monkeypatch):
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("a pixel was decoded"))
     with pytest.raises(PictureError, match="more than 64,000,000"):
-        decode_image(bomb(side, side))
+        decode_image(png(side, side, bytes(999)))
 
 
 def test_the_pixel_limit_can_be_set():
@@ -144,6 +208,8 @@ def test_parquet_structs_and_numbered_labels_are_read_as_hugging_face_writes_the
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda f: write_parquet(f / "v.parquet", [(b"", None)]), "row 0 has no label"),
+        (lambda f: write_parquet(f / "b.parquet", [(b"", "a"), (b"", "_ ")]), "row 1 has no label"),
         (lambda f: f / "train.parquet", r"no file .*train\.parquet: set data_root"),
         (lambda f: (f / "x.parquet").write_bytes(b"junk") and f / "x.parquet", "no readable parquet"),
         (lambda f: write_parquet(f / "y.parquet", [(b"", 1)], image_name="pic"), "no column 'image'.*has pic, label"),
@@ -165,6 +231,12 @@ def test_an_image_folder_is_read_in_the_order_of_its_paths(tmp_path):
     records = folder_records(tmp_path, "train")
     assert [r.id for r in records] == [f"train/{c}/{i}.jpg" for c in ("dog", "ice_cream") for i in range(2)]
     assert records[2].label == "ice cream"
+
+
+def test_a_class_folder_without_a_name_is_refused(tmp_path):
+    make_folder(tmp_path, "train", ["cat", "__"], 1)
+    with pytest.raises(UserError, match="__' is no name of a class: rename the folder"):
+        folder_records(tmp_path, "train")
 
 
 def test_a_missing_or_empty_image_folder_is_named(tmp_path):
@@ -199,7 +271,9 @@ def test_corrupt_pictures_are_dropped_counted_and_named(tmp_path):
 
 def test_too_many_corrupt_pictures_are_an_error_that_names_them_and_the_way_out(tmp_path):
     records = spoiled_folder(tmp_path, 20, cut=(3, 7))
-    with pytest.raises(UserError, match=r"set: 2 of 20 .*train/a/3\.jpg: .*truncated.*0\.1%.*max_dropped=0\.1$"):
+    with pytest.raises(
+        UserError, match=r"set: 2 of 20 .*\(2 cut short; train/a/3\.jpg: .*truncated.*0\.1%.*max_dropped=0\.1$"
+    ):
         read_pictures("set", records, 8)
     assert read_pictures("set", records, 8, max_dropped=0.1)[2].read == 18
 
@@ -260,24 +334,28 @@ def test_a_path_in_the_json_cannot_leave_the_folder(tmp_path):
     assert coverage.read == 1 and set(coverage.dropped.values()) == {"its path leads out of the folder"}
 
 
-def test_links_in_a_tar_are_not_followed(tmp_path):
+def test_links_and_devices_in_a_tar_are_not_followed(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(encoded())
-    with tarfile.open(tmp_path / "images.tar", "w") as archive:
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
-            member = tarfile.TarInfo(f"{kind.decode()}.jpg")
+    kinds = {"0.jpg": tarfile.SYMTYPE, "1.jpg": tarfile.LNKTYPE, "2.jpg": tarfile.FIFOTYPE}
+    root = make_karpathy(tmp_path / "d", [entry(i) for i in range(4)])
+    with tarfile.open(root / "images.tar", "w") as archive:
+        for name, kind in kinds.items():
+            member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, str(tmp_path / "secret.jpg")
             archive.addfile(member)
-    files = TarFiles(tmp_path / "images.tar")
-    assert not files.members
-    with pytest.raises(PictureError, match="no such file"):
-        files.read("2.jpg")
+        member = tarfile.TarInfo("3.jpg")
+        member.size = len(encoded())
+        archive.addfile(member, io.BytesIO(encoded()))
+    _, _, coverage = read_pictures("k", karpathy_records(root)["train"], 8, max_dropped=1.0)
+    link, device = (f"the archive holds it as a {kind}" for kind in ("link", "device"))
+    assert dict(coverage.dropped) == {"0.jpg": link, "1.jpg": link, "2.jpg": device} and coverage.read == 1
 
 
 def test_a_cut_tar_is_an_error_that_names_it(tmp_path):
     root = make_karpathy(tmp_path / "d", [entry(i) for i in range(3)], tar=True)
     tar = root / "images.tar"
     tar.write_bytes(b"junk" * 300)
-    with pytest.raises(UserError, match=r"images\.tar: no readable tar archive"):
+    with pytest.raises(UserError, match=r"images\.tar: no readable tar or zip archive"):
         karpathy_records(root)
 
 

@@ -23,6 +23,7 @@ TINY = {
 def outcomes(folder, **changes):
     recipe = ClipRecipe(**TINY | changes)
     found = {(o.arm, o.seed): o.measured for o in run_arms("papers.clip", recipe, ["bow_prediction"], folder, print)}
+    assert all(0 <= measured.pop("waited") < 1 for measured in found.values())
     assert len(found) == 2
     return found
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from papers.clip.config import tiny
-from papers.clip.model import Clip
 from shared.blocks import Block, Blocks, QuickGELU, set_recompute
 from shared.text import CausalTextTransformer
 from shared.vision import VisionTransformer
@@ -128,11 +126,3 @@ def test_leaving_out_the_last_block_is_the_second_last_layer():
     vit.blocks[2].register_forward_pre_hook(lambda _, args: before.append(args[0]))
     vit.tokens(images)
     torch.testing.assert_close(vit.tokens(images, leave_out=1), before[0])
-
-
-def test_the_logit_scale_is_capped_at_a_hundred():
-    model = Clip(tiny())
-    with torch.no_grad():
-        model.logit_scale.fill_(9.0)
-    model.clamp_logit_scale()
-    assert float(model.logit_scale.exp().detach()) == pytest.approx(100.0)

@@ -10,7 +10,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from shared.checkpoints import Rule, check_card, load_weights, read_tensors, save_weights, to_ours, to_published
+from shared.checkpoints import (
+    Rule,
+    check_card,
+    load_weights,
+    read_header,
+    read_tensors,
+    save_weights,
+    to_ours,
+    to_published,
+)
 from shared.errors import UserError
 from shared.fetch import Entry
 
@@ -236,9 +245,15 @@ def test_a_storage_that_is_cut_or_packed_is_refused(scripted, tmp_path):
         read_tensors(rewritten(scripted["trace"], tmp_path / "cut.pt", data__1=b"\0\0"))
     with zipfile.ZipFile(scripted["trace"]) as old, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as new:
         for name in old.namelist():
-            new.writestr(name, bytes(1 << 20) if name.endswith("/data/0") else old.read(name))
-    with pytest.raises(UserError, match="data/0 grows on reading"):
+            new.writestr(name, bytes(80 << 20) if name.endswith("/data/0") else old.read(name))
+    with pytest.raises(UserError, match="unpacks to more than"):
         read_tensors(tmp_path / "bomb.pt")
+
+
+def test_one_opcode_cannot_ask_for_gigabytes(scripted, tmp_path):
+    for memo in (b"Nr\xff\xff\xff\x7f.", b"Np2147483647\n."):
+        with pytest.raises(UserError, match="a memo of 2,147,483,647 places"):
+            read_tensors(rewritten(scripted["trace"], tmp_path / "memo.pt", **{"data.pkl": memo}))
 
 
 def test_a_torch_archive_is_read_with_weights_only(tmp_path):
@@ -268,6 +283,53 @@ def test_a_file_that_holds_more_than_tensors_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"not a state dict"):
         read_tensors(tmp_path / "w.pt")
+
+
+def test_a_tensor_that_repeats_itself_to_any_size_is_refused(tmp_path):
+    torch.save({"w": torch.ones(1).expand(1 << 40)}, tmp_path / "w.pt")
+    with pytest.raises(
+        UserError, match=r"w.pt: refused as a weight file \('w' \(1099511627776,\) is not stored in full"
+    ):
+        read_tensors(tmp_path / "w.pt")
+
+
+def test_a_packed_torch_archive_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    torch.save({"w": torch.zeros(20 << 20)}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as old, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(UserError, match=r"bomb.pt: unpacks to more than"):
+        read_tensors(tmp_path / "bomb.pt")
+
+
+def test_a_header_is_read_without_its_tensors(tmp_path, monkeypatch):
+    state = Tiny().state_dict()
+    save_weights(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pt")
+    for name in ("w.pt", "w.safetensors"):
+        if name == "w.safetensors":
+            monkeypatch.setattr("safetensors.torch.load_file", lambda *_: pytest.fail("tensors were read"))
+        header = read_header(tmp_path / name)
+        assert {k: (t.shape, t.dtype) for k, t in header.items()} == {k: (t.shape, t.dtype) for k, t in state.items()}
+        assert all(tensor.is_meta for tensor in header.values())
+
+
+def test_names_shapes_and_kinds_are_compared_before_a_tensor_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("safetensors.torch.load_file", lambda *_: pytest.fail("tensors were read"))
+    model, weight_map = nn.Linear(3, 2), {"w": Rule("weight", transpose=True), "b": "bias"}
+    good = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    for wrong, fault in (
+        ({"surplus": torch.ones(1)}, "keys that the model lacks: surplus"),
+        ({"bias": torch.ones(3)}, r"other shapes: bias \(3,\) for \(2,\)"),
+        ({"bias": torch.ones(2, dtype=torch.long)}, r"other kinds of numbers: bias torch.int64 for torch.float32"),
+    ):
+        save_weights(good | wrong, tmp_path / "w.safetensors")
+        with pytest.raises(UserError, match=rf"w.safetensors: weights do not fit the model: {fault}"):
+            load_weights(model, tmp_path / "w.safetensors")
+    save_weights({"w": torch.ones(2, 3), "b": torch.ones(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"weights do not fit the map: other shapes: weight \(3, 2\) for \(2, 3\)"):
+        load_weights(model, tmp_path / "w.safetensors", weight_map)
 
 
 def test_what_is_no_weight_file_is_refused_in_one_line(tmp_path):

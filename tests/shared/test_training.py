@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
+from papers.clip import claims
 from papers.clip.module import example
 from papers.clip.recipe import ClipRecipe
 from shared.arms import Job, Outcome
 from shared.data.batches import Batches
-from shared.recipes import digest
+from shared.recipes import digest, of_one_arm
 from shared.training import At, Curves, decay_groups, make_trainer, warmup_cosine
 
 
@@ -58,12 +59,12 @@ def test_gains_biases_and_the_logit_scale_do_not_decay():
 def test_a_run_logs_its_curve_measures_where_asked_and_counts_samples(tmp_path):
     module, batch = example(16)
     recipe = ClipRecipe(model="clip-tiny", steps=6, batch=8, pairs=16, accelerator="cpu")
-    module.recipe, seen, counted = recipe, [], []
+    module.recipe, counted = recipe, []
     module.model.logit_scale.data.fill_(9.0)
     curves = Curves(8, counted.append, every=2)
-    at = At([3, 6], 8, lambda samples: seen.append((samples, module.training)))
+    at = At([3, 6], 8, lambda: module.training)
     make_trainer(recipe, tmp_path, [curves, at]).fit(module, Batches(batch, 8, 6, 0).loader())
-    assert seen == [(24, False), (48, False)] and sum(counted) == 48
+    assert at.values == [(24, False), (48, False)] and sum(counted) == 48
     assert [x for x, _ in curves.values["loss"]] == [16, 32, 48]
     assert float(module.model.logit_scale.detach().exp()) <= 100.01, "the cap is applied after every optimizer step"
 
@@ -86,6 +87,21 @@ def test_a_finished_arm_is_taken_as_it_is_but_only_for_the_same_recipe(tmp_path)
     one = job(tmp_path)
     assert one.finished() is None
     outcome = {"arm": "contrastive", "seed": 7, "seconds": 1.0, "measured": {"x": 2.0}}
-    one.file.write_text(json.dumps({"recipe": digest(one.recipe), "outcome": outcome}))
+    one.file.write_text(json.dumps({"recipe": digest(of_one_arm(one.recipe)), "outcome": outcome}))
     assert one.finished() == Outcome("contrastive", 7, 1.0, {"x": 2.0})
     assert job(tmp_path, steps=99).finished() is None
+
+
+def test_the_arms_of_a_seed_start_from_the_same_random_state_and_another_seed_from_its_own(tmp_path, monkeypatch):
+    """Effects are paired by seed: what one seed draws must not depend on the arm."""
+
+    def draws(context):
+        return {"draw": torch.rand(3).tolist()}
+
+    monkeypatch.setattr(claims, "ARMS", {"one": draws, "the_other_arm": draws})
+
+    def drawn(arm, seed):
+        recipe = ClipRecipe(paper="clip")
+        return Job("papers.clip", recipe, arm, seed, tmp_path / f"{arm}-{seed}", False).run(print).measured["draw"]
+
+    assert drawn("one", 7) == drawn("the_other_arm", 7) != drawn("one", 8)

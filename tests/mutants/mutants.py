@@ -1,0 +1,217 @@
+"""Faults of the kind that spoil results in this field, one edit of a source file each, and the tests that must fail.
+
+`old` has to stand exactly once in the file, so that no rewording of the code can disarm a mutant in silence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One planted fault: in `file`, `old` becomes `new`; at least one test in the files `tests` has to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _of(file: str, *tests: str):
+    """mutant(name, old, new) in this file, expected to be caught by these test files."""
+    return lambda name, old, new: Mutant(name, file, old, new, tuple(f"tests/{test}.py" for test in tests))
+
+
+_patches = _of("shared/patch_embedding.py", "shared/test_patch_embedding")
+_attention = _of("shared/attention.py", "shared/test_attention")
+_positions = _of("shared/positions.py", "shared/test_positions")
+_blocks = _of("shared/blocks.py", "shared/test_blocks")
+_vision = _of("shared/vision.py", "shared/test_blocks", "parity/test_clip")
+_text = _of("shared/text.py", "shared/test_blocks", "parity/test_clip")
+_losses = _of("shared/losses.py", "shared/test_distributed")
+_distributed = _of("shared/distributed.py", "shared/test_distributed")
+_model = _of("papers/clip/model.py", "parity/test_clip")
+_module = _of("papers/clip/module.py", "shared/test_training")
+_config = _of("papers/clip/config.py", "shared/test_clip_metrics")
+_converter = _of("papers/clip/converter.py", "parity/test_clip")
+_evaluate = _of("papers/clip/evaluate.py", "shared/test_clip_claims")
+_claims = _of("papers/clip/claims.py", "shared/test_clip_claims")
+_tokens = _of("shared/tokenizers.py", "shared/test_tokenizers")
+_scoring = _of("shared/metrics/classification.py", "shared/test_metrics")
+_retrieval = _of("shared/metrics/retrieval.py", "shared/test_metrics")
+_probe = _of("shared/metrics/probe.py", "shared/test_metrics")
+_scenes = _of("shared/data/scenes.py", "shared/test_scenes", "shared/test_world")
+_splits = _of("shared/data/splits.py", "shared/test_scenes")
+_world = _of("shared/data/world.py", "shared/test_world")
+_wording = _of("shared/data/wording.py", "shared/test_scenes")
+_batches = _of("shared/data/batches.py", "shared/test_training")
+_adapters = _of("shared/data/adapters.py", "shared/test_adapters")
+_training = _of("shared/training.py", "shared/test_training")
+_arms = _of("shared/arms.py", "shared/test_training")
+_stats = _of("shared/stats.py", "shared/test_stats")
+_calibration = _of("shared/calibration.py", "shared/test_calibration")
+_transfer = _of("shared/transfer.py", "shared/test_fetch", "shared/test_download")
+_checkpoints = _of("shared/checkpoints.py", "shared/test_checkpoints")
+_page = _of("shared/report_page.py", "shared/test_report")
+
+MUTANTS = (
+    # pictures
+    _patches("mean-not-subtracted", "((128 / 255 - mean) / std)", "(128 / 255 / std)"),
+    _patches("pixels-over-256", "(128 / (255 * std))", "(128 / (256 * std))"),
+    _patches("patches-column-by-column", "b (h w) (c p q)", "b (w h) (c p q)"),
+    _positions("position-grid-resampled-to-its-corners", "align_corners=False", "align_corners=True"),
+    _vision(
+        "rows-and-columns-of-the-picture-swapped",
+        "grid = (images.shape[-2] // patch, images.shape[-1] // patch)",
+        "grid = (images.shape[-1] // patch, images.shape[-2] // patch)",
+    ),
+    _vision("features-of-the-last-patch", "self.output_norm(x[:, 0])", "self.output_norm(x[:, -1])"),
+    # transformer
+    _blocks("quick-gelu-lost", '"quick_gelu": QuickGELU', '"quick_gelu": nn.GELU'),
+    _blocks(
+        "quick-gelu-wrong-in-the-backward-pass-alone",
+        "silu_backward(gradient, x * 1.702)",
+        "silu_backward(gradient, x)",
+    ),
+    _blocks(
+        "norm-eps-ignored",
+        "self.mlp_norm = nn.LayerNorm(width, eps=eps)",
+        "self.mlp_norm = nn.LayerNorm(width, eps=1e-3)",
+    ),
+    _config("norm-eps-of-another-vit", "eps: float = 1e-5", "eps: float = 1e-6"),
+    _attention("attention-scaled-by-the-width", "K**-0.5 if scale is None", "(H * K) ** -0.5 if scale is None"),
+    _attention("queries-aligned-with-the-first-keys", "tril(S - T)", "tril(0)"),
+    _attention("a-query-of-nothing-sees-everything", "return out.masked_fill(~sees, 0.0)", "return out"),
+    # texts
+    _text("causal-mask-lost", "self.blocks(x, causal=True)", "self.blocks(x)"),
+    _text(
+        "text-read-at-the-last-position",
+        "x = x[torch.arange(len(x), device=x.device), end]",
+        "x = x[:, -1]",
+    ),
+    _text("text-read-at-the-largest-id", "(tokens == self.end_token).int().argmax(dim=1)", "tokens.argmax(dim=1)"),
+    _text("text-read-before-its-end", "device=x.device), end]", "device=x.device), end - 1]"),
+    _tokens("truncation-loses-the-end-token", "[*ids[: context - 1], self.end]", "ids[:context]"),
+    _tokens("capitals-kept", '" ".join(text.split()).lower()', '" ".join(text.split())'),
+    # objective
+    _model("temperature-inverted", "self.logit_scale.exp())", "(-self.logit_scale).exp())"),
+    _model(
+        "text-features-not-normalised",
+        "F.normalize(self.encode_text(tokens).float(), dim=-1)",
+        "self.encode_text(tokens).float()",
+    ),
+    _module("logit-scale-not-capped", "logit_scale.clamp_(0, LARGEST_LOGIT_SCALE)", "pass"),
+    _losses(
+        "loss-in-one-direction", "F.cross_entropy(text_to_image, target)", "F.cross_entropy(image_to_text, target)"
+    ),
+    _losses("targets-of-the-first-rank-on-all", "+ rank * rows", "+ 0 * rows"),
+    _distributed("gathered-gradient-not-summed", "dist.all_reduce(gradient)", "pass"),
+    _distributed(
+        "gathered-gradient-of-the-first-rank",
+        "gradient[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows]",
+        "gradient[: ctx.rows]",
+    ),
+    # training
+    _training("biases-decay", 'if p.ndim < 2], "weight_decay": 0.0}', 'if p.ndim < 2], "weight_decay": weight_decay}'),
+    _training("warm-up-begins-at-nothing", "(step + 1) / recipe.warmup_steps", "step / recipe.warmup_steps"),
+    _training("measured-in-training-mode", "pl_module.eval()", "pass"),
+    _batches("every-epoch-in-the-same-order", "* 1_000_003 + epoch", "* 1_000_003"),
+    _batches("ranks-see-the-same-share", "[self.rank :: self.ranks]\n", "[:: self.ranks]\n"),
+    _arms("arms-of-a-seed-start-apart", "seed_everything(self.seed,", "seed_everything(self.seed + len(self.arm),"),
+    _claims(
+        "every-seed-draws-the-data-of-the-first",
+        "key = (digest(context.recipe), context.seed)",
+        "key = (digest(context.recipe), 0)",
+    ),
+    # weights
+    _converter(
+        "picture-projection-not-transposed", 'Rule("vision_proj.weight", transpose=True)', 'Rule("vision_proj.weight")'
+    ),
+    _converter("query-and-key-exchanged", 'for name in "qkv")', 'for name in "kqv")'),
+    _checkpoints("keys-that-the-model-lacks-are-let-through", "[k for k in found if k not in shapes]", "[]"),
+    _transfer("hash-not-compared", "digest(stream)) != sha256", "digest(stream)) is None"),
+    # data
+    _scenes(
+        "test-shows-the-scenes-of-training",
+        'Draw("scene", seed, split, index, attempt)',
+        'Draw("scene", seed, index, attempt)',
+    ),
+    _scenes("held-out-compositions-in-training", "if colour not in held_out_colours(name, seed, share))", ")"),
+    _splits("validation-leaks-into-training", "place -= share", "place -= share / 2"),
+    _world("validation-pictures-stay-in-training", 'if place == "train"]', "if place]"),
+    _world(
+        "the-other-artist-is-the-same",
+        "self.split(test_scenes, class_test.captions, self.other)",
+        "self.split(test_scenes, class_test.captions)",
+    ),
+    _world("distractors-that-were-held-out-too", "if c not in hidden]", "if c != colour]"),
+    _wording(
+        "prompt-without-its-article", "template.format(with_article(noun, number_of(noun)))", "template.format(noun)"
+    ),
+    _adapters(
+        "dropped-pictures-counted-as-read",
+        "Coverage(name, len(records), len(kept),",
+        "Coverage(name, len(records), len(records),",
+    ),
+    # scores
+    _scoring("top-k-off-by-one", "(_ahead(scores, labels) < k)", "(_ahead(scores, labels) <= k)"),
+    _scoring("ties-for-the-model", "(~(scores < true)).sum(dim=1) - 1", "(scores > true).sum(dim=1)"),
+    _scoring(
+        "prompts-averaged-before-they-are-normalised",
+        "F.normalize(text_features, dim=-1).mean(dim=1)",
+        "text_features.mean(dim=1)",
+    ),
+    _retrieval(
+        "retrieval-ranks-off-by-one",
+        "from_text.append((~(block < true)).sum(dim=1) - 1)",
+        "from_text.append((~(block < true)).sum(dim=1))",
+    ),
+    _retrieval("retrieval-ties-for-the-model", "(~(block < best) & ~right)", "((block > best) & ~right)"),
+    _retrieval(
+        "sibling-captions-as-rivals", "(~(block < best) & ~right).sum(dim=1)", "(~(block < best)).sum(dim=1) - 1"
+    ),
+    _probe(
+        "probe-tuned-on-the-test-labels",
+        "float(fitted.score(_array(val_x), val_y.cpu().numpy()))",
+        "float(fitted.score(_array(test_x), test_y.cpu().numpy()))",
+    ),
+    # claims
+    _evaluate(
+        "prompts-of-other-classes",
+        "for name in classes for template in templates",
+        "for template in templates for name in classes",
+    ),
+    _claims(
+        "ensemble-of-one-template", '"ensemble": (lab.phrases, ENSEMBLE)', '"ensemble": (lab.phrases, (TEMPLATE,))'
+    ),
+    _claims("bare-names-in-the-template", '"bare": (world.classes, ("{}",))', '"bare": (world.classes, (TEMPLATE,))'),
+    _claims("raw-captions-keep-their-prefix", "raw = [without_prefix(text) for text in texts]", "raw = texts"),
+    _claims(
+        "shift-measured-at-home",
+        "image_features(model, world.shift.images)",
+        "image_features(model, world.class_test.images)",
+    ),
+    _claims("compositions-against-any-text", "torch.zeros(len(offered), dtype=torch.long)", "offered.argmax(1)"),
+    _claims(
+        "efficiency-upside-down",
+        "samples_to_reach(theirs, level) / samples_to_reach(ours, level)",
+        "samples_to_reach(ours, level) / samples_to_reach(theirs, level)",
+    ),
+    # verdicts
+    _stats("normal-interval-for-few-seeds", "t.ppf(0.5 + level / 2, freedom)", "t.ppf(0.5 + level / 2, 1e9)"),
+    _stats("deviation-of-a-whole-population", "statistics.stdev(values)", "statistics.pstdev(values)"),
+    _stats("verdict-upside-down", "low > rule.margin, high < rule.margin", "high < rule.margin, low > rule.margin"),
+    _stats("verdict-by-the-mean", "holds, fails = low > rule.margin,", "holds, fails = mean > rule.margin,"),
+    _stats(
+        "equal-if-either-bound-is",
+        "-rule.margin < low and high < rule.margin",
+        "-rule.margin < low or high < rule.margin",
+    ),
+    _stats("agreement-of-few-seeds-decides", "2.0 ** (1 - len(effects)) > 1 - level", "False"),
+    _calibration(
+        "seeds-used-twice", "draw.sample(range(len(measured)), size)", "draw.choices(range(len(measured)), k=size)"
+    ),
+    # the report
+    _page("html-not-escaped", "return escape(_clean(str(value)))", "return _clean(str(value))"),
+)

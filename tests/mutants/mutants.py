@@ -30,6 +30,7 @@ _blocks = _of("shared/blocks.py", "shared/test_blocks")
 _vision = _of("shared/vision.py", "shared/test_blocks", "parity/test_clip")
 _text = _of("shared/text.py", "shared/test_blocks", "parity/test_clip")
 _losses = _of("shared/losses.py", "shared/test_distributed")
+_chunked = _of("shared/losses.py", "shared/test_losses", "shared/test_distributed")
 _distributed = _of("shared/distributed.py", "shared/test_distributed")
 _model = _of("papers/clip/model.py", "parity/test_clip")
 _module = _of("papers/clip/module.py", "shared/test_training")
@@ -106,6 +107,11 @@ MUTANTS = (
         "loss-in-one-direction", "F.cross_entropy(text_to_image, target)", "F.cross_entropy(image_to_text, target)"
     ),
     _losses("targets-of-the-first-rank-on-all", "+ rank * rows", "+ 0 * rows"),
+    _chunked(
+        "sums-over-a-rank-alone",
+        "add_exponentials_over_ranks(column_max, column_sum)",
+        "_ = add_exponentials_over_ranks",
+    ),
     _distributed("gathered-gradient-not-summed", "dist.all_reduce(gradient)", "pass"),
     _distributed(
         "gathered-gradient-of-the-first-rank",

@@ -24,8 +24,8 @@ class ArchiveError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may hold: so many members, one file below `member` bytes, and all files together below `total`
-    and below `floor` plus `ratio` times the archive's own size."""
+    """What an archive may hold: so many members, one file of `member` bytes at most, and all together at most
+    `total` bytes, and `floor` plus `ratio` times the archive's own size."""
 
     members: int = 2_000_000
     member: int = 512_000_000
@@ -96,7 +96,7 @@ class SafeArchive:
             content = self._archive.read(member)
         except Exception as error:
             raise ArchiveError(f"the archive is damaged ({shown(error)})") from None
-        if len(content) != member.size:
+        if len(content) < member.size:
             raise ArchiveError("the archive is cut short")
         return content
 
@@ -171,7 +171,8 @@ class _Zip:
 
     def read(self, member: _Member) -> bytes:
         with self.zip.open(member.info) as stream:
-            return stream.read(member.size + 1)  # with a number: without one it would unpack whatever is there
+            # A number bounds what is unpacked; one more than the size, so that a size of 0 is held to its checksum too.
+            return stream.read(member.size + 1)
 
 
 class _TooMuch(OSError):

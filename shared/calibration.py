@@ -82,8 +82,11 @@ def run(catalogue: Catalogue, name: str, overrides: list[str], console: Console)
             trained[outcome.seed] = outcome.measured
             bar.note(f"{len(trained)}/{recipe.seeds} trained")
     measured = [trained[seed] for seed in sorted(trained)]
+    quantities = quantities_of(measured, claims, card.claims)
+    if not quantities:
+        raise UserError(f"{name}: all seeds of {arm} measured the same, so there is nothing to count; train longer")
     with console.waiting("counting verdicts"):
-        found = calibrate(quantities_of(measured, claims, card.claims), measured, pairs, RESAMPLED)
+        found = calibrate(quantities, measured, pairs, RESAMPLED)
     result = {
         "paper": name,
         "arm": arm,

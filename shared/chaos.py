@@ -3,6 +3,7 @@ as one that was never interrupted: the same curves, metrics and weights, bit for
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 from shared.catalogue import Catalogue
 from shared.errors import UserError
 
-SMALL = (
-    "steps=60", "pairs=256", "test_pairs=16", "classes=4", "batch=16", "measure_at=4", "val_pictures=8",
-    "accelerator=cpu", "checkpoint_every=3", "jobs=1",
-)  # fmt: skip
+# Over the smoke recipe. A recipe that lacks a key goes without it.
+SMALL = {
+    "steps": 60, "pairs": 256, "test_pairs": 16, "classes": 4, "batch": 16, "measure_at": 4, "val_pictures": 8,
+    "accelerator": "cpu", "checkpoint_every": 3, "jobs": 1,
+}  # fmt: skip
 LONGEST = 600  # seconds that one start may take
 
 
@@ -55,17 +57,15 @@ def chaos(
     overrides: list[str],
     say: Callable[[str], None],
 ) -> Chaos:
-    """Kill the paper's first arm `kills` times, over as many whole runs as that takes. folder: a new, empty one."""
-    random_moment = random.Random(seed)
-    command = [
-        sys.executable,
-        "-c",
-        CHILD,
-        str(catalogue.root),
-        catalogue.package,
-        name,
-        json.dumps([*SMALL, *overrides]),
-    ]
+    """Kill the paper's first arm `kills` times, over as many whole runs as that takes. folder: a new, empty one.
+
+    UserError where a run does not end, or fails without having been killed.
+    """
+    drawn = random.Random(seed)
+    keys = {one.name for one in dataclasses.fields(catalogue.recipe_type(name))}
+    overrides = [*(f"{key}={value}" for key, value in SMALL.items() if key in keys), *overrides]
+    catalogue.recipe(name, "smoke", overrides)  # a mistake in it is told here, not by every child
+    command = [sys.executable, "-c", CHILD, str(catalogue.root), catalogue.package, name, json.dumps(overrides)]
     found = Chaos()
     say("an uninterrupted run")
     expected, duration = ended(Child(command, folder / "whole"))
@@ -75,11 +75,10 @@ def chaos(
         while True:
             child = Child(command, place)
             # the first step may be any number of seconds away; the moments are drawn over what comes after it
-            writing = random_moment.random() < 0.5
-            moment = random_moment.uniform(0.0, duration / 2)
-            if found.kills >= kills or not child.survives_until(moment, writing):
+            writing = drawn.random() < 0.5
+            moment = drawn.uniform(0.0, duration / 2)
+            if found.kills >= kills or not child.survives_until(moment, writing) or not child.kill():
                 break
-            child.kill()
             found.kills += 1
             found.while_writing += child.left_half_written()
             kept = child.newest_step()
@@ -87,9 +86,9 @@ def chaos(
             found.lost.append(max(0, child.seen - kept))
             say(f"kill {found.kills}: at step {child.seen}, goes on from step {kept}")
         now, _ = ended(child)
-        different = [key for key in expected.keys() | now.keys() if expected.get(key) != now.get(key)]
+        different = sorted(key for key in expected.keys() | now.keys() if expected.get(key) != now.get(key))
         found.equal += not different
-        found.differences += [f"run {found.runs}: {key}" for key in sorted(different)]
+        found.differences += [f"run {found.runs}: {key}" for key in different]
         say(f"run {found.runs} ended {'bit for bit equal' if not different else f'different: {different}'}")
     return found
 
@@ -100,11 +99,11 @@ class Child:
     def __init__(self, command: list[str], folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.progress = folder / "progress"
+        self.progress, self.log = folder / "progress", folder / "log.txt"
         self.progress.unlink(missing_ok=True)
-        self.log = (folder / "log.txt").open("a")
-        environment = os.environ | {"PYTHONPATH": command[3], "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([*command, str(folder)], stdout=self.log, stderr=self.log, env=environment)
+        environment = os.environ | {"PYTHONPATH": command[3], "OMP_NUM_THREADS": "1"}  # the root of the catalogue
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen([*command, str(folder)], stdout=log, stderr=log, env=environment)
         self.limit = time.monotonic() + LONGEST
 
     @property
@@ -115,23 +114,30 @@ class Child:
         except (OSError, ValueError):
             return 0
 
+    def alive(self) -> bool:
+        """Whether it has not ended yet, after a moment's wait; UserError where it takes too long."""
+        if self.process.poll() is not None:
+            return False
+        if time.monotonic() > self.limit:
+            self.kill()
+            raise UserError(f"{self.folder}: no end after {LONGEST} s; {self.last_words()}")
+        time.sleep(0.0005)
+        return True
+
     def survives_until(self, moment: float, writing: bool) -> bool:
         """Wait `moment` seconds from its first step on, then, if wanted, for a checkpoint begun. False: it ended."""
         started = None
-        while self.process.poll() is None:
+        while self.alive():
             if started is None and self.seen:
                 started = time.monotonic()
             if started and time.monotonic() - started >= moment and (not writing or self.left_half_written()):
                 return True
-            if time.monotonic() > self.limit:
-                self.kill()
-                raise UserError(f"{self.folder}: no end after {LONGEST} s; see log.txt there")
-            time.sleep(0.0005)
         return False
 
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+    def kill(self) -> bool:
+        """With -9. False where it had just ended by itself."""
+        self.process.kill()
+        return self.process.wait() == -signal.SIGKILL
 
     def left_half_written(self) -> bool:
         return any((self.folder / "checkpoints").glob("*.partial"))
@@ -142,19 +148,23 @@ class Child:
         sealed = newest_valid(self.folder / "checkpoints")
         return sealed.step if sealed else 0
 
+    def last_words(self) -> str:
+        """The last line that it printed: the folder is gone when the error is read."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return f"its last words: {lines[-1].strip()}" if lines else "it said nothing"
+
 
 def ended(child: Child) -> tuple[dict, float]:
     """Wait for the end. -> ({what is compared: its value or digest}, seconds of training)."""
     started = None
-    while child.process.poll() is None:
+    while child.alive():
         started = started or (time.monotonic() if child.seen else None)
-        time.sleep(0.001)
     spent = time.monotonic() - started if started else 0.0
     if child.process.returncode:
-        raise UserError(f"{child.folder}: the run ended with code {child.process.returncode}; see log.txt there")
+        raise UserError(f"{child.folder}: the run ended with code {child.process.returncode}; {child.last_words()}")
     outcome = json.loads((child.folder / "outcome.json").read_text())["outcome"]["measured"]
     compared = {key: value for key, value in outcome.items() if key != "waited"}
-    curves = compared.pop("curves")
+    curves = compared.pop("curves", {})
     compared |= {f"curve {key}": value for key, value in curves.items()}
     weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in child.folder.glob("*.safetensors")}
     if not weights:
@@ -173,7 +183,10 @@ run_child(Catalogue(Path(root) / package, package), name, json.loads(overrides),
 
 
 def run_child(catalogue: Catalogue, name: str, overrides: list[str], folder: Path) -> None:
-    """What is started and killed: the first arm of the paper at smoke scale, as `reproduce` runs it."""
+    """What is started and killed: the first arm of the paper at smoke scale, as `reproduce` runs it.
+
+    folder/progress then holds the number of steps trained so far.
+    """
     import torch
 
     from shared.arms import Job

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -48,10 +48,14 @@ def consolidate(checkpoint: Path) -> dict[str, Tensor]:
     except Exception as error:  # parsers of foreign or cut files fail in many ways
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(f"{state}: refused as a checkpoint ({reason}); take an earlier one") from error
-    others = [key for key in tensors if not key.startswith(PREFIX)]
-    if others:
-        raise UserError(f"{state}: {', '.join(others[:8])} lie outside `{PREFIX}`; keep weights in the model")
+    refuse_outside(tensors, state)
     return {key.removeprefix(PREFIX): tensor.detach() for key, tensor in tensors.items()}
+
+
+def refuse_outside(keys: Iterable[str], place: object) -> None:
+    """UserError where weights lie beside the module's `model`: they would have no name in a file of the model."""
+    if others := [key for key in keys if not key.startswith(PREFIX)]:
+        raise UserError(f"{place}: {', '.join(others[:8])} lie outside `{PREFIX}`; keep weights in the model")
 
 
 def _of_zero(folder: Path) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def examine(catalogue: Catalogue, paper: str | None, scale: str, verify: bool) -
     for part in parts:
         try:
             yield from part
-        except UserError as error:
+        except (UserError, OSError) as error:
             yield Finding("problem", str(error))
 
 
@@ -198,7 +198,8 @@ def cache() -> Iterator[Finding]:
 
 def _writable(name: str, folder: Path, way_out: str) -> Finding:
     """Whether a file can be made in a folder, or where it would be made, and how much disk is left there."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # os.path: a folder that may not be looked into is not there for us, where Path.exists would raise
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     try:
         with tempfile.TemporaryFile(dir=place):
             pass

@@ -86,6 +86,8 @@ class Kept:
                 record = json.loads(line)
             except ValueError:  # cut off by a full disk
                 continue
+            if not isinstance(record, dict):  # a stranger's line
+                continue
             if "delivered" in record:
                 self.sent = record["delivered"]
             elif "run" in record:

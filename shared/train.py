@@ -11,6 +11,7 @@ import lightning
 from shared.catalogue import Catalogue
 from shared.console import Console
 from shared.data.batches import Batches
+from shared.errors import UserError
 from shared.recipes import SEED_BASE, Recipe, to_yaml
 
 
@@ -25,31 +26,46 @@ class Trainable:
 
 
 def train(catalogue: Catalogue, recipe: Recipe, folder: Path | None, console: Console) -> Path:
-    """Train, or go on with what the same command began. -> the folder with model.safetensors."""
-    from shared.consolidate import consolidate_to
+    """Train, or go on with what the same command began. -> the folder with model.safetensors.
+
+    folder: default runs/<paper>/train-<scale>. On several ranks every one calls this, and the first one writes.
+    UserError where the paper has no training.py, the folder cannot be written, or what it holds is of other settings.
+    """
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from shared.consolidate import consolidate_to, refuse_outside
     from shared.runs import write_whole
     from shared.tracking import Tracker
     from shared.training import Curves, fit, world_rank
 
+    if not (catalogue.folder / recipe.paper / "training.py").is_file():
+        raise UserError(f"papers/{recipe.paper} has no training.py, so it trains in its claims alone: make reproduce")
     folder = folder or catalogue.root / "runs" / recipe.paper / f"train-{recipe.scale}"
-    weights, first = folder / "model.safetensors", world_rank() == 0
+    first = world_rank() == 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another by --out") from None
     lightning.seed_everything(SEED_BASE, verbose=False)
     with console.waiting("reading the data"):
         trainable = catalogue.module(recipe.paper, "training").prepare(recipe, SEED_BASE)
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "recipe.yaml", to_yaml(recipe))
-        trainable.save_tokenizer(folder / "tokenizer.json")
+    refuse_outside(trainable.module.state_dict(), f"papers/{recipe.paper}")
+
+    def keep(*_) -> None:
+        """What goes with the weights; written once fit has found that the checkpoints are of this very recipe."""
+        if first:
+            write_whole(folder / "recipe.yaml", to_yaml(recipe))
+            trainable.save_tokenizer(folder / "tokenizer.json")
+
     identity = {"seed": SEED_BASE, "data": trainable.digest}
-    title = (
-        f"{recipe.model} on {recipe.devices * recipe.nodes} device{'s' if recipe.devices * recipe.nodes > 1 else ''}"
-    )
+    devices = recipe.devices * recipe.nodes
+    title = f"{recipe.model} on {devices} device{'s' if devices > 1 else ''}"
     with console.progress(recipe.steps * recipe.batch, title, "samples") as bar:
         curves = Curves(recipe.batch, bar.advance if first else None)
-        waited = fit(trainable.module, trainable.batches, recipe, folder, [curves], identity, keep_last=True)
+        callbacks = [curves, LambdaCallback(on_train_start=keep)]
+        waited = fit(trainable.module, trainable.batches, recipe, folder, callbacks, identity, keep_last=True)
     if first:
-        newest = max((folder / "checkpoints").glob("step-*"))
-        consolidate_to(newest, weights)
+        consolidate_to(folder / "checkpoints" / f"step-{recipe.steps:08d}", folder / "model.safetensors")
         name = f"train {recipe.model} {recipe.scale}"
         tracker = Tracker(
             experiment=recipe.paper, name=name, folder=catalogue.root, root=catalogue.root,

@@ -78,7 +78,7 @@ class Curves(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            for name, value in trainer.logged_metrics.items():
+            for name, value in trainer.callback_metrics.items():
                 self.values.setdefault(name, []).append((trainer.global_step * self.batch, float(value)))
         if self.progress:
             self.progress(self.batch)
@@ -235,5 +235,5 @@ def make_trainer(recipe: Recipe, folder: Path, callbacks: list[Callback]) -> lig
         use_distributed_sampler=False,
         callbacks=callbacks,
         default_root_dir=folder,
-        log_every_n_steps=1,
+        log_every_n_steps=2**31 - 1,
     )

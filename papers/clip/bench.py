@@ -47,6 +47,9 @@ def run(root: Path, overrides: list[str]) -> None:
     chosen = SWEEPS if settings["sweep"] == "all" else (settings["sweep"],)
     if unknown := set(chosen) - set(SWEEPS):
         raise UserError(f"bench: no sweep '{unknown.pop()}'; choose all, {', '.join(SWEEPS)}")
+    if settings["repeats"] < 1:
+        raise UserError(f"bench: repeats={settings['repeats']}: give at least 1")
+    variant, batches = _known(settings["variant"]), _batches(settings["batch"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = settings["precision"] or ("bf16" if device == "cuda" else "fp32")
     if precision not in DTYPES:
@@ -54,8 +57,7 @@ def run(root: Path, overrides: list[str]) -> None:
     peaks = [peak for peak in (matrix_peak(device, name) for name in DTYPES) if peak]
     if precision not in {peak["precision"] for peak in peaks}:
         raise UserError(f"bench: {precision} products are slower than fp32 ones on this machine; precision=fp32")
-    plan = Plan(device, precision, settings["repeats"], settings["seconds"], peaks, batches=_batches(settings["batch"]))
-    plan = replace(plan, variant=_known(settings["variant"]))
+    plan = Plan(device, precision, settings["repeats"], settings["seconds"], peaks, variant, batches)
     sweeps = [sweep for name in chosen for sweep in plan.sweeps(name)]
     settings |= {"device": device, "precision": precision}
     run_all(sweeps, settings, root / settings["out"], peaks)

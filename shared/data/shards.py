@@ -7,8 +7,6 @@ or .json with `caption`). The order within a shard and of the shards is drawn an
 from __future__ import annotations
 
 import json
-import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,16 +17,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from shared.archives import SafeArchive, shown
 from shared.data.adapters import PictureError, fitted_image
 from shared.data.batches import StepLoader
 from shared.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
+HOPELESS = 1_000  # samples dropped on the way to one batch after which a reader gives up: there may be no good one
 
 
 @dataclass
 class Item:
-    """A batch on its way from a reader: what it holds, and where its reader stands behind it."""
+    """A batch on its way from a reader: what it holds, and where its reader stands behind it.
+
+    Without tensors where the reader gave up.
+    """
 
     tensors: tuple[Tensor, ...]
     ids: list[str]
@@ -42,7 +45,8 @@ class Shards(IterableDataset):
 
     encode(picture (3, S, S) uint8, caption) -> what a batch holds of one sample. Every one of the ranks x workers
     readers takes its own shards, so there must be as many. Samples without picture or caption, or with a broken one,
-    are dropped, counted and named; above `max_dropped` of what was read the run stops.
+    are dropped, counted and named; above `max_dropped` of what was read the run stops, and so it does after HOPELESS of
+    them without a batch.
     """
 
     def __init__(
@@ -98,8 +102,10 @@ class Shards(IterableDataset):
                 ids.append(key)
             except PictureError as wrong:
                 dropped.append((key, str(wrong)))
-            if len(rows) == self.each:
-                yield Item(tuple(torch.stack(part) for part in zip(*rows, strict=True)), ids, reader, consumed, dropped)
+            full = len(rows) == self.each
+            if full or len(dropped) == HOPELESS:
+                tensors = tuple(torch.stack(part) for part in zip(*rows, strict=True)) if full else ()
+                yield Item(tensors, ids, reader, consumed, dropped)
                 rows, ids, dropped = [], [], []
 
     def stream(self, reader: int, readers: int, skip: int) -> Iterator[tuple[str, dict]]:
@@ -111,12 +117,12 @@ class Shards(IterableDataset):
             names = list(self.samples)
             for number in order[reader::readers]:
                 name, count = names[number], self.samples[names[number]]
-                inside = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + number)
-                within = torch.randperm(count, generator=inside).tolist()
                 if skip >= count:
                     skip -= count
                     continue
                 samples = read_shard(self.folder / name, count)
+                inside = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + number)
+                within = torch.randperm(count, generator=inside).tolist()
                 for row in within[skip:]:
                     yield f"{name}/{samples[row]['__key__']}", samples[row]
                 skip = 0
@@ -162,15 +168,18 @@ class ShardLoader(StepLoader):
             yield item.tensors
 
     def refuse_too_many(self) -> None:
-        """UserError where more than max_dropped of the samples read (of at least a thousand) could not be used."""
+        """UserError where more than max_dropped of the samples read (of at least a thousand) could not be used, or a
+        reader gave up."""
         ahead = self._behind.values()
         lost = sum(self.dropped.values()) + sum(len(item.dropped) for item in ahead)
         read = self.read + sum(len(item.ids) + len(item.dropped) for item in ahead)
         limit = self.dataset.max_dropped
-        if lost > limit * max(read, 1000):
-            first = [f"{id}: {why}" for item in ahead for id, why in item.dropped][:3]
+        too_many = f"more than {100 * limit:g} %" if lost > limit * max(read, 1000) else ""
+        hopeless = f"{HOPELESS} of them on the way to one batch" if any(not item.tensors for item in ahead) else ""
+        if too_many or hopeless:
+            first = [shown(f"{id}: {why}") for item in ahead for id, why in item.dropped][:3]
             raise UserError(
-                f"{self.dataset.folder}: {lost} of {read} samples cannot be used, more than {100 * limit:g} % "
+                f"{self.dataset.folder}: {lost} of {read} samples cannot be used, {too_many or hopeless} "
                 f"({'; '.join(first)}): mend the shards"
             )
 
@@ -182,7 +191,7 @@ def decoded(sample: dict, size: int) -> tuple[Tensor, str]:
         raise PictureError("no picture")
     try:
         caption = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):  # the last: JSON nested without end
         raise PictureError("no caption") from None
     if not isinstance(caption, str) or not caption.strip():
         raise PictureError("no caption")
@@ -190,14 +199,19 @@ def decoded(sample: dict, size: int) -> tuple[Tensor, str]:
 
 
 def read_shard(path: Path, expected: int) -> list[dict]:
-    """The raw samples of one shard, {"__key__": ..., suffix: bytes}. UserError where it is cut short or has changed."""
-    import webdataset
+    """The raw samples of one shard, {"__key__": ..., suffix: bytes}. UserError where it is cut short or has changed.
+
+    Its files are grouped by the webdataset library, but not opened by it: it knows no limits, and would read a shard
+    whose name begins with `pipe:` by running it.
+    """
+    from webdataset.tariterators import group_by_keys  # seconds to import
 
     try:
-        pipeline = webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None)
-        samples = list(pipeline)
-    except Exception as wrong:  # tarfile, zlib and the reader's own kinds
-        raise UserError(f"{path}: cannot be read ({wrong}); get the shard again") from None
+        with SafeArchive(path) as archive:
+            files = ({"fname": n, "data": archive.read(n), "__url__": str(path)} for n in archive.members())
+            samples = list(group_by_keys(files))
+    except ValueError as wrong:  # ArchiveError, and two files of one key and suffix
+        raise UserError(f"{path}: {shown(wrong.args[0])}; get the shard again") from None
     if len(samples) != expected:
         raise UserError(f"{path}: holds {len(samples)} samples, not {expected} as counted before; get the shard again")
     return samples
@@ -210,24 +224,20 @@ def shard_sizes(folder: Path) -> dict[str, int]:
         raise UserError(f"{folder}: no shards (*.tar) there; set data_root to the folder that holds them")
     try:
         known = json.loads((folder / "sizes.json").read_text())
-        if known.keys() == {path.name for path in shards}:
-            return {path.name: int(known[path.name]) for path in shards}
-    except (OSError, ValueError, AttributeError, TypeError):
+        sizes = {path.name: int(known[path.name]) for path in shards}
+        if known.keys() == sizes.keys() and min(sizes.values()) > 0:
+            return sizes
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         pass
     return {path.name: count_samples(path) for path in shards}
 
 
 def count_samples(path: Path) -> int:
-    """Distinct keys of one shard, read from its headers alone. UserError where it is no tar, empty or cut short."""
-    try:
-        with path.open("rb") as file:  # Python takes a tar cut within a header for a whole one
-            file.seek(max(0, path.stat().st_size - 1024))
-            if any(file.read()):
-                raise UserError(f"{path}: is cut short (no end mark); get the shard again")
-        with tarfile.open(path) as archive:
-            keys = {re.sub(r"\.[^/]*$", "", member.name) for member in archive if member.isfile()}
-    except (tarfile.TarError, OSError) as wrong:
-        raise UserError(f"{path}: no tar archive ({wrong}); get the shard again") from None
+    """Samples of one shard, counted by their headers alone. UserError where it is no tar, empty or cut short."""
+    from webdataset.tariterators import base_plus_ext
+
+    with SafeArchive(path) as archive:
+        keys = {base_plus_ext(name)[0] for name in archive.members()} - {None}
     if not keys:
         raise UserError(f"{path}: holds no samples; remove it")
     return len(keys)

@@ -425,6 +425,7 @@ ENDLESS = "unpacks to more than the .* bytes that its size allows$"
 BROKEN = "no readable tar or zip archive"
 SPARSE = forged_tar_header(tarfile.GNUTYPE_SPARSE, b"77777777777\0", at=483)
 NEGATIVE = b"\xff" * 10 + b"\xfe\x00"  # -512
+BACK = b"\xff" * 10 + b"\xfc\x00"  # -1,024
 for name, make, refused in [
     ("tar: gzip bomb of 128 MB", zeros_behind(large_header(tarfile.REGTYPE)), ENDLESS),
     ("tar: header of 128 MB, extended attributes", zeros_behind(large_header(tarfile.XHDTYPE)), ENDLESS),
@@ -435,6 +436,18 @@ for name, make, refused in [
         "tar: negative size that leads back to the start, without end",
         written(tar(GOOD)[:1024] + forged_tar_header(b"0", b"\xff" * 10 + b"\xfa\x00") + bytes(1024)),
         f"{BROKEN} .a size of -1,536 bytes",
+    ),
+    (
+        "tar: size of -1, which leads nowhere else",
+        written(tar(GOOD)[:1024] + forged_tar_header(b"0", b"\xff" * 12) + bytes(1024)),
+        f"{BROKEN} .a size of -1 bytes",
+    ),
+    (
+        "tar: negative size that leads into a file, where another header stands",
+        written(
+            tar(tar_member("first", large_header(b"0", 1024)))[:1024] + forged_tar_header(b"0", BACK) + bytes(1024)
+        ),
+        f"{BROKEN} .a size of -1,024 bytes",
     ),
     ("tar: negative size of a header", written(forged_tar_header(b"x", NEGATIVE) + bytes(1024)), ENDLESS),
     ("tar: 3,000 headers inside each other", written((large_header(b"L", 1) + bytes(512)) * 3000), BROKEN),
@@ -464,6 +477,13 @@ for name, content, refused in [
     ("tar: no tar at all", b"junk" * 300, BROKEN),
     ("zip: two files of one name", zipped(("a", "1"), ("a", "2")), "two members are called a"),
     ("zip: flipped bit", zipped(("a", "x" * 99), method=0).replace(b"xxx", b"xyx", 1), r"damaged \(Bad CRC-32"),
+    ("zip: says it is empty", changed_zip(zipped(("a", "x" * 99)), 24, bytes(4)), r"damaged \(Bad CRC-32"),
+    (
+        "zip: says it is empty, and is not packed",
+        changed_zip(zipped(("a", "x" * 99), method=0), 24, bytes(4)),
+        "Bad CRC",
+    ),
+    ("zip: says it is shorter", changed_zip(zipped(("a", "x" * 99), method=0), 24, b"\x32"), r"damaged \(Bad CRC-32"),
     ("zip: says it is longer", changed_zip(zipped(("a", "x" * 99), method=0), 24, b"\xff"), "cut short|damaged"),
     ("zip: no zip at all", b"PK\3\4 and nothing more", BROKEN),
 ]:

@@ -39,7 +39,6 @@ ALLOWED = {
 ARCHIVES = {  # who may open an archive, and why not through shared/archives.py
     "shared/archives.py": "the reader itself",
     "shared/fetch.py": "streams one member of a wheel to a file, up to the manifest's size, and hashes it",
-    "shared/data/shards.py": "counts the headers of shards that webdataset streams",
 }
 
 

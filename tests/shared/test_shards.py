@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.data.shards import Shards, count_samples
+from shared.data.shards import Shards, count_samples, read_shard
 from shared.errors import UserError
 
-pytest.importorskip("webdataset")
+webdataset = pytest.importorskip("webdataset")
 
 
 def picture(number):
@@ -140,3 +140,24 @@ def test_the_digest_tells_other_shards(folder):
     before = shards(folder).digest
     write_shard(folder / "3.tar", range(30, 41))
     assert shards(folder).digest != before and count_samples(folder / "3.tar") == 11
+
+
+def test_a_shard_that_webdataset_wrote_is_read_as_webdataset_reads_it(tmp_path):
+    path = tmp_path / "a.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(7):
+            writer.write({"__key__": f"deep/{number:03d}", "seg.PNG": picture(number), "txt": f"number {number}"})
+    theirs = list(webdataset.WebDataset([str(path)], shardshuffle=False, nodesplitter=None, workersplitter=None))
+    assert count_samples(path) == 7
+    ours = read_shard(path, 7)
+    assert [{k: v for k, v in sample.items() if k != "__url__"} for sample in ours] == [
+        {k: v for k, v in sample.items() if not k.startswith("__") or k == "__key__"} for sample in theirs
+    ]
+
+
+def test_two_files_of_one_sample_and_suffix_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("1.png", "1.PNG"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match=r"a\.tar: .*1\.PNG.*get the shard again$"):
+        read_shard(tmp_path / "a.tar", 1)

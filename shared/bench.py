@@ -281,17 +281,20 @@ def _loss(device: str, repeats: int) -> list[Sweep]:
     """Time and peak memory of the chunked loss against the plain one: two tables of the same measurement."""
     width = 512
     measured = functools.cache(_loss_on_gpu if device == "cuda" else _loss_on_cpu)
-    sizes = (8_192, 32_768, 65_536) if device == "cuda" else (8_192,)
+    sizes = (8_192, 32_768, 65_536) if device == "cuda" else (8_192, 32_768)
 
     def jobs(which: int, seconds: float) -> list[Job]:
         def run(batch: int) -> list[dict]:
             return [{"batch": batch, **row} for row in measured(batch, width, repeats)[which]]
 
-        return [Job(f"batch {batch:,}, width {width}", seconds, functools.partial(run, batch)) for batch in sizes]
+        return [
+            Job(f"batch {batch:,}, width {width}", seconds * (batch / sizes[0]) ** 2, functools.partial(run, batch))
+            for batch in sizes
+        ]
 
     title = "CONTRASTIVE LOSS in tiles, forward and backward, fp32"
     return [
-        Sweep("loss-time", title, jobs(0, 60)),
+        Sweep("loss-time", title, jobs(0, 20)),
         Sweep("loss-memory", f"{title}: peak memory", jobs(1, 0), verb="needs"),
     ]
 
@@ -449,7 +452,7 @@ def parse(overrides: Iterable[str], defaults: Mapping[str, Any]) -> dict[str, An
 def run_sweeps(sweeps: Sequence[Sweep], settings: Mapping[str, Any], folder: Path, peaks: Sequence[dict]) -> None:
     """Run every job with its remaining time; after each sweep print its table, write its JSON and its figure.
 
-    Written are folder/<name>-<device>.json and folder/figures/<name>-<device>.png.
+    Written are folder/<name>-<device>-<precision>.json and folder/figures/<name>-<device>-<precision>.png.
     """
     console = Console()
     jobs = [job for sweep in sweeps for job in sweep.jobs]
@@ -493,7 +496,7 @@ def save(sweep: Sweep, rows: list[dict], settings: Mapping[str, Any], folder: Pa
         "peaks": list(peaks),
         "rows": rows,
     }
-    path = folder / f"{sweep.name}-{settings['device']}.json"
+    path = folder / f"{sweep.name}-{settings['device']}-{settings['precision']}.json"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(result, indent=1) + "\n")
     if any("ratio" in row for row in rows):

@@ -17,7 +17,7 @@ from shared.bench import Job, Sweep, in_child, memory_rows, race, rows_of, save,
 from shared.errors import UserError
 
 PEAKS = [{"precision": "fp32", "flops_per_second": 1e11, "shape": [8, 8, 8]}]
-SETTINGS = {"sweep": "demo", "device": "cpu"}
+SETTINGS = {"sweep": "demo", "device": "cpu", "precision": "fp32"}
 
 
 def demo_rows() -> list[dict]:
@@ -111,13 +111,13 @@ def test_a_result_file_says_what_ran_where_and_what_came_out(tmp_path):
     sweep = Sweep("demo", "DEMO, nothing", [])
     path = save(sweep, demo_rows(), SETTINGS, tmp_path, PEAKS)
     result = json.loads(path.read_text())
-    assert path.name == "demo-cpu.json"
+    assert path.name == "demo-cpu-fp32.json"
     keys = {"name", "title", "settings", "machine", "commit", "dirty", "date", "peaks", "rows"}
     assert result.keys() == keys
     assert result["settings"] == SETTINGS and result["peaks"] == PEAKS
     assert result["machine"]["torch"] == torch.__version__ and result["machine"]["cores"] >= 1
     assert result["rows"] == demo_rows()
-    assert (tmp_path / "figures" / "demo-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figures" / "demo-cpu-fp32.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_line_figure_is_drawn_over_its_axis(tmp_path):
@@ -138,7 +138,7 @@ def test_a_run_measures_every_job_and_keeps_its_setting(tmp_path, capsys):
     jobs = [Job(name, 1.0, demo_rows) for name in ("small", "large")]
     jobs[1] = replace(jobs[1], run=lambda: [{k: v for k, v in row.items() if k != "setting"} for row in demo_rows()])
     bench.run_sweeps([Sweep("demo", "DEMO", jobs)], SETTINGS, tmp_path, PEAKS)
-    rows = json.loads((tmp_path / "demo-cpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "demo-cpu-fp32.json").read_text())["rows"]
     assert [row["setting"] for row in rows] == ["batch 6", "batch 6", "large", "large"]  # a row's own comes first
     out, err = capsys.readouterr()
     assert "DEMO" in out and "[2/2]" in err and "left" in err and "GFLOP/s" in err
@@ -170,7 +170,7 @@ def test_a_wrong_word_is_one_clear_error(tmp_path, monkeypatch, words, message):
 def test_all_three_train_alike_and_the_result_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clip, "matrix_peak", lambda device, precision: PEAKS[0] if precision == "fp32" else None)
     clip.run(tmp_path, ["sweep=step", "variant=clip-tiny", "batch=3", "repeats=3"])
-    rows = json.loads((tmp_path / "results" / "bench" / "clip-step-cpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "results" / "bench" / "clip-step-cpu-fp32.json").read_text())["rows"]
     assert [row["name"] for row in rows] == 2 * ["ours", "open_clip", "transformers"]
     assert [row["tokens"] for row in rows] == 3 * [16] + 3 * [24]  # the longest of three captions; the full context
     assert "open_clip takes" in capsys.readouterr().out

@@ -64,7 +64,7 @@ def chaos(
     drawn = random.Random(seed)
     keys = {one.name for one in dataclasses.fields(catalogue.recipe_type(name))}
     overrides = [*(f"{key}={value}" for key, value in SMALL.items() if key in keys), *overrides]
-    catalogue.recipe(name, "smoke", overrides)  # a mistake in it is told here, not by every child
+    recipe = catalogue.recipe(name, "smoke", overrides)  # a mistake in it is told here, not by every child
     command = [sys.executable, "-c", CHILD, str(catalogue.root), catalogue.package, name, json.dumps(overrides)]
     found = Chaos()
     say("an uninterrupted run")
@@ -72,12 +72,13 @@ def chaos(
     while found.kills < kills:
         place = folder / f"killed-{found.runs}"
         found.runs += 1
+        kept = 0
         while True:
             child = Child(command, place)
-            # the first step may be any number of seconds away; the moments are drawn over what comes after it
-            writing = drawn.random() < 0.5
-            moment = drawn.uniform(0.0, duration / 2)
-            if found.kills >= kills or not child.survives_until(moment, writing) or not child.kill():
+            # A step, and a moment within it: drawn over seconds, a busy machine would be killed early or not at all.
+            step, writing = drawn.randint(kept, recipe.steps - 1), drawn.random() < 0.5
+            later = drawn.uniform(0.0, duration / recipe.steps)
+            if found.kills >= kills or not child.survives_until(step, later, writing) or not child.kill():
                 break
             found.kills += 1
             found.while_writing += child.left_half_written()
@@ -124,13 +125,13 @@ class Child:
         time.sleep(0.0005)
         return True
 
-    def survives_until(self, moment: float, writing: bool) -> bool:
-        """Wait `moment` seconds from its first step on, then, if wanted, for a checkpoint begun. False: it ended."""
-        started = None
+    def survives_until(self, step: int, later: float, writing: bool) -> bool:
+        """Wait for a step, `later` seconds more, and for a checkpoint that is begun if wanted. False: it ended."""
+        moment = None
         while self.alive():
-            if started is None and self.seen:
-                started = time.monotonic()
-            if started and time.monotonic() - started >= moment and (not writing or self.left_half_written()):
+            if moment is None and self.seen >= step:
+                moment = time.monotonic() + later
+            if moment is not None and time.monotonic() >= moment and (not writing or self.left_half_written()):
                 return True
         return False
 

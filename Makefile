@@ -75,7 +75,8 @@ doctor: env  ## what this machine has, lacks and could run, with a block to past
 mutants: env  ## planted faults: every one must be caught by the tests
 	@"$(PYTHON)" tests/mutants/run.py $(ARGS)
 
-mlflow: env  ## browse the tracked runs on http://127.0.0.1:5000
+mlflow: env  ## browse the tracked runs on this machine's own address, 127.0.0.1:5000
+	@echo "open http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (MLflow's own start page shows no training runs)"
 	@"$(PYTHON)" -m mlflow server --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port 5000
 
 clean:  ## remove runs and caches (not the environment, not results/)

@@ -218,6 +218,7 @@ def run_claims(
         data=data["name"],
         data_digest=data["digest"],
         command=command,
+        about=card.paper.title,
         tags={"scale": recipe.scale, "seeds": recipe.seeds},
         params=dataclasses.asdict(recipe),
         resume=run.get("tracking"),

@@ -69,7 +69,8 @@ def train(catalogue: Catalogue, recipe: Recipe, folder: Path | None, console: Co
         name = f"train {recipe.model} {recipe.scale}"
         tracker = Tracker(
             experiment=recipe.paper, name=name, folder=catalogue.root, root=catalogue.root,
-            data_digest=trainable.digest, tags={"scale": recipe.scale, "data": recipe.data}, params=asdict(recipe),
+            about=catalogue.card(recipe.paper).paper.title, data_digest=trainable.digest,
+            tags={"scale": recipe.scale, "data": recipe.data}, params=asdict(recipe),
         )  # fmt: skip
         with tracker:
             tracker.log_curves(curves.values)

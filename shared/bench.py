@@ -512,10 +512,10 @@ def table(sweep: Sweep, rows: Sequence[dict]) -> str:
     names = list(dict.fromkeys(row["name"] for row in rows))
     head = ["", names[0], "of peak", *(f"{name} {sweep.verb}" for name in names[1:])]
     cells = []
-    for setting, group in _by_setting(rows).items():
+    for setting, group in by_setting(rows).items():
         first = group[names[0]]
         share = f"{100 * first['share_of_peak']:.0f} %" if "share_of_peak" in first else ""
-        others = [_times(group[name]) if name in group else "-" for name in names[1:]]
+        others = [ratio_text(group[name]) if name in group else "-" for name in names[1:]]
         cells.append([setting, f"{first['value']:,g} {first['unit']}", share, *others])
     if not any(line[2] for line in cells):
         head, *cells = ([*line[:2], *line[3:]] for line in (head, *cells))
@@ -527,12 +527,12 @@ def table(sweep: Sweep, rows: Sequence[dict]) -> str:
     return "\n".join([*lines, f"x: times {what}. Above 1, {names[0]} is ahead."])
 
 
-def _times(row: dict) -> str:
+def ratio_text(row: dict) -> str:
     spread = f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if "ratio_low" in row else ""
     return f"{row['ratio']:.2f} x{spread}"
 
 
-def _by_setting(rows: Iterable[dict]) -> dict[str, dict[str, dict]]:
+def by_setting(rows: Iterable[dict]) -> dict[str, dict[str, dict]]:
     settings: dict[str, dict[str, dict]] = {}
     for row in rows:
         settings.setdefault(row["setting"], {})[row["name"]] = row
@@ -578,7 +578,7 @@ def _bars(axes, sweep: Sweep, rows: Sequence[dict]) -> None:
     from shared.figures import _COLOURS
 
     names = list(dict.fromkeys(row["name"] for row in rows))
-    settings = _by_setting(rows)
+    settings = by_setting(rows)
     thick = 0.8 / max(1, len(names) - 1)
     for place, name in enumerate(names[1:]):
         for line, group in enumerate(settings.values()):

@@ -1,4 +1,5 @@
-"""Generated tables: the papers in README.md and the evidence in each card, between markers, from cards and results/."""
+"""Generated parts of README.md and of each card, between markers, from cards and results/: papers, evidence, speed, the
+rate of false verdicts."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from shared.catalogue import Catalogue
 from shared.errors import UserError
 from shared.recipes import SCALES
 
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 # What may differ from the committed recipe in a run that is kept: where its data lies, how it was spread, its seeds.
 OPEN_TO_CHOICE = {"PAPER", "SCALE", "SEEDS", "ARGS", "data", "data_root", "jobs"}
 
@@ -79,21 +79,58 @@ def claim_cell(row: dict | None) -> str:
     return f"**{row['verdict']}** {row['reproduced']:.2f}{interval}"
 
 
+def speed_table(catalogue: Catalogue) -> str:
+    """Every committed race of ours against other libraries: one line a setting, with the spread of its ratios."""
+    from shared.bench import by_setting, ratio_text
+    from shared.report import machine_line
+
+    found = [json.loads(path.read_text()) for path in sorted((catalogue.root / "results" / "bench").glob("*.json"))]
+    races = [race for race in found if race["rows"][0].get("name") == "ours" and "median_s" in race["rows"][0]]
+    if not races:
+        return "No committed race yet."
+    others = list(dict.fromkeys(row["name"] for race in races for row in race["rows"] if row["name"] != "ours"))
+    lines = ["| what | setting | ours | " + " | ".join(f"{name} takes" for name in others) + " |"]
+    lines.append("| --- | --- | --- |" + " --- |" * len(others))
+    for race in races:
+        for setting, group in by_setting(race["rows"]).items():
+            ours = f"{group['ours']['value']:,g} {group['ours']['unit']}"
+            cells = [ratio_text(group[name]) if name in group else "-" for name in others]
+            lines.append(f"| {race['title'].lower()} | {setting} | {ours} | " + " | ".join(cells) + " |")
+    machines = dict.fromkeys(f"{machine_line(race['machine'])}, {race['date']}" for race in races)
+    how = "Ratios are medians over the rounds of one run, quartiles in brackets; above 1, ours is ahead."
+    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", how])
+
+
+def trust_lines(catalogue: Catalogue) -> str:
+    """What A/A runs and planted effects said of the verdicts, a paragraph a paper."""
+    from shared.calibration import line
+
+    paths = sorted((catalogue.root / "results" / "calibration").glob("*.json"))
+    return "\n\n".join(line(path) for path in paths) or "No committed calibration yet."
+
+
 def generated(catalogue: Catalogue) -> dict[Path, str]:
-    """{file: its text with a fresh table}."""
-    wanted = {catalogue.root / "README.md": papers_table(catalogue)}
+    """{file: its text with every generated part fresh}."""
+    parts = {"table": papers_table, "speed": speed_table, "trust": trust_lines}
+    readme = catalogue.root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, make in parts.items():
+        text = between_markers(readme, text, name, make(catalogue))
+    wanted = {readme: text}
     for name in catalogue.names():
-        wanted[catalogue.folder / name / "README.md"] = evidence_table(catalogue, name)
-    return {path: between_markers(path, table) for path, table in wanted.items()}
+        card = catalogue.folder / name / "README.md"
+        wanted[card] = between_markers(card, card.read_text(encoding="utf-8"), "table", evidence_table(catalogue, name))
+    return wanted
 
 
-def between_markers(path: Path, table: str) -> str:
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{path}: needs the markers {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def between_markers(path: Path, text: str, name: str, part: str) -> str:
+    """`text`, of `path`, with `part` between the markers of that name."""
+    begin, end = (f"<!-- {name}:{which} -->" for which in ("begin", "end"))
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{path}: needs the markers {begin} and {end} once each")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{part}\n{end}{after}"
 
 
 def stale_tables(catalogue: Catalogue) -> dict[Path, str]:

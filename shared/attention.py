@@ -263,9 +263,10 @@ class Attention(nn.Module):
         context_width: int | None = None,
         bias: bool = True,
         out_width: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
         if width % heads or heads % self.kv_heads:
             raise UserError(f"Attention: width {width}, {heads} heads and {self.kv_heads} kv_heads must divide in turn")
         self.head_width = width // heads
@@ -292,12 +293,21 @@ class Attention(nn.Module):
 
         With a cache, x holds the new tokens only, S counts the cached ones too, and a context is read the first time
         only (it may be None afterwards). rotary(q, k, offset) turns q and k of self-attention before they are cached.
+        R rows of x in succession (beams) may share one context: x (B·R, T, D) with context (B, S, C); the mask then is
+        one of keys, (B or 1, H or 1, 1, S), and nothing is causal.
         """
         if self.is_cross:
             q, k, v = self._cross_projections(x, context, cache, rotary)
         else:
             q, k, v = self._self_projections(x, context, cache, rotary)
-        mixed = attention(q, k, v, mask=mask, causal=causal)  # (B, H, T, K)
+        dropout = self.dropout if self.training else 0.0
+        rows = len(q) // max(1, len(k))
+        if self.is_cross and rows > 1 and len(q) == rows * len(k) and not causal:
+            q = rearrange(q, "(b r) h t k -> b h (r t) k", r=rows)
+            mixed = attention(q, k, v, mask=mask, dropout=dropout)
+            mixed = rearrange(mixed, "b h (r t) k -> (b r) h t k", r=rows)
+        else:
+            mixed = attention(q, k, v, mask=mask, causal=causal, dropout=dropout)  # (B, H, T, K)
         return self.out(rearrange(mixed, "b h t k -> b t (h k)"))
 
     def _self_projections(self, x: Tensor, context: Tensor | None, cache: KVCache | None, rotary: Rotation | None):

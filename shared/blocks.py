@@ -70,7 +70,9 @@ class Block(nn.Module):
         activation: str = "gelu",
         eps: float = 1e-5,
         norm: str = "pre",
+        drop_path: float = 0.0,
     ):
+        """drop_path: how often, in training, a sample passes by attention, and by the MLP (stochastic depth)."""
         super().__init__()
         if norm not in ("pre", "post"):
             raise ValueError(f"norm is 'pre' or 'post', not {norm!r}")
@@ -79,6 +81,7 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
+        self.drop_path = drop_path
 
     def forward(
         self,
@@ -90,13 +93,20 @@ class Block(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         def attend(y: Tensor) -> Tensor:
-            return self.attention(y, mask=mask, causal=causal, rotary=rotary, cache=cache)
+            return self.kept(self.attention(y, mask=mask, causal=causal, rotary=rotary, cache=cache))
 
         if self.pre:
             x = x + attend(self.attention_norm(x))
-            return x + self.mlp(self.mlp_norm(x))
+            return x + self.kept(self.mlp(self.mlp_norm(x)))
         x = self.attention_norm(x + attend(x))
-        return self.mlp_norm(x + self.mlp(x))
+        return self.mlp_norm(x + self.kept(self.mlp(x)))
+
+    def kept(self, y: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016) as timm has it: whole samples to zero, the others scaled up."""
+        if not (self.drop_path and self.training):
+            return y
+        keep = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
+        return y * keep / (1 - self.drop_path)
 
 
 class Blocks(nn.ModuleList):

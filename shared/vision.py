@@ -16,7 +16,8 @@ from shared.patch_embedding import ClassTokenAndPositions, PatchEmbedding
 class VisionTransformer(nn.Module):
     """A ViT over uint8 pixels (B, 3, H, W), or floating-point pictures that are normalised already.
 
-    input_norm is CLIP's extra LayerNorm before the first block; norm "pre" or "post" is the blocks' own.
+    input_norm is CLIP's extra LayerNorm before the first block; norm "pre" or "post" is the blocks' own. drop_path is
+    the last block's stochastic depth, which rises from 0 at the first.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class VisionTransformer(nn.Module):
         norm: str = "pre",
         input_norm: bool = False,
         patch_bias: bool = True,
+        drop_path: float = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
@@ -42,7 +44,10 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = PatchEmbedding(patch, width, bias=patch_bias, mean=mean, std=std)
         self.positions = ClassTokenAndPositions(width, (image_size // patch, image_size // patch))
         self.input_norm = nn.LayerNorm(width, eps=eps) if input_norm else nn.Identity()
-        self.blocks = Blocks(Block(width, heads, activation=activation, eps=eps, norm=norm) for _ in range(layers))
+        drops = [drop_path * i / max(1, layers - 1) for i in range(layers)]
+        self.blocks = Blocks(
+            Block(width, heads, activation=activation, eps=eps, norm=norm, drop_path=drop) for drop in drops
+        )
         self.output_norm = nn.LayerNorm(width, eps=eps)
 
     def embed(self, images: Tensor) -> Tensor:

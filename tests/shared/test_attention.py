@@ -381,3 +381,51 @@ def test_module_and_masks_compile_without_a_graph_break():
         return layer(x, causal=True, rotary=rotary), *(attention(q, k, v, mask=mask, causal=True) for mask in masks)
 
     assert_close(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("rows, tokens", [(3, 1), (3, 4), (1, 4)])
+def test_rows_in_succession_share_a_context_as_if_each_had_its_own(rows, tokens, backend, masked):
+    torch.manual_seed(0)
+    layer = Attention(24, 6, kv_heads=2, context_width=10)
+    x, context = torch.randn(2 * rows, tokens, 24), torch.randn(2, 7, 10, requires_grad=True)
+    mask = (torch.arange(7) < torch.tensor([7, 3])[:, None])[:, None, None] if masked else None
+    with use_backend(backend):
+        expected = layer(
+            x,
+            context.repeat_interleave(rows, 0),
+            mask=None if mask is None else mask.repeat_interleave(rows, 0),
+        )
+        found = layer(x, context, mask=mask)
+    assert_close(found, expected, atol=1e-6, rtol=0)
+    upstream = torch.randn_like(found)
+    (wanted,) = torch.autograd.grad(expected, context, upstream)
+    (gradient,) = torch.autograd.grad(found, context, upstream)
+    assert_close(gradient, wanted, atol=1e-6, rtol=0)
+
+
+def test_rows_that_do_not_share_a_context_evenly_are_refused():
+    layer = Attention(24, 3, context_width=10)
+    for rows, causal in ((5, False), (1, False), (4, True)):
+        with pytest.raises(ValueError, match="do not fit together"):
+            layer(torch.randn(rows, 2, 24), torch.randn(2, 7, 10), causal=causal)
+    with pytest.raises(ValueError, match="does not broadcast"):
+        layer(torch.randn(4, 2, 24), torch.randn(2, 7, 10), mask=torch.ones(4, 1, 2, 7, dtype=torch.bool))
+    assert layer(torch.randn(0, 2, 24), torch.randn(0, 7, 10)).shape == (0, 2, 24)
+
+
+def test_the_module_drops_attention_weights_in_training_alone():
+    torch.manual_seed(0)
+    layer, x = Attention(24, 3, dropout=0.5), torch.randn(2, 5, 24)
+    plain = Attention(24, 3)
+    plain.load_state_dict(layer.state_dict())
+    assert (layer(x) - layer(x)).abs().max() > 1e-2
+    with pytest.MonkeyPatch.context() as patch:  # the share that the module asks for
+        asked = []
+        backend = lambda q, k, v, mask, causal, scale, dropout: asked.append(dropout) or q  # noqa: E731
+        patch.setitem(attention.__globals__["_BACKENDS"], "sdpa", backend)
+        layer(x)
+        layer.eval()(x)
+    assert asked == [0.5, 0.0]
+    assert_close(layer(x), plain(x), atol=0, rtol=0)

@@ -1,5 +1,6 @@
-"""Text to ids and back: CLIP's byte-pair encoding (Radford et al. 2021, Sec. 2.4) exactly as released, and a small
-trained one for the small scales; also the ImageNet class names and templates of the zero-shot protocol (Sec. 3.1.4)."""
+"""Text to ids and back: CLIP's byte-pair encoding (Radford et al. 2021, Sec. 2.4) and BERT's uncased WordPiece (Devlin
+et al. 2019, Sec. 3) exactly as released, and a small trained one for the small scales; also the ImageNet class names
+and templates of the zero-shot protocol (Radford et al., Sec. 3.1.4)."""
 
 from __future__ import annotations
 
@@ -11,22 +12,29 @@ import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.archives import shown
+from shared.archives import SafeArchive, shown
 from shared.errors import UserError
-from shared.fetch import atomic
+from shared.fetch import atomic, fetch, load_manifest
 
 if TYPE_CHECKING:
     import tokenizers
     from torch import Tensor
 
 
+SPECIALS = {"mask": "[MASK]", "decode_start": "[DEC]", "encode_start": "[ENC]"}  # what they are for, and BLIP's names
+
+
 class Tokenizer(ABC):
-    """Texts to a padded batch of ids: `start`, the text's ids, `end`, then `pad`."""
+    """Texts to a padded batch of ids: `start`, the text's ids, `end`, then `pad`.
+
+    A model that needs more than these asks for some of SPECIALS when the tokenizer is made: `mask` (masked language
+    modelling), `decode_start` and `encode_start` (the first token of BLIP's decoder and of its image-grounded encoder).
+    """
 
     kind: str  # as in the manifest's card
     vocab_size: int
@@ -34,6 +42,7 @@ class Tokenizer(ABC):
     end: int
     pad: int
     digest: str  # sha256 of what fixes the ids; part of every cache key
+    specials: Mapping[str, int] = {}  # the ids of those SPECIALS that it has
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -66,6 +75,23 @@ class Tokenizer(ABC):
                 ids = [*ids[: context - 1], self.end]
             batch[row, : len(ids)] = torch.tensor(ids)
         return batch
+
+    @property
+    def mask(self) -> int:
+        return self._special("mask")
+
+    @property
+    def decode_start(self) -> int:
+        return self._special("decode_start")
+
+    @property
+    def encode_start(self) -> int:
+        return self._special("encode_start")
+
+    def _special(self, name: str) -> int:
+        if name not in self.specials:
+            raise UserError(f"the {self.kind} tokenizer was made without the token '{name}': give specials=('{name}',)")
+        return self.specials[name]
 
     def _body(self, ids: Iterable[int]) -> list[int]:
         """The ids between start and the first end."""
@@ -174,38 +200,138 @@ def _clip_bpe() -> tokenizers.Tokenizer:
     return bpe
 
 
+class BertTokenizer(Tokenizer):
+    """BERT's WordPiece over lower-cased text without accents; each word is cut into the longest pieces of a vocabulary.
+
+    `[CLS]` starts, `[SEP]` ends, `[PAD]` pads, and `[MASK]` is there. As in the release, these names in a text stand
+    for the special ids; a word of more than 100 characters, and one that the vocabulary cannot write, is `[UNK]`.
+    """
+
+    kind = "bert-wordpiece"
+    released = (
+        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # sha256 of bert-base-uncased's vocab.txt
+    )
+
+    def __init__(self, vocabulary: Sequence[str], specials: Sequence[str] = ()) -> None:
+        """`vocabulary`: the pieces in the order of their ids. `specials`: those of SPECIALS that it lacks, whose ids
+        then follow; BLIP's ("decode_start", "encode_start") are 30,522 and 30,523."""
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+        known = {piece: i for i, piece in enumerate(vocabulary)}
+        if len(known) != len(vocabulary):
+            raise UserError(f"{len(vocabulary) - len(known)} pieces of the vocabulary stand there twice")
+        if lacking := [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name not in known]:
+            raise UserError(f"the vocabulary lacks {', '.join(lacking)}: no BERT vocabulary")
+        self._asked = [name for name in _known_specials(specials) if SPECIALS[name] not in known]
+        names = [SPECIALS[name] for name in self._asked]
+        self._pieces = Tokenizer(models.WordPiece(known, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._pieces.normalizer = normalizers.BertNormalizer()  # uncased
+        self._pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._pieces.decoder = decoders.WordPiece()
+        self._pieces.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *names])
+        self.pad, self.start, self.end = known["[PAD]"], known["[CLS]"], known["[SEP]"]
+        self.vocab_size = self._pieces.get_vocab_size()
+        ids = {name: self._pieces.token_to_id(written) for name, written in SPECIALS.items()}
+        self.specials = {name: i for name, i in ids.items() if i is not None}
+        lines = "".join(f"{piece}\n" for piece in [*vocabulary, *names])
+        self.digest = hashlib.sha256(lines.encode()).hexdigest()
+
+    @classmethod
+    def uncased(cls, path: str | Path | None = None, specials: Sequence[str] = ()) -> BertTokenizer:
+        """bert-base-uncased: 30,522 ids. `path`: its vocab.txt, a tokenizer.json that holds it, or a zip archive with
+        either; by default what the manifest calls `bert-vocabulary`. Any other vocabulary is a UserError."""
+        path = Path(path or fetch(load_manifest()["bert-vocabulary"]))
+        vocabulary = _read_vocabulary(path)
+        if (found := cls(vocabulary).digest) != cls.released:
+            raise UserError(
+                f"{path}: not the vocabulary of bert-base-uncased: expected sha256 {cls.released}, found {found}"
+            )
+        return cls(vocabulary, specials)
+
+    def encode(self, text: str) -> list[int]:
+        return self._pieces.encode(_valid(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Pieces joined, without any special token, and no space before a sign or an ending that belongs to a word, as
+        transformers does with clean_up_tokenization_spaces (the default when ALBEF and BLIP were released)."""
+        text = self._pieces.decode(self._body(ids), skip_special_tokens=True)
+        for apart, joined in _ENDINGS:
+            text = text.replace(apart, joined)
+        return text
+
+    def save(self, path: str | Path) -> None:
+        known = self._pieces.get_vocab(with_added_tokens=False)
+        vocabulary = sorted(known, key=known.__getitem__)
+        _write(path, {"kind": self.kind, "digest": self.digest, "specials": self._asked, "vocabulary": vocabulary})
+
+
+_ENDINGS = [(f" {sign}", sign) for sign in ".?!,"] + [(" ' ", "'")]
+_ENDINGS += [(f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")]
+
+
+def _read_vocabulary(path: Path) -> list[str]:
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"PK":
+            with SafeArchive(path) as archive:
+                name = next(
+                    name for name in archive.members() if name.split("/")[-1] in ("vocab.txt", "tokenizer.json")
+                )
+                data = archive.read(name)
+        if data[:1] == b"{":
+            known = json.loads(data)["model"]["vocab"]
+            return sorted(known, key=known.__getitem__)
+        return data.decode("utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of BERT's vocab.txt") from None
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        raise UserError(f"{path}: no vocabulary in it; give BERT's vocab.txt or a tokenizer.json") from None
+
+
+def _known_specials(names: Sequence[str]) -> list[str]:
+    for name in names:
+        if name not in SPECIALS:
+            raise UserError(f"special token '{name}' is none of {', '.join(SPECIALS)}")
+    return list(dict.fromkeys(names))
+
+
 class SmallTokenizer(Tokenizer):
     """A byte-level BPE trained on a small corpus: any text can be written, case is kept, white space is collapsed.
-    `pad` is 0, `start` and `end` are the two largest ids."""
+    `pad` is 0, `start` and `end` are the two largest ids; `specials` come behind them, in the order asked for."""
 
     kind = "small-bpe"
     pad = 0
     smallest = 1 + 256 + 2  # pad, the bytes, start and end
 
-    def __init__(self, model: str) -> None:
-        """`model`: the JSON of a trained `tokenizers` model whose id 0 is the padding."""
+    def __init__(self, model: str, specials: Sequence[str] = ()) -> None:
+        """`model`: the JSON of a trained `tokenizers` model whose id 0 is the padding; `specials`: some of SPECIALS."""
         import tokenizers
 
         self._bpe = tokenizers.Tokenizer.from_str(model)
         size = self._bpe.get_vocab_size()
-        self.start, self.end, self.vocab_size = size, size + 1, size + 2
+        self.start, self.end = size, size + 1
+        self.specials = {name: size + 2 + i for i, name in enumerate(_known_specials(specials))}
+        self.vocab_size = size + 2 + len(self.specials)
         learnt = json.loads(self._bpe.to_str())["model"]
-        fixed = json.dumps([sorted(learnt["vocab"].items()), learnt["merges"]])  # the rest varies with the library
-        self.digest = hashlib.sha256(fixed.encode()).hexdigest()
+        fixed = [sorted(learnt["vocab"].items()), learnt["merges"]]  # the rest varies with the library
+        if self.specials:
+            fixed.append(list(self.specials))
+        self.digest = hashlib.sha256(json.dumps(fixed).encode()).hexdigest()
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> SmallTokenizer:
-        """Learn at most `vocab_size` ids (fewer where the corpus has no more pairs). The same texts, in any order, give
-        the same tokenizer."""
+    def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str] = ()) -> SmallTokenizer:
+        """Learn at most `vocab_size` ids, `specials` among them (fewer where the corpus has no more pairs). The same
+        texts, in any order, give the same tokenizer."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-        if vocab_size < cls.smallest:
-            raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and specials alone take {cls.smallest}")
+        others = 2 + len(_known_specials(specials))
+        if vocab_size < (smallest := cls.smallest + others - 2):
+            raise UserError(f"a vocabulary of {vocab_size} is too small: bytes and specials alone take {smallest}")
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 2,
+            vocab_size=vocab_size - others,
             min_frequency=2,
             show_progress=False,
             special_tokens=["<|pad|>"],
@@ -215,21 +341,28 @@ class SmallTokenizer(Tokenizer):
         # as a plain entry: the padding's name in a text must not turn into padding
         model = json.loads(bpe.to_str())
         model["added_tokens"] = []
-        return cls(json.dumps(model))
+        return cls(json.dumps(model), specials)
 
     def encode(self, text: str) -> list[int]:
         text = _plain(text)
         return self._bpe.encode(text).ids if text else []
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._bpe.decode([i for i in self._body(ids) if i != self.pad], skip_special_tokens=False).strip()
+        written = [i for i in self._body(ids) if i != self.pad and i < self.start]
+        return self._bpe.decode(written, skip_special_tokens=False).strip()
 
     def save(self, path: str | Path) -> None:
-        _write(path, {"kind": self.kind, "digest": self.digest, "model": json.loads(self._bpe.to_str())})
+        specials = {"specials": list(self.specials)} if self.specials else {}
+        model = json.loads(self._bpe.to_str())
+        _write(path, {"kind": self.kind, "digest": self.digest, **specials, "model": model})
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())  # a lone surrogate becomes '?'
+    return " ".join(_valid(text).split())
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate becomes '?'
 
 
 def _in_pieces(text: str) -> str:
@@ -237,12 +370,18 @@ def _in_pieces(text: str) -> str:
     return re.sub(rf"(\S{{{_LONGEST_WORD}}})(?=\S)", r"\1 ", _plain(text))
 
 
+_LOADERS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
+    ClipTokenizer.kind: lambda saved: ClipTokenizer(),
+    BertTokenizer.kind: lambda saved: BertTokenizer(saved["vocabulary"], saved["specials"]),
+    SmallTokenizer.kind: lambda saved: SmallTokenizer(json.dumps(saved["model"]), saved.get("specials", ())),
+}
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote."""
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        kind, digest = saved["kind"], saved["digest"]
-        tokenizer: Tokenizer = ClipTokenizer() if kind == "clip-bpe" else SmallTokenizer(json.dumps(saved["model"]))
+        tokenizer, digest = _LOADERS[saved["kind"]](saved), saved["digest"]
     except UserError:
         raise
     except Exception as error:  # absent, cut, or not a tokenizer at all: the tokenizers library raises bare Exception

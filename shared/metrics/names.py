@@ -1,10 +1,19 @@
-"""One spelling for metric names: no bare metric, the protocol is part of the name."""
+"""One spelling for metric names: no bare metric, the protocol is part of the name; and what a scorer returns."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from shared.errors import UserError
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`score` of the whole set and of each sample, in the order given; the one need not be the mean of the others."""
+
+    score: float
+    samples: list[float]
 
 
 def metric_name(task: str, metric: str, protocol: str) -> str:

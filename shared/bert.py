@@ -166,7 +166,7 @@ class BertLayers(Blocks):
         return last.first(x, **given)[:, 0]
 
     def _through(self, layer: BertLayer, x: Tensor, given: dict, cache: LayerCache | None = None) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
+        if cache is None and self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(layer, x, **given, use_reentrant=False)
         return layer(x, **given, cache=cache)
 

@@ -25,10 +25,12 @@ from shared.fetch import Entry, atomic
 
 @dataclass(frozen=True)
 class Rule:
-    """Our key, and what happens on the way: `transpose` swaps the two dimensions of a matrix (both directions)."""
+    """Our key, and what happens on the way, in both directions: `transpose` swaps the two dimensions of a matrix;
+    the published tensor has `lead` axes of size one before ours."""
 
     key: str
     transpose: bool = False
+    lead: int = 0
 
 
 # published key, or a tuple of them (concatenated along dim 0) -> our key | Rule | None (dropped where present).
@@ -65,7 +67,7 @@ def to_ours(
             target = _fill(rule.key, numbers)
             if target in ours:
                 raise UserError(f"weight map: two rows give '{target}'; keep one")
-            parts = [_transposed(published[key], rule, key) for key in keys]
+            parts = [_transposed(_without_lead(published[key], rule, key), rule, key) for key in keys]
             ours[target] = parts[0] if len(parts) == 1 else torch.cat(parts)
         if rule is not None and expected is None and not any(matches):
             missing += sources
@@ -97,7 +99,7 @@ def to_published(ours: Mapping[str, Tensor], weight_map: WeightMap) -> dict[str,
                 raise UserError(f"{key}: {tuple(ours[key].shape)} does not split into {count} equal parts along dim 0")
             parts = ours[key].split(rows // count) if count > 1 else [ours[key]]
             for source, part in zip(sources, parts, strict=True):
-                published[_fill(source, numbers)] = _transposed(part, rule, key)
+                published[_fill(source, numbers)] = _transposed(part, rule, key)[(None,) * rule.lead]
     problems = [
         ("our keys without a row in the map", [k for k in ours if k not in used]),
         ("our keys missing", missing),
@@ -138,6 +140,14 @@ def _transposed(tensor: Tensor, rule: Rule, key: str) -> Tensor:
     if tensor.ndim != 2:
         raise UserError(f"{key}: transpose is for matrices, this has shape {tuple(tensor.shape)}; correct the map")
     return tensor.T.contiguous()
+
+
+def _without_lead(tensor: Tensor, rule: Rule, key: str) -> Tensor:
+    if set(tensor.shape[: rule.lead]) - {1} or tensor.ndim < rule.lead:
+        raise UserError(
+            f"{key}: {tuple(tensor.shape)} does not begin with {rule.lead} axes of size one; correct the map"
+        )
+    return tensor.reshape(tensor.shape[rule.lead :])
 
 
 def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]]) -> list[tuple[str, list[str]]]:

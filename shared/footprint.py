@@ -131,7 +131,8 @@ def shapes_only(dtype: torch.dtype = torch.float32) -> Iterator[None]:
 def free_gradients(model: nn.Module) -> None:
     """Let go of each gradient as soon as it is complete: where gradients are kept is another account (plan.States)."""
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""The keys of ALBEF's recipes (recipes/albef/*.yaml)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.errors import UserError
+from shared.recipes import Recipe
+
+
+@dataclass
+class AlbefRecipe(Recipe):
+    """What ALBEF's recipes have beside every paper's."""
+
+    weight_decay: float = 0.02
+    beta2: float = 0.999
+    eps: float = 1e-8
+    last_learning_rate: float = 0.0  # where the warm-up begins and the cosine ends
+    alpha_ramp_steps: int = 0  # over which distillation grows from nothing: the first epoch's; 0: at once
+
+    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
+    objects: int = 2  # things in a picture at most
+    clutter: float = 0.5
+    noise: float = 10.0  # of the pixels; that of the captions is an arm's
+    jitter: float = 1.0
+    small: float = 0.4
+    captions: int = 1  # a training picture has
+    full: bool = False  # whether these name every thing with its colour and size
+    max_dropped: float = 0.001  # share of pictures that cannot be read, or have no caption, which is put up with
+
+    pool: int = 64  # test pictures, and captions, that are compared with each other
+    candidates: int = 16  # the best by ITC, which ITM ranks anew
+    measure_at: int = 4  # points of the learning curves
+    transfer_steps: int = 0  # of fine-tuning on VQA, entailment and NLVR2, each, once a run; 0: none
+    manifest: str = "checkpoints_manifest.yaml"
+
+    def __post_init__(self) -> None:
+        if self.alpha_ramp_steps < 0 or not 0 <= self.last_learning_rate <= self.learning_rate:
+            raise UserError(
+                "recipe: alpha_ramp_steps must not be negative, last_learning_rate lies between 0 and learning_rate"
+            )
+        if self.pool < 2 or min(self.candidates, self.measure_at) < 1 or self.transfer_steps < 0:
+            raise UserError(
+                "recipe: pool must be at least 2, candidates and measure_at at least 1, transfer_steps not negative"
+            )

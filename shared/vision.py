@@ -58,10 +58,9 @@ class VisionTransformer(nn.Module):
 
     def tokens(self, images: Tensor, *, leave_out: int = 0) -> Tensor:
         """All tokens after the blocks, the last `leave_out` blocks left out, without the output norm. (B, 1 + N, D)."""
-        x = self.embed(images)
-        for block in self.blocks[: len(self.blocks) - leave_out]:
-            x = block(x)
-        return x
+        blocks = self.blocks[: len(self.blocks) - leave_out]
+        blocks.recompute = self.blocks.recompute  # a slice is a new stack
+        return blocks(self.embed(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """The class token after the output norm. (B, D)."""

@@ -1,0 +1,133 @@
+"""BLIP's training step: pictures, token ids and the pictures' ids; ITC, ITM and LM, or some of them (Sec. 3.2, 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import lightning
+import torch
+from torch import Tensor
+
+from papers.blip.config import VARIANTS
+from papers.blip.losses import blip_losses
+from papers.blip.model import TEMPERATURES, BlipPretraining, Objectives
+from papers.blip.recipe import BlipRecipe
+from shared.blocks import set_recompute
+from shared.distributed import world
+from shared.errors import UserError
+from shared.strategies import whole
+from shared.training import warmup_cosine
+
+PRETRAINING = Objectives()
+CAPTIONER = Objectives(itc=False, itm=False)  # CapFilt's two fine-tunings
+FILTER = Objectives(lm=False)
+
+
+class BlipModule(lightning.LightningModule):
+    """Trains on (images uint8 (B, 3, H, W), tokens (B, T), ids (B,)) batches.
+
+    prompt: how many leading tokens of each text are given and not learned by LM.
+    """
+
+    model: BlipPretraining
+
+    def __init__(
+        self, model: BlipPretraining, recipe: BlipRecipe, objectives: Objectives = PRETRAINING, prompt: int = 0
+    ):
+        super().__init__()
+        if objectives.itm and not objectives.itc:
+            raise ValueError("ITM draws its negatives by ITC's similarities: train both")
+        if recipe.strategy.startswith("zero3"):
+            raise UserError("recipe: strategy zero3 cuts the weights that BLIP averages; take ddp, zero1 or zero2")
+        self.model, self.recipe, self.objectives, self.prompt = model, recipe, objectives, prompt
+        trained = model.trained_by(objectives)
+        for parameter in (*model.blip.parameters(), model.temperature):
+            parameter.requires_grad_(parameter in trained)
+        set_recompute(model.blip, recipe.recompute)
+
+    def configure_model(self) -> None:
+        if self.recipe.compile:
+            self.model.compile()
+
+    def configure_optimizers(self) -> dict:
+        """AdamW over all trained parameters alike: nothing is exempt from weight decay (official code, pretrain.py)."""
+        recipe = self.recipe
+        optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=recipe.learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, recipe))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        if self.objectives.itc:
+            self.model.queue.check(len(batch[0]) * world()[1])
+
+    def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
+        images, tokens, ids = batch
+        self.clamp_temperature()
+        if not self.recipe.compile:  # which wants one shape
+            tokens = narrowed(tokens, self.model.config.pad_token)
+        ids = ids if self.recipe.by_picture else None
+        output = self.model(images, tokens, ids, self.alpha(self.global_step), self.objectives, self.prompt)
+        losses = blip_losses(output, self.model.config.label_smoothing)
+        for name, loss in losses._asdict().items():
+            if loss is not None:
+                self.log(f"loss_{name}", loss.detach())
+        if self.objectives.itc:
+            self.log("temperature", output.temperature.detach())
+        total = losses.total()
+        self.log("loss", total.detach())
+        return total
+
+    def alpha(self, step: int) -> float:
+        """The teacher's share, ramped linearly from 0 (0-based step)."""
+        ramp = self.recipe.alpha_ramp
+        return self.recipe.alpha * (min(1.0, step / ramp) if ramp else 1.0)
+
+    def clamp_temperature(self) -> None:
+        """Before a step, not after, as the official code: what is saved may lie outside by one step."""
+        with torch.no_grad(), whole(self.model.temperature) as (temperature,):
+            temperature.clamp_(*TEMPERATURES)
+
+
+def narrowed(tokens: Tensor, pad: int) -> Tensor:
+    """(B, T) without the columns that are padding in every row: nobody sees them, and they cost as much as words."""
+    return tokens[:, : int((tokens != pad).sum(1).max())]
+
+
+def learning_rate_share(step: int, recipe: BlipRecipe) -> float:
+    """The share of the peak learning rate at a step (0-based).
+
+    Warm-up is linear, then the rate falls by epochs, or along a cosine where there is no decay; it never lies below
+    min_learning_rate, from which the official warm-up starts too (utils.py, configs/pretrain.yaml).
+    """
+    if step < recipe.warmup_steps or not recipe.decay:
+        share = warmup_cosine(step, recipe)
+    else:
+        share = recipe.decay ** (step * recipe.batch // recipe.pairs)
+    return max(share, recipe.min_learning_rate / recipe.learning_rate)
+
+
+def example(pictures: int) -> tuple[BlipModule, tuple[Tensor, ...]]:
+    """A tiny module and a batch that fits it: what the contract tests run of every paper.
+
+    Learned by heart in 60 steps, so without what forbids that: smoothed labels, a teacher that lags by 200 steps and
+    its soft targets; and the queue is one batch long, since each further copy of a picture in it is one more partner.
+    """
+    config = replace(VARIANTS["blip-tiny"](), label_smoothing=0.0, momentum=0.5, queue=8, temperature=0.3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (pictures, 3, config.image_size, config.image_size), generator=generator).byte()
+    tokens = torch.randint(1, config.start_token, (pictures, config.context), generator=generator)
+    tokens[:, 0] = config.start_token
+    ends = torch.randint(2, config.context, (pictures,), generator=generator)
+    tokens[torch.arange(pictures), ends] = config.end_token
+    tokens[torch.arange(config.context) > ends[:, None]] = config.pad_token
+    recipe = BlipRecipe(
+        model="blip-tiny", steps=60, learning_rate=1e-2, warmup_steps=10, alpha=0.0, by_picture=True
+    )  # fmt: skip
+    return BlipModule(BlipPretraining(config), recipe), (images, tokens, torch.arange(pictures))

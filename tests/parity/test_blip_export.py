@@ -1,0 +1,142 @@
+"""Exported BLIP folders: transformers loads them by itself, offline, and gives our logits from our pictures and ids."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_blip import CONFIG, WIDE, first, pictures, texts
+
+from papers.blip import config as configs
+from papers.blip.config import fitted
+from papers.blip.converter import convert
+from papers.blip.export import KINDS, export
+from papers.blip.model import Blip, BlipPretraining
+from papers.blip.tasks import BlipVqa
+from shared.checkpoints import read_tensors, save_weights
+from shared.data.adapters import fitted_image
+from shared.errors import UserError
+from shared.tokenizers import BertTokenizer, SmallTokenizer
+
+transformers = pytest.importorskip("transformers")
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SPECIALS = ("decode_start", "encode_start")
+TEXTS = ["a cat", "  Some   grapes\n& a dog", "", "naïve café 🐼", "a [SEP] b", "cats " * 30]
+
+
+@pytest.fixture
+def made(tmp_path, perturb, monkeypatch):
+    """made(kind, config): (our model, its file, its tokenizer) as a run here writes them."""
+
+    def make(kind, config=CONFIG, words=None):
+        words = words or SmallTokenizer.train(["a cat on a mat", "some grapes & a dog"] * 5, 300, SPECIALS)
+        monkeypatch.setitem(configs.VARIANTS, "blip-test", lambda: replace(config, tokenizer="small-bpe"))
+        torch.manual_seed(0)
+        model = perturb(kind(fitted(config, words)))
+        save_weights(model, tmp_path / "model.safetensors")
+        words.save(tmp_path / "tokenizer.json")
+        return model, tmp_path / "model.safetensors", words
+
+    return make
+
+
+def loaded(kind, folder):
+    model, info = getattr(transformers, KINDS[kind][1]).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.mark.parametrize("to", [kind for kind in KINDS if kind != "transformers-vqa"])
+@pytest.mark.parametrize("kind", [BlipPretraining, Blip])
+def test_transformers_loads_the_folder_and_gives_our_logits(to, kind, made, tmp_path, agree):
+    model, source, _ = made(kind)
+    export(source, tmp_path / "folder", "blip-test", to)
+    theirs = loaded(to, tmp_path / "folder")
+    blip = getattr(model, "blip", model)
+    tokens, images = texts(4, config=model.config), pictures(4)
+    present = (tokens != 0).long()
+    with torch.no_grad():
+        image_tokens = blip.encode_image(images)
+        if to == "transformers-captioning":
+            ours = blip.caption_logits(tokens, image_tokens)
+            given = first(model.config.decode_token, tokens)
+            found = theirs(pixel_values=images, input_ids=given, attention_mask=present).logits
+        else:
+            ours = blip.match(tokens, image_tokens)
+            given = first(model.config.encode_token, tokens)
+            found = theirs(pixel_values=images, input_ids=given, attention_mask=present).itm_score
+    assert found.std() > 0.02
+    agree(f"blip.export.{to}", f"logits of an exported folder, {to}", ours, found)
+
+
+def test_transformers_answers_as_ours_from_an_exported_folder(made, tmp_path, agree):
+    model, source, _ = made(BlipVqa, WIDE)
+    export(source, tmp_path / "folder", "blip-test", "transformers-vqa")
+    theirs = loaded("transformers-vqa", tmp_path / "folder")
+    question, answer = texts(1, config=model.config), texts(1, length=9, config=model.config, seed=3)
+    question, answer = question[question != 0][None], answer[answer != 0][None]
+    with torch.no_grad():
+        ours = model(pictures(1), question, answer, torch.tensor([0])) / (answer.shape[1] - 1)
+        given = first(model.config.decode_token, answer)
+        found = theirs(
+            input_ids=first(model.config.encode_token, question), pixel_values=pictures(1),
+            attention_mask=torch.ones_like(question), decoder_input_ids=given, labels=given,
+        ).loss  # fmt: skip
+    agree("blip.export.transformers-vqa", "answer loss of an exported folder", ours, found)
+
+
+def test_converting_the_folder_back_gives_the_very_tensors(made, tmp_path):
+    model, source, _ = made(Blip, replace(CONFIG, sharing="all"))
+    export(source, tmp_path / "folder", "blip-test", "transformers-retrieval")
+    convert(tmp_path / "folder" / "model.safetensors", tmp_path / "back.safetensors", "blip-test", "ours")
+    back, state = read_tensors(tmp_path / "back.safetensors"), model.state_dict()
+    assert back and all(torch.equal(value, state[key]) for key, value in back.items())
+
+
+def test_transformers_tokenizer_and_pictures_are_ours(made, tmp_path):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS), "cat"]
+    for words in (None, BertTokenizer(pieces, SPECIALS)):
+        _, source, words = made(Blip, CONFIG, words)
+        folder = tmp_path / words.kind
+        export(source, folder, "blip-test", "transformers-captioning")
+        processor = transformers.BlipProcessor.from_pretrained(folder)
+        for text in TEXTS:
+            if text == "a [SEP] b" and words.kind == "small-bpe":
+                continue  # to ours these are letters, to a tokenizer of transformers its own token
+            theirs = processor.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            assert theirs.tolist() == words([text], CONFIG.context).tolist(), text
+    rough = np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8)
+    image = Image.fromarray(rough).resize((85, 55), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "picture.png")
+    ours = torch.tensor(fitted_image((tmp_path / "picture.png").read_bytes(), CONFIG.image_size, whole=True))
+    theirs = processor.image_processor(image, return_tensors="pt").pixel_values[0]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.mean, CONFIG.std))
+    assert float(((theirs * std + mean) * 255 - ours).abs().max()) < 1.01
+
+
+def test_the_card_states_origin_licence_and_citation(made, tmp_path):
+    _, source, _ = made(Blip)
+    export(source, tmp_path / "folder", "blip-test", "transformers-captioning")
+    text = (tmp_path / "folder" / "README.md").read_text()
+    assert "license: other" in text and "not-a-release" in text and "li2022blip" in text
+    assert "BlipForConditionalGeneration" in text
+
+
+def test_what_cannot_be_exported_is_a_clear_line(made, tmp_path):
+    _, source, _ = made(Blip)
+    with pytest.raises(UserError, match="cannot ask"):
+        export(source, tmp_path / "folder", "blip-test", "transformers-vqa")
+    with pytest.raises(UserError, match="a folder of another name is for transformers-captioning"):
+        export(source, tmp_path / "folder", "blip-test", "captioning")
+    with pytest.raises(UserError, match="no such file"):
+        export(tmp_path / "none", tmp_path / "folder", "blip-test", "transformers-captioning")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_text("")
+    with pytest.raises(UserError, match="is there already"):
+        export(source, tmp_path / "folder", "blip-test", "transformers-captioning")
+    _, source, _ = made(BlipVqa)
+    with pytest.raises(UserError, match="one width"):
+        export(source, tmp_path / "other", "blip-test", "transformers-vqa")
+    assert not (tmp_path / "other").exists()

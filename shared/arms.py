@@ -131,7 +131,7 @@ def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]
 
     # spawn, not fork: torch's thread pools do not survive a fork
     context = multiprocessing.get_context("spawn")
-    todo, done = context.SimpleQueue(), context.Queue()
+    todo, done = context.Queue(), context.Queue()  # a plain pipe would hold a few hundred jobs, and putting more hang
     for job in jobs:
         todo.put(job)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for what computes beside torch, such as scikit-learn
@@ -155,6 +155,7 @@ def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]
         for worker in workers:
             worker.join()
     finally:
+        todo.cancel_join_thread()
         for worker in workers:
             worker.terminate()
 

@@ -44,6 +44,16 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_its_own_line(tmp_path):
         outcomes(tmp_path, jobs=2, data="cifar10")
 
 
+def test_more_jobs_than_a_pipe_holds_are_all_done(tmp_path, monkeypatch):
+    (tmp_path / "idle").mkdir()
+    (tmp_path / "idle" / "__init__.py").touch()
+    (tmp_path / "idle" / "claims.py").write_text("def nothing(context):\n    return {}\nARMS = {'nothing': nothing}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = ClipRecipe(**TINY | {"seeds": 60, "jobs": 2}, claims=["x" * 4096])  # 240 kB of jobs; a pipe holds 64
+    found = list(run_arms("idle", recipe, ["nothing"], tmp_path / "arms", lambda samples: None))
+    assert len({outcome.seed for outcome in found}) == 60
+
+
 def test_no_worker_outlives_a_killed_parent(tmp_path):
     code = (
         "from papers.clip.recipe import ClipRecipe; from shared.arms import run_arms; from pathlib import Path\n"

@@ -73,6 +73,16 @@ class Catalogue:
                 raise UserError(f"{path}: no claim '{claim}'; {hint}")
         return recipe
 
+    def speaker(self, variant: str) -> str:
+        """The paper of a variant that speaks of pictures (has an ask.py), or a UserError with the nearest variant."""
+        names = [name for name in self.names() if (self.folder / name / "ask.py").is_file()]
+        paper_of = {known: name for name in names for known in self.variants(name)}
+        if variant not in paper_of:
+            near = difflib.get_close_matches(variant, paper_of, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(paper_of)}"
+            raise UserError(f"no model '{variant}' that speaks of pictures; {hint}")
+        return paper_of[variant]
+
     def variant(self, name: str, variant: str) -> str:
         variants = self.variants(name)
         if variant not in variants:

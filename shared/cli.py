@@ -124,11 +124,34 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenizer", type=Path, help="the tokenizer.json of weights trained here")
     sub.add_argument("--labels", required=True, help="comma-separated: 'a cat,a dog'")
     sub.add_argument("--template", default="a photo of {}.", help="put around each label (default: %(default)r)")
+    sub = verb("caption", caption, "captions of your own pictures, one line each")
+    sub.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
+    speaks(sub)
+    sub.add_argument("--nucleus", type=float, metavar="P", help="sample from the likeliest words that hold this share")
+    sub.add_argument("--seed", type=int, default=0, help="of sampling")
+    sub.add_argument("--prompt", help="what captions begin with (default: what the model was trained with)")
+    sub = verb("ask", ask, "a question about your own pictures, one line each")
+    sub.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
+    sub.add_argument("question")
+    speaks(sub)
+    sub.add_argument("--answers", type=Path, metavar="FILE", help="a JSON list of the answers to choose among")
+    sub = verb("rescore", rescore, "one file of predictions under several scoring protocols: how far they lie apart")
+    sub.add_argument("predictions", type=Path, help='lines of {"id": ..., "prediction": ..., "references": [...]}')
+    sub.add_argument("--protocols", default="", help="comma-separated: vqa/acc@official,vqa/acc@always")
     sub = verb("bench", bench, "training step of ours, transformers and open_clip, same weights, same run")
     sub.add_argument("paper", nargs="?", default="clip")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     verb("check", check, "recipes against their schema, generated tables fresh")
     return top
+
+
+def speaks(sub: argparse.ArgumentParser) -> None:
+    """What every verb takes that lets a model speak of pictures."""
+    sub.add_argument("--model", default="blip-base")
+    sub.add_argument("--weights", type=Path, help="a local weights file instead of the manifest's")
+    sub.add_argument("--tokenizer", type=Path, help="the tokenizer.json of weights trained here")
+    sub.add_argument("--beams", type=int, default=3, help="of beam search (default: %(default)s)")
+    sub.add_argument("--batch", type=int, default=16, help="pictures at once (default: %(default)s)")
 
 
 # ---- verbs
@@ -329,6 +352,44 @@ def zeroshot(catalogue: Catalogue, options: argparse.Namespace) -> None:
     run = catalogue.module(paper, "zeroshot").classify
     for line in run(options.pictures, options.model, labels, options.template, options.weights, options.tokenizer):
         print(line, flush=True)
+
+
+def caption(catalogue: Catalogue, options: argparse.Namespace) -> int:
+    if options.nucleus is not None and not 0 < options.nucleus <= 1:
+        raise UserError(f"--nucleus {options.nucleus}: give a share above 0 and up to 1, as 0.9")
+    given = {key: getattr(options, key) for key in ("beams", "nucleus", "seed", "prompt")}
+    return spoken(catalogue, options, "captioner", (), given)
+
+
+def ask(catalogue: Catalogue, options: argparse.Namespace) -> int:
+    answers = None
+    if options.answers:
+        from shared.data.vqa_sets import answer_list
+
+        answers = answer_list(options.answers)
+    return spoken(catalogue, options, "answerer", (options.question,), {"beams": options.beams, "answers": answers})
+
+
+def spoken(catalogue: Catalogue, options: argparse.Namespace, name: str, first: tuple, given: dict) -> int:
+    """Ask the model's paper for a task (papers/<name>/ask.py), and run it over the pictures."""
+    from shared.looking import look, picture_files
+
+    for option in ("beams", "batch"):
+        if getattr(options, option) < 1:
+            raise UserError(f"--{option} {getattr(options, option)}: give at least 1")
+    paper = catalogue.speaker(options.model)
+    files = picture_files(options.pictures)  # before weights are fetched: a wrong path should cost nothing
+    console = Console()
+    with console.waiting("loading the model"):
+        make = getattr(catalogue.module(paper, "ask"), name)
+        task = make(options.model, *first, options.weights, options.tokenizer, **given)
+    return look(files, task, options.batch, console)
+
+
+def rescore(catalogue: Catalogue, options: argparse.Namespace) -> None:
+    from shared.rescore import rescore as run
+
+    print(run(options.predictions, [name.strip() for name in options.protocols.split(",") if name.strip()]))
 
 
 def bench(catalogue: Catalogue, options: argparse.Namespace) -> None:

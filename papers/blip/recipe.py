@@ -40,6 +40,7 @@ class BlipRecipe(Recipe):
     vision_rate: float = 2e-3  # its learning rate
     finetune_steps: int = 50  # of captioner and filter, each
     finetune_rate: float = 5e-4  # their learning rate
+    threshold: float = 0.5  # of the filter: a text is kept whose match is at least so probable
     prompt: str = "a picture of"  # before every caption that the captioner learns or writes
     beams: int = 3
     top_p: float = 0.9  # of nucleus sampling
@@ -54,6 +55,8 @@ class BlipRecipe(Recipe):
             raise UserError("recipe: alpha must lie in 0..1, and alpha_ramp must not be negative")
         if not 0 <= self.decay <= 1 or not 0 <= self.momentum < 1 or self.queue < 0:
             raise UserError("recipe: decay lies in 0..1, momentum below 1, and queue must not be negative")
+        if not 0 < self.threshold < 1:
+            raise UserError("recipe: threshold must lie between 0 and 1")
         if not 0 < self.top_p <= 1 or self.beams < 1 or not 0 <= self.shortest <= self.longest:
             raise UserError("recipe: top_p lies in 0..1, beams is at least 1, shortest no more than longest")
         if min(self.finetune_steps, self.candidates, self.clean) < 1 or self.longer < 1:

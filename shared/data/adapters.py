@@ -169,11 +169,21 @@ def square(image: Picture, size: int, max_pixels: int = MAX_PIXELS) -> Picture:
     return image.crop((left, top, left + size, top + size)) if (width, height) != (size, size) else image
 
 
-def fitted_image(content: bytes, size: int, max_pixels: int = MAX_PIXELS) -> ndarray:
-    """Encoded bytes -> (3, size, size) uint8, as every model here takes it. Raises PictureError."""
+def squeezed(image: Picture, size: int) -> Picture:
+    """All of the picture in a square of `size`, whatever its sides were, by Pillow's bicubic filter."""
+    from PIL import Image
+
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def fitted_image(content: bytes, size: int, max_pixels: int = MAX_PIXELS, *, whole: bool = False) -> ndarray:
+    """Encoded bytes -> (3, size, size) uint8, as every model here takes it: the middle cut out (CLIP), or the `whole`
+    squeezed in (ALBEF, BLIP). Raises PictureError."""
     import numpy as np
 
-    return np.asarray(square(_rgb(open_image(content, max_pixels)), size, max_pixels)).transpose(2, 0, 1)
+    image = _rgb(open_image(content, max_pixels))
+    image = squeezed(image, size) if whole else square(image, size, max_pixels)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 # --- many pictures
@@ -219,9 +229,11 @@ class Coverage:
 
 
 def read_pictures(
-    name: str, records: Sequence[Record], size: int, *, max_dropped: float = 0.001, max_pixels: int = MAX_PIXELS
-) -> tuple[list[Record], ndarray, Coverage]:
-    """The records that could be read and their pictures (N, 3, size, size) uint8, and the account of it.
+    name: str, records: Sequence[Record], size: int, *, max_dropped: float = 0.001, max_pixels: int = MAX_PIXELS,
+    whole: bool = False,
+) -> tuple[list[Record], ndarray, Coverage]:  # fmt: skip
+    """The records that could be read and their pictures (N, 3, size, size) uint8, and the account of it. whole: as in
+    fitted_image.
 
     More than the share `max_dropped` of broken pictures raises UserError.
     """
@@ -236,7 +248,7 @@ def read_pictures(
     for record in records:
         try:
             content = record.read()
-            picture = fitted_image(content, size, max_pixels)
+            picture = fitted_image(content, size, max_pixels, whole=whole)
         except PictureError as wrong:
             dropped[record.id] = str(wrong)
             continue

@@ -47,6 +47,16 @@ class Statement:
 
 
 @dataclass(frozen=True, eq=False)
+class Hypothesis:
+    """A sentence about a picture (visual entailment); `verdict` is entailment, neutral or contradiction."""
+
+    id: str
+    image: ndarray
+    text: str
+    verdict: str
+
+
+@dataclass(frozen=True, eq=False)
 class Episode:
     """Few-shot learning in context: `shots` are (image, text); the answer completes `query_text`."""
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shared.data.samples import Dialogue, Episode, Pair, Puzzle, Question, Statement
+from shared.data.samples import Dialogue, Episode, Hypothesis, Pair, Puzzle, Question, Statement
 from shared.data.scenes import COLOURS, Scene, SceneOptions, Thing, render, sample_scene
 from shared.data.splits import Draw
 from shared.data.sprites import SpritePack
-from shared.data.wording import ask, caption, claim, claim_of_two, reason, turns
+from shared.data.wording import ask, be, caption, claim, claim_of_two, phrase, reason, turns, with_article
 from shared.errors import UserError
 
 DEFAULTS = SceneOptions()
@@ -100,6 +100,27 @@ def statement(
         kind = "each"  # scenes of a fixed number of things cannot differ in it
     text = claim_of_two(left, right, pack.names, draw, truth, kind)
     return Statement(left.id, (render(left, pack, size), render(right, pack, size)), text, truth)
+
+
+def hypothesis(
+    pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0, options: SceneOptions = DEFAULTS
+) -> Hypothesis:
+    """What colour a thing has, as SNLI-VE asks: entailed by the picture, contradicted by it, or left open, because it
+    does not show the thing. The verdict is drawn first, so that the words alone do not give it away."""
+    scene = sample_scene(pack, split, index, seed=seed, options=options)
+    shown = {thing.name for thing in scene.things}
+    absent = [name for name in pack.names if name not in shown]
+    if not absent:
+        raise UserError(f"hypotheses need a thing that the picture does not show: raise classes ({len(pack.names)})")
+    draw = Draw("hypothesis", seed, split, index)
+    verdict = draw.pick(("entailment", "neutral", "contradiction"))
+    thing = draw.pick(scene.things)
+    other = draw.pick([colour for colour in COLOURS if colour != thing.colour])
+    colour = {"entailment": thing.colour, "contradiction": other}.get(verdict) or draw.pick((thing.colour, other))
+    named = replace(thing, name=draw.pick(absent)) if verdict == "neutral" else thing
+    what = f"on {with_article(f'{colour} card')}" if scene.cards else colour
+    text = f"{phrase(named, scene.cards, determiner='the')} {be(named)} {what}"
+    return Hypothesis(scene.id, render(scene, pack, size), text, verdict)
 
 
 def episode(

@@ -113,6 +113,7 @@ def load_world(
     held_out: float = 0.125,
     caption_noise: float = 0.0,
     captions: int = 1,
+    full: bool = False,
     vendor: str | None = None,
     max_dropped: float = 0.001,
 ) -> World:
@@ -122,8 +123,9 @@ def load_world(
     root: where a published set lies. Emoji are fetched by the manifest unless root gives {vendor: package} or a folder
     with both packages. pairs: pictures to train on at most, test_pairs: in every other split at most. What follows
     `seed` counts for scenes alone (classes: how many of the pack's things; the rest: see SceneOptions; caption_noise:
-    share of the training pictures with another picture's caption; captions: how many a training picture has), and
-    max_dropped, the share of broken files that is put up with, for published sets alone.
+    share of the training pictures with another picture's caption; captions: how many a training picture has; full:
+    whether these name every thing with its colour and size), and max_dropped, the share of broken files that is put up
+    with, for published sets alone.
     """
     if pairs < 1 or test_pairs < 1 or image_size < 8:
         raise UserError(f"pairs={pairs}, test_pairs={test_pairs}, image_size={image_size}: give at least 1, 1 and 8")
@@ -135,10 +137,12 @@ def load_world(
             raise UserError(
                 f"caption_noise={caption_noise}, captions={captions}: give a share of 0 to 1 and at least 1"
             )
-        ours, other = _packs(kind, vendor, root)
+        ours, other = packs(kind, vendor, root)
         count = classes or min(len(ours.sprites), 100)
         options = SceneOptions(tuple(objects), clutter, noise, jitter, small, held_out)
-        made = _SceneWorld(ours.subset(count), other.subset(count), image_size, seed, options, caption_noise, captions)
+        made = _SceneWorld(
+            ours.subset(count), other.subset(count), image_size, seed, options, caption_noise, captions, full
+        )
         return made.world(pairs, test_pairs)
     if root is None or isinstance(root, Mapping):
         raise UserError(f"data {name!r} lies on your disk: set data_root to its folder ({LOOKS[kind]})")
@@ -176,8 +180,8 @@ LOOKS = {
 # --- scenes
 
 
-def _packs(name: str, vendor: str | None, root) -> tuple[SpritePack, SpritePack]:
-    """The artist to learn from, and the other one."""
+def packs(name: str, vendor: str | None = None, root=None) -> tuple[SpritePack, SpritePack]:
+    """Of `emoji` or `shapes`: the artist that a world is learned from, and the other one. root: as for load_world."""
     vendors = VENDORS[name]
     ours = vendor or vendors[0]
     other = next((v for v in vendors if v != ours), ours)
@@ -223,6 +227,7 @@ class _SceneWorld:
     options: SceneOptions
     caption_noise: float
     captions: int
+    full: bool
 
     def world(self, pairs: int, test_pairs: int) -> World:
         names = self.pack.names
@@ -265,7 +270,7 @@ class _SceneWorld:
             draw = Draw("caption", self.seed, "train", i)
             noisy.append(Draw("noisy", self.seed, i).chance(self.caption_noise))
             described = self.stranger(scene, i) if noisy[-1] else scene
-            said.append([caption(described, draw) for _ in range(self.captions)])
+            said.append([caption(described, draw, full=self.full) for _ in range(self.captions)])
         split = self.split(scenes, said)
         split.noisy = torch.tensor(noisy)
         return split

@@ -488,13 +488,30 @@ def test_the_shipped_manifest_is_pinned_and_complete():
     manifest = load_manifest(MANIFEST)
     assert {"emoji-google", "emoji-twitter", "clip-vit-b-32", "clip-vit-l-14-336", "clip-rn50x64"} <= set(manifest)
     for entry in manifest.values():
-        assert entry.sha256 and entry.size and entry.licence, entry.id
+        assert entry.licence, entry.id
         if entry.kind == "checkpoint":
             assert set(entry.preprocess) == {"size", "resize", "antialias", "mean", "std"}, entry.id
-            assert set(entry.tokenizer) == {"kind", "vocabulary", "context"}, entry.id
+            assert {"kind", "vocabulary"} <= set(entry.tokenizer) <= {"kind", "vocabulary", "context"}, entry.id
+        if entry.id.startswith("clip-"):
+            assert "context" in entry.tokenizer, entry.id
             assert entry.config["activation"] == "quick_gelu" and entry.config["norm_eps"] == 1e-5, entry.id
-        if entry.source["type"] == "url":  # openai's addresses carry the hash
+        if entry.source["type"] == "url" and entry.sha256:  # openai's addresses carry the hash
             assert all(entry.sha256 in url for url in entry.source["urls"]), entry.id
+
+
+# whose publishers told no hash: a file of theirs is used where a person put it, and never fetched
+UNPINNED = ("albef-", "blip-")
+
+
+@pytest.mark.parametrize("id", load_manifest(MANIFEST))
+def test_an_entry_of_the_shipped_manifest_is_pinned_or_refused(id, tmp_path):
+    entry = load_manifest(MANIFEST)[id]
+    if not id.startswith(UNPINNED):
+        assert entry.sha256 and entry.size
+    elif not entry.sha256:
+        assert entry.source["type"] == "url" and entry.kind == "checkpoint"
+        with pytest.raises(UserError, match="sha256 is null"):
+            fetch(entry, cache=tmp_path)
 
 
 GOOD = {

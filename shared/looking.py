@@ -1,0 +1,79 @@
+"""A user's own pictures, shown to a model that answers in words: files in batches, a line a picture, bad ones named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from shared.archives import shown
+from shared.console import Console
+from shared.data.adapters import SUFFIXES, PictureError, fitted_image
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Task(NamedTuple):
+    """What a paper's ask.py gives. answer: pictures (B, 3, size, size) uint8 -> one text each."""
+
+    answer: Callable[[Tensor], Sequence[str]]
+    size: int  # pixels a side
+    whole: bool  # pictures are squeezed into the square, not cut to it
+
+
+def picture_files(paths: Sequence[Path]) -> list[Path]:
+    """The files themselves, and what folders hold, in the order of their names. UserError where a path is neither."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            if not inside:
+                raise UserError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{shown(path)}: no such file or folder; give pictures, or folders of them")
+    return found
+
+
+def look(files: Sequence[Path], task: Task, batch: int, console: Console) -> int:
+    """Print `path: text` for every picture once its batch is done. -> exit code: 1 where pictures were skipped."""
+    skipped: list[str] = []
+    with console.progress(len(files), "pictures", "pictures") as bar:
+        for start in range(0, len(files), batch):
+            some = files[start : start + batch]
+            for path, text in answered(some, task, skipped):
+                if console.live:
+                    bar.tqdm.clear()
+                print(f"{one_line(str(path))}: {one_line(text)}", flush=True)
+            bar.advance(len(some))
+    for line in skipped:
+        print(line, file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped)} of {len(files)} pictures were skipped", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+def answered(files: Sequence[Path], task: Task, skipped: list[str]) -> Iterator[tuple[Path, str]]:
+    import numpy as np
+    import torch
+
+    kept, images = [], []
+    for path in files:
+        try:
+            images.append(fitted_image(path.read_bytes(), task.size, whole=task.whole))
+            kept.append(path)
+        except (PictureError, OSError) as wrong:
+            reason = (wrong.strerror or str(wrong)) if isinstance(wrong, OSError) else str(wrong)
+            skipped.append(f"{one_line(str(path))}: skipped, {reason}")
+    if kept:
+        yield from zip(kept, task.answer(torch.from_numpy(np.stack(images))), strict=True)
+
+
+def one_line(text: str) -> str:
+    """What a terminal would obey or break a line at (control characters, marks of direction) is written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

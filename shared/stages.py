@@ -1,0 +1,78 @@
+"""What several arms of a seed stand on (a pre-trained model, the texts that it wrote), made once and kept on disk.
+
+Whoever needs a stage first makes it, others wait: safe under parallel processes, and after an interruption a stage is
+there whole or not at all. A stage follows from its key alone, so that it makes no difference which arm made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stages:
+    """folder: of one recipe, seed and data; its name says which. seed: what every stage draws from."""
+
+    folder: Path
+    seed: int
+
+    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The folder of stage `name`, filled by `make(folder)` where it is not there yet.
+
+        What `make` leaves half done stays in that folder: it is given the same one again and may go on from there.
+        """
+        final, partial = self.folder / name, self.folder / f"{name}.partial"
+        if final.is_dir():
+            return final
+        made(self.folder)
+        with locked(self.folder / f"{name}.lock"):
+            if not final.is_dir():  # another process may have made it while this one waited
+                made(partial)
+                with own_randomness(self.seed, name):
+                    make(partial)
+                shutil.rmtree(partial / "checkpoints", ignore_errors=True)  # nothing is left to go on with
+                os.replace(partial, final)
+        return final
+
+
+def made(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); free space, or mend what is above it") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the file's lock. A process that dies gives it up."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def own_randomness(seed: int, name: str) -> Iterator[None]:
+    """Random numbers that follow from (seed, name); afterwards the generators are where they were."""
+    import numpy
+    import torch
+
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    drawn = random.Random(f"{seed} {name}").getrandbits(32)
+    random.seed(drawn)
+    numpy.random.seed(drawn)
+    torch.manual_seed(drawn)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -57,7 +57,7 @@ test: env  ## all tests: no network, no GPU, under 10 minutes on 2 cores
 lint: env  ## format, lint, direction of imports, recipes against their schema, generated tables
 	@"$(PYTHON)" -m ruff format --check . && "$(PYTHON)" -m ruff check . && "$(PYTHON)" -c 'from importlinter.cli import lint_imports_command as main; main()' && $(RUN) check
 
-bench: env  ## training step against transformers and open_clip, same weights, same run
+bench: env  ## ours against other libraries: same weights, same bytes, in turns, in one run
 	@$(RUN) bench $(if $(PAPER),$(PAPER),clip) $(ARGS)
 
 data: env  ## fetch and check what PAPER's recipes need (all papers without PAPER)

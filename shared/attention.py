@@ -113,6 +113,8 @@ def _per_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask, causal: bool, scale: float, dropout: float) -> Tensor:
     T, S = q.shape[2], k.shape[2]
+    if not dropout and _trains_in_bf16_on_a_cpu(q, k, v):
+        return _BackwardByProducts.apply(q, *_per_query_head(q, k, v), mask, causal, scale)
     if mask is None and (not causal or T == S):
         # Flash and cuDNN share grouped keys for free, but only in half precision; elsewhere `enable_gqa` would fall
         # back to the kernel that writes the (T, S) scores to memory, which costs more than repeating the keys.
@@ -128,6 +130,32 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask, causal: bool, scale: float, dro
     k, v = _per_query_head(q, k, v)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~sees, scale=scale, dropout_p=dropout)
     return out.masked_fill(~sees, 0.0)  # (B, H, T, K)
+
+
+def _trains_in_bf16_on_a_cpu(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return trained and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= _SCORES_KEPT
+
+
+_SCORES_KEPT = 2**20  # a head; beyond, its weights would take more than 2 MiB
+
+
+class _BackwardByProducts(torch.autograd.Function):
+    """SDPA forward, matrix products backward: on a CPU its own backward pass takes up to 5 times as long in bf16."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask, causal: bool, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.given = mask, causal, scale
+        return _sdpa(q, k, v, mask, causal, scale, 0.0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        weights = _weights(q, k, *ctx.given)
+        steps = torch._softmax_backward_data(gradient @ v.mT, weights, -1, weights.dtype)  # of scale q k^T
+        scale = ctx.given[2]
+        return scale * (steps @ k), scale * (steps.mT @ q), weights.mT @ gradient, None, None, None
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask, causal: bool, scale: float, dropout: float) -> Tensor:
@@ -163,17 +191,21 @@ def _causal_blocks(T: int, S: int, device: str) -> BlockMask:
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, mask, causal: bool, scale: float, dropout: float) -> Tensor:
-    mask = _dense(mask, causal, q, k)
     k, v = _per_query_head(q, k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = scale * q.to(wide) @ k.to(wide).mT  # (B, H, T, S)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(wide).min)
-        weights = scores.softmax(-1)
-        if mask is not None:
-            weights = weights.masked_fill(~mask, 0.0)
+        weights = _weights(q.to(wide), k.to(wide), mask, causal, scale)
         return (F.dropout(weights, dropout) @ v.to(wide)).to(q.dtype)  # (B, H, T, K)
+
+
+def _weights(q: Tensor, k: Tensor, mask, causal: bool, scale: float) -> Tensor:
+    """softmax(scale q k^T) over the allowed pairs, zeros for a query without any. (B, H, T, S)"""
+    mask = _dense(mask, causal, q, k)
+    scores = scale * q @ k.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    return weights if mask is None else weights.masked_fill(~mask, 0.0)
 
 
 _BACKENDS = {"sdpa": _sdpa, "flex": _flex, "reference": _reference}
@@ -238,7 +270,7 @@ class KVCache:
     def reorder(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`, in this order; rows may repeat or vanish, as beams do."""
         if self._keys is not None:
-            self._keys, self._values = self._keys[indices], self._values[indices]
+            self._keys, self._values = self._keys.index_select(0, indices), self._values.index_select(0, indices)
 
     def _moved(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
         new = like.new_empty(*like.shape[:2], capacity, like.shape[3])

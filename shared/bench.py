@@ -1,6 +1,6 @@
 """Side by side in one run: contestants in turns and the ratios of pairs, peak memory, shares of the machine's own peak.
 
-What a paper's bench.py measures with, and what needs no paper: attention backends, patch product, contrastive loss.
+What a paper's bench.py is made of, and what needs no paper: attention backends, patch product, contrastive loss.
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.console import Console
 from shared.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FEWEST_ROUNDS = 3
+# Tokens of a caption with both end marks. Of the kind that COCO's captions have: about 13 on average, few beyond 20.
+NATURAL = (11, 16, 13, 10, 12, 22, 14, 11, 9, 13, 15, 12, 10, 17, 12, 14)
+DEFAULTS = {
+    "sweep": "all",
+    "variant": "",
+    "batch": "",
+    "repeats": 5,
+    "precision": "",
+    "seconds": 150.0,  # at most this long in one race, but for its first three rounds
+    "out": "results/bench",
+}
 
 
 @dataclass(frozen=True)
@@ -431,7 +442,158 @@ def _patches(device: str, precision: str, repeats: int) -> Sweep:
     return Sweep("patches", "PATCHES, from bytes to tokens: one matrix product, or normalise and convolve", jobs)
 
 
+# ---- what a paper's contestants are given
+
+
+def pictures_and_texts(
+    batch: int, size: int, context: int, *, start: int, end: int, words: tuple[int, int], lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Pictures of noise (B, 3, size, size) uint8; token ids (B, context), whose texts have `lengths` in turn: `start`,
+    any from words[0] to below words[1], `end`, then zeros."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(*words, (batch, context), generator=generator)
+    ends = torch.tensor([min(lengths[row % len(lengths)], context) - 1 for row in range(batch)])[:, None]
+    place = torch.arange(context)
+    tokens = torch.where(place < ends, tokens, torch.where(place == ends, end, 0))
+    tokens[:, 0] = start
+    return pixels, tokens
+
+
+def longest(batch: int, context: int, lengths: Sequence[int] = NATURAL) -> int:
+    """Tokens of the longest text of such a batch."""
+    return min(context, max(lengths[:batch]))
+
+
+def normaliser(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    """From bytes to what a library's model takes, in its weights' precision."""
+    weight = next(model.parameters())
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+
+    def normalised(pixels: Tensor) -> Tensor:
+        parts = shift.to(pixels.device), scale.to(pixels.device)
+        return pixels.float().div_(255).sub_(parts[0]).div_(parts[1]).to(weight.dtype)
+
+    return normalised
+
+
+def without_gradients(call: Callable[..., Any], *data: Tensor) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.inference_mode():
+            return call(*data)
+
+    return run
+
+
+def stepper(
+    model: nn.Module, loss: Callable[..., Tensor | tuple[Tensor, ...]], parameters: Iterable, precision: str
+) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """A function of the loss's arguments that takes one optimizer step, and returns the loss, or the several losses
+    whose sum is trained on, before it."""
+    model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def step(*data: Tensor) -> Tensor | tuple[Tensor, ...]:
+        with torch.autocast(data[0].device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            losses = loss(*data)
+        several = isinstance(losses, tuple)
+        (sum(losses) if several else losses).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return tuple(one.detach() for one in losses) if several else losses.detach()
+
+    return step
+
+
 # ---- a whole run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and on what; `variant` and `batches` empty: what suits the device. A paper's own plan has a
+    method `_<name>` for every sweep."""
+
+    device: str
+    precision: str
+    repeats: int
+    seconds: float
+    peaks: list[dict]
+    variant: str = ""
+    batches: tuple[int, ...] = ()
+
+    def sweeps(self, name: str) -> list[Sweep]:
+        if name == "core":
+            return core(self.device, self.precision, self.repeats)
+        return [getattr(self, f"_{name}")()]
+
+    @property
+    def peak(self) -> float:
+        return next(peak["flops_per_second"] for peak in self.peaks if peak["precision"] == self.precision)
+
+    def expected(self, work: float, rounds: int | None = None) -> float:
+        """Seconds, when `work` FLOPs are counted for one round of all contestants."""
+        rounds = (self.repeats if rounds is None else rounds) + 1
+        return 1 + rounds * work / (0.6 * self.peak)
+
+    def on(self, cpu, cuda):
+        return cuda if self.device == "cuda" else cpu
+
+    def race(self, calls: dict[str, Callable], **options) -> list[dict]:
+        """Looser where weights move: a rounding error in a gradient that is zero becomes a whole step of Adam."""
+        training = options.pop("training", False)
+        tolerance = 5e-2 if self.precision == "bf16" else 1e-3 if training else 1e-4
+        return race(
+            calls,
+            self.repeats,
+            device=self.device,
+            tolerance=tolerance,
+            seconds=self.seconds,
+            peak=self.peak,
+            **options,
+        )
+
+
+def run_plan(
+    root: Path, overrides: Iterable[str], plan: type[Plan], sweeps: Sequence[str], known: Callable[[str], Any]
+) -> None:
+    """Print a table a sweep; write it, with its figure, into results/bench/.
+
+    overrides: key=value words over DEFAULTS. sweeps: the names to choose from. known(variant) raises for a wrong one.
+    """
+    settings = parse(overrides, DEFAULTS)
+    chosen = sweeps if settings["sweep"] == "all" else (settings["sweep"],)
+    if unknown := set(chosen) - set(sweeps):
+        raise UserError(f"bench: no sweep '{unknown.pop()}'; choose all, {', '.join(sweeps)}")
+    if settings["repeats"] < 1:
+        raise UserError(f"bench: repeats={settings['repeats']}: give at least 1")
+    if settings["variant"]:
+        known(settings["variant"])
+    batches = _batches(settings["batch"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = settings["precision"] or ("bf16" if device == "cuda" else "fp32")
+    if precision not in DTYPES:
+        raise UserError(f"bench: no precision '{precision}'; choose {', '.join(DTYPES)}")
+    peaks = [peak for peak in (matrix_peak(device, name) for name in DTYPES) if peak]
+    if precision not in {peak["precision"] for peak in peaks}:
+        raise UserError(f"bench: {precision} products are slower than fp32 ones on this machine; precision=fp32")
+    made = plan(device, precision, settings["repeats"], settings["seconds"], peaks, settings["variant"], batches)
+    settings |= {"device": device, "precision": precision}
+    run_sweeps([sweep for name in chosen for sweep in made.sweeps(name)], settings, root / settings["out"], peaks)
+
+
+def one_of(variant: str, variants: Iterable[str]) -> None:
+    if variant not in variants:
+        raise UserError(f"bench: no variant '{variant}'; choose {', '.join(variants)}")
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.split(",") if size)
+    except ValueError:
+        raise UserError(f"bench: batch={text} is no list of whole numbers; batch=4,16") from None
+    if any(size < 1 for size in sizes):
+        raise UserError(f"bench: batch={text} holds a batch of nothing")
+    return sizes
 
 
 def parse(overrides: Iterable[str], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("rescore", rescore, "one file of predictions under several scoring protocols: how far they lie apart")
     sub.add_argument("predictions", type=Path, help='lines of {"id": ..., "prediction": ..., "references": [...]}')
     sub.add_argument("--protocols", default="", help="comma-separated: vqa/acc@official,vqa/acc@always")
-    sub = verb("bench", bench, "training step of ours, transformers and open_clip, same weights, same run")
+    sub = verb("bench", bench, "ours against other libraries: same weights, same bytes, in turns, in one run")
     sub.add_argument("paper", nargs="?", default="clip")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
     verb("check", check, "recipes against their schema, generated tables fresh")

@@ -19,66 +19,41 @@ from papers.clip.converter import OPENAI_VIT, TRANSFORMERS
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
 from papers.clip.structure import flops
-from shared.bench import DTYPES, Job, MemoryMeter, Sweep, core, in_child, matrix_peak, memory_rows, parse, race
-from shared.bench import run_sweeps as run_all
+from shared.bench import (
+    DTYPES,
+    NATURAL,
+    Job,
+    MemoryMeter,
+    Plan,
+    Sweep,
+    in_child,
+    longest,
+    memory_rows,
+    normaliser,
+    one_of,
+    pictures_and_texts,
+    run_plan,
+    stepper,
+    without_gradients,
+)
 from shared.checkpoints import to_ours, to_published
 from shared.errors import UserError
 from shared.training import decay_groups, quiet
 
-# Tokens of a caption with both end marks. Of the kind that COCO's captions have: about 13 on average, few beyond 20.
-NATURAL = (11, 16, 13, 10, 12, 22, 14, 11, 9, 13, 15, 12, 10, 17, 12, 14)
 SWEEPS = ("step", "inference", "memory", "resolution", "text", "core")
 NAMES = ("ours", "open_clip", "transformers")
 TRIMMED = "transformers, trimmed"
-DEFAULTS = {
-    "sweep": "all",
-    "variant": "",
-    "batch": "",
-    "repeats": 5,
-    "precision": "",
-    "seconds": 150.0,  # at most this long in one race, but for its first three rounds
-    "out": "results/bench",
-}
 
 
 def run(root: Path, overrides: list[str]) -> None:
     """Print a table a sweep; write it, with its figure, into results/bench/."""
-    settings = parse(overrides, DEFAULTS)
-    chosen = SWEEPS if settings["sweep"] == "all" else (settings["sweep"],)
-    if unknown := set(chosen) - set(SWEEPS):
-        raise UserError(f"bench: no sweep '{unknown.pop()}'; choose all, {', '.join(SWEEPS)}")
-    if settings["repeats"] < 1:
-        raise UserError(f"bench: repeats={settings['repeats']}: give at least 1")
-    variant, batches = _known(settings["variant"]), _batches(settings["batch"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = settings["precision"] or ("bf16" if device == "cuda" else "fp32")
-    if precision not in DTYPES:
-        raise UserError(f"bench: no precision '{precision}'; choose {', '.join(DTYPES)}")
-    peaks = [peak for peak in (matrix_peak(device, name) for name in DTYPES) if peak]
-    if precision not in {peak["precision"] for peak in peaks}:
-        raise UserError(f"bench: {precision} products are slower than fp32 ones on this machine; precision=fp32")
-    plan = Plan(device, precision, settings["repeats"], settings["seconds"], peaks, variant, batches)
-    sweeps = [sweep for name in chosen for sweep in plan.sweeps(name)]
-    settings |= {"device": device, "precision": precision}
-    run_all(sweeps, settings, root / settings["out"], peaks)
+    run_plan(root, overrides, ClipPlan, SWEEPS, _known)
 
 
-def _known(variant: str) -> str:
-    if variant and variant not in VARIANTS:
-        raise UserError(f"bench: no variant '{variant}'; choose {', '.join(VARIANTS)}")
-    if variant and not VARIANTS[variant]().patch:
+def _known(variant: str) -> None:
+    one_of(variant, VARIANTS)
+    if not VARIANTS[variant]().patch:
         raise UserError(f"bench: transformers has no {variant}; choose a variant with patches, such as clip-vit-b-32")
-    return variant
-
-
-def _batches(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(size) for size in text.split(",") if size)
-    except ValueError:
-        raise UserError(f"bench: batch={text} is no list of whole numbers; batch=4,16") from None
-    if any(size < 1 for size in sizes):
-        raise UserError(f"bench: batch={text} holds a batch of nothing")
-    return sizes
 
 
 # ---- the contestants
@@ -158,12 +133,7 @@ def contestant(name: str, model: nn.Module, config: ClipConfig) -> Contestant:
         return Contestant(
             model, model.encode_image, model.encode_text, lambda pixels, tokens: clip_loss(model(pixels, tokens))
         )
-    weight = next(model.parameters())
-    mean, std = (torch.tensor(values, device=weight.device).view(3, 1, 1) for values in (config.mean, config.std))
-
-    def normalised(pixels: Tensor) -> Tensor:
-        return pixels.float().div_(255).sub_(mean).div_(std).to(weight.dtype)
-
+    normalised = normaliser(model, config.mean, config.std)
     if name == "open_clip":
         from open_clip.loss import ClipLoss
 
@@ -182,40 +152,20 @@ def contestant(name: str, model: nn.Module, config: ClipConfig) -> Contestant:
     )
 
 
-def stepper(one: Contestant, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
+def clip_stepper(one: Contestant, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of pictures and tokens that takes one optimizer step and returns the loss before it."""
-    one.model.train()
-    optimizer = torch.optim.AdamW(decay_groups(one.model, 0.2), lr=1e-5, fused=True)
-
-    def step(pixels: Tensor, tokens: Tensor) -> Tensor:
-        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = one.loss(pixels, tokens)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+    return stepper(one.model, one.loss, decay_groups(one.model, 0.2), precision)
 
 
 def bytes_and_tokens(
     config: ClipConfig, batch: int, device: str, lengths: tuple[int, ...] = NATURAL
 ) -> tuple[Tensor, Tensor]:
     """Pictures of noise (B, 3, H, W) uint8, and token ids (B, context) whose texts have `lengths` in turn."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(
-        0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8, generator=generator
+    start, end = config.end_token - 1, config.end_token
+    pixels, tokens = pictures_and_texts(
+        batch, config.image_size, config.context, start=start, end=end, words=(1, start), lengths=lengths
     )
-    tokens = torch.randint(1, config.end_token - 1, (batch, config.context), generator=generator)
-    ends = torch.tensor([min(lengths[row % len(lengths)], config.context) - 1 for row in range(batch)])[:, None]
-    place = torch.arange(config.context)
-    tokens = torch.where(place < ends, tokens, torch.where(place == ends, config.end_token, 0))
-    tokens[:, 0] = config.end_token - 1
     return pixels.to(device), tokens.to(device)
-
-
-def longest(batch: int, config: ClipConfig, lengths: tuple[int, ...] = NATURAL) -> int:
-    return min(config.context, max(lengths[:batch]))
 
 
 @functools.cache
@@ -239,48 +189,8 @@ def work(config: ClipConfig, tokens: int, train: bool, towers: str = "both") -> 
 # ---- the sweeps
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to measure, and on what; `variant` and `batches` empty: what suits the device."""
-
-    device: str
-    precision: str
-    repeats: int
-    seconds: float
-    peaks: list[dict]
-    variant: str = ""
-    batches: tuple[int, ...] = ()
-
-    def sweeps(self, name: str) -> list[Sweep]:
-        if name == "core":
-            return core(self.device, self.precision, self.repeats)
-        return [getattr(self, f"_{name}")()]
-
-    @property
-    def peak(self) -> float:
-        return next(peak["flops_per_second"] for peak in self.peaks if peak["precision"] == self.precision)
-
-    def expected(self, work: float, rounds: int | None = None) -> float:
-        """Seconds, when `work` FLOPs are counted for one round of all contestants."""
-        rounds = (self.repeats if rounds is None else rounds) + 1
-        return 1 + rounds * work / (0.6 * self.peak)
-
-    def on(self, cpu, cuda):
-        return cuda if self.device == "cuda" else cpu
-
-    def race(self, calls: dict[str, Callable], **options) -> list[dict]:
-        """Looser where weights move: a rounding error in a gradient that is zero becomes a whole step of Adam."""
-        training = options.pop("training", False)
-        tolerance = 5e-2 if self.precision == "bf16" else 1e-3 if training else 1e-4
-        return race(
-            calls,
-            self.repeats,
-            device=self.device,
-            tolerance=tolerance,
-            seconds=self.seconds,
-            peak=self.peak,
-            **options,
-        )
+class ClipPlan(Plan):
+    """CLIP's sweeps."""
 
     def _head(self, what: str, variant: str) -> str:
         return f"{what}: {variant.removeprefix('clip-')}, {self.precision}"
@@ -292,10 +202,10 @@ class Plan:
 
         @functools.cache
         def steps() -> dict[str, Callable]:
-            return {name: stepper(one, self.precision) for name, one in contestants(config, self.device).items()}
+            return {name: clip_stepper(one, self.precision) for name, one in contestants(config, self.device).items()}
 
         def job(batch: int, lengths: tuple[int, ...]) -> Job:
-            tokens = longest(batch, config, lengths)
+            tokens = longest(batch, config.context, lengths)
             texts = f"captions of up to {tokens} tokens" if lengths is NATURAL else f"full texts, {tokens} tokens"
             ours = batch * work(config, tokens, True)
 
@@ -378,7 +288,11 @@ class Plan:
         def run() -> list[dict]:
             peaks = {name: in_child(memory, name, variant, sizes, self.device, self.precision) for name in NAMES}
             return [
-                {"setting": f"batch {batch}, captions of up to {longest(batch, config)} tokens", "batch": batch, **row}
+                {
+                    "setting": f"batch {batch}, captions of up to {longest(batch, config.context)} tokens",
+                    "batch": batch,
+                    **row,
+                }
                 for place, batch in enumerate(sizes)
                 for row in memory_rows({name: peaks[name][place] for name in NAMES})
             ]
@@ -389,21 +303,13 @@ class Plan:
         return Sweep("clip-memory", title, [job], verb="needs")
 
 
-def without_gradients(call: Callable[[Tensor], Tensor], data: Tensor) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return call(data)
-
-    return run
-
-
 def memory(name: str, variant: str, batches: tuple[int, ...], device: str, precision: str) -> list[int]:
     """Bytes at the peak of a training step at each of the rising `batches`; to be called in a process of its own."""
     quiet()
     config = VARIANTS[variant]()
     build(name, replace(config, vision_layers=1, text_layers=1))  # imports what it needs, which is nobody's memory
     meter = MemoryMeter(device)
-    step = stepper(contestant(name, build(name, config).to(device), config), precision)
+    step = clip_stepper(contestant(name, build(name, config).to(device), config), precision)
     step(*bytes_and_tokens(config, batches[0], device))  # makes the optimizer's state
     peaks = []
     for batch in batches:

@@ -148,6 +148,24 @@ def test_half_precision_stays_close_and_keeps_its_dtype(backend):
     assert_close(ours.float(), expected, atol=3e-2, rtol=0)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_in_half_precision_are_those_of_single(size, kind, causal):
+    """On a CPU the sdpa backend has a backward pass of its own in bf16. That of torch strays by up to 2.1e-2."""
+    B, H, _, T, S, _ = SIZES[size]
+    mask, _ = mask_of(kind, B, H, T, S)
+    half = [x.detach().bfloat16().requires_grad_() for x in tensors(*SIZES[size])]
+    wide = [x.detach().float().requires_grad_() for x in half]
+    outputs = [attention(*inputs, mask=mask, causal=causal, backend="sdpa") for inputs in (half, wide)]
+    gradient = torch.randn_like(outputs[1]).bfloat16()
+    ours = torch.autograd.grad(outputs[0], half, gradient)
+    expected = torch.autograd.grad(outputs[1], wide, gradient.float())
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert_close(mine.float(), theirs, rtol=0, atol=3e-2 * float(theirs.abs().max()) + 1e-6)
+
+
 def test_the_reference_accumulates_in_float32_under_autocast():
     q, k, v = tensors(1, 2, 2, 5, 5, 16)
     expected = attention(q, k, v, backend="reference")

@@ -161,14 +161,14 @@ def test_a_run_measures_every_job_and_keeps_its_setting(tmp_path, capsys):
     ],
 )
 def test_a_wrong_word_is_one_clear_error(tmp_path, monkeypatch, words, message):
-    monkeypatch.setattr(clip, "matrix_peak", lambda device, precision: PEAKS[0] if precision == "fp32" else None)
+    monkeypatch.setattr(bench, "matrix_peak", lambda device, precision: PEAKS[0] if precision == "fp32" else None)
     with pytest.raises(UserError) as error:
         clip.run(tmp_path, words)
     assert message in str(error.value)
 
 
 def test_all_three_train_alike_and_the_result_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(clip, "matrix_peak", lambda device, precision: PEAKS[0] if precision == "fp32" else None)
+    monkeypatch.setattr(bench, "matrix_peak", lambda device, precision: PEAKS[0] if precision == "fp32" else None)
     clip.run(tmp_path, ["sweep=step", "variant=clip-tiny", "batch=3", "repeats=3"])
     rows = json.loads((tmp_path / "results" / "bench" / "clip-step-cpu-fp32.json").read_text())["rows"]
     assert [row["name"] for row in rows] == 2 * ["ours", "open_clip", "transformers"]

@@ -153,14 +153,14 @@ def mini() -> AlbefConfig:
         text_layers=1,
         fusion_layers=2,
         text_heads=2,
-        hidden=128,
+        hidden=256,
         vocabulary=1_024,
         positions=64,
         context=32,
         embed_width=64,
-        queue=32,  # with more, most of what it holds is older than what the encoders have learned since
+        queue=24,  # with more, most of what it holds is older than what the encoders have learned since
         momentum=0.98,  # a run has hundreds of steps, not hundreds of thousands: the teacher must follow sooner
-        temperature=0.2,  # at 0.07 the hard negatives are too hard for an ITM head that begins from nothing
+        temperature=0.1,  # at 0.07 the hard negatives are too hard for an ITM head that begins from nothing
         mlm_probability=0.3,
         dropout=0.0,
         init_std=0.07,  # 0.02 · sqrt(768 / width)

@@ -103,7 +103,7 @@ def leave_untrained(model: Albef, objective: Objective) -> None:
 def adamw(module: nn.Module, recipe: AlbefRecipe) -> dict:
     """AdamW, linear warm-up from the last learning rate to the peak, cosine back to it; configure_optimizers' form."""
     optimizer = torch.optim.AdamW(
-        decay_groups(module, recipe.weight_decay),
+        slowed(decay_groups(module, recipe.weight_decay), module, recipe),
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.eps,
@@ -126,6 +126,17 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for _, p in trained if id(p) not in ids], "weight_decay": weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
+
+
+def slowed(groups: list[dict], module: nn.Module, recipe: AlbefRecipe) -> list[dict]:
+    """The groups, the temperature in one of its own where the recipe gives it another learning rate."""
+    found = [p for name, p in module.named_parameters() if p.requires_grad and name.endswith("temperature")]
+    if not found or recipe.temperature_rate == 1:
+        return groups
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p is not found[0]]
+    rate = recipe.temperature_rate * recipe.learning_rate
+    return [*groups, {"params": found, "weight_decay": recipe.weight_decay, "lr": rate}]
 
 
 def example(pictures: int) -> tuple[AlbefModule, tuple[Tensor, ...]]:

@@ -16,6 +16,7 @@ class AlbefRecipe(Recipe):
     beta2: float = 0.999
     eps: float = 1e-8
     last_learning_rate: float = 0.0  # where the warm-up begins and the cosine ends
+    temperature_rate: float = 1.0  # the temperature's learning rate, as a share of the others'
     alpha_ramp_steps: int = 0  # over which distillation grows from nothing: the first epoch's; 0: at once
 
     classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
@@ -28,6 +29,8 @@ class AlbefRecipe(Recipe):
     full: bool = False  # whether these name every thing with its colour and size
     max_dropped: float = 0.001  # share of pictures that cannot be read, or have no caption, which is put up with
 
+    vision_steps: int = 0  # of a classifier whose image encoder all arms start from, as the paper's from DeiT; 0: none
+    vision_rate: float = 2e-3  # its learning rate
     pool: int = 64  # test pictures, and captions, that are compared with each other
     candidates: int = 16  # the best by ITC, which ITM ranks anew
     measure_at: int = 4  # points of the learning curves
@@ -39,7 +42,13 @@ class AlbefRecipe(Recipe):
             raise UserError(
                 "recipe: alpha_ramp_steps must not be negative, last_learning_rate lies between 0 and learning_rate"
             )
-        if self.pool < 2 or min(self.candidates, self.measure_at) < 1 or self.transfer_steps < 0:
+        if not 0 <= self.temperature_rate <= 1:
+            raise UserError(f"recipe: temperature_rate is {self.temperature_rate}, it must lie in 0..1")
+        if (
+            self.pool < 2
+            or min(self.candidates, self.measure_at) < 1
+            or min(self.transfer_steps, self.vision_steps) < 0
+        ):
             raise UserError(
-                "recipe: pool must be at least 2, candidates and measure_at at least 1, transfer_steps not negative"
+                "recipe: pool must be at least 2, candidates and measure_at at least 1, other steps not negative"
             )

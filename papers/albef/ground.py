@@ -34,7 +34,8 @@ def middle_layer(model: Albef) -> int:
 
 def located(lab: Lab) -> Iterator[Located]:
     """Names and colours of the things that do not fill their picture; words that stand there once."""
-    for row, (caption, scene) in enumerate(zip(lab.test.captions, lab.test.scenes, strict=True)):
+    for row, scene in enumerate(lab.test.scenes):
+        caption = lab.test.captions[row]
         for thing in scene.things if scene.grid != (1, 1) else ():
             for word in (thing.name, thing.colour):
                 before, found, after = caption.partition(word)

@@ -40,7 +40,7 @@ class AlbefModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.objective.itc:
-            self.model.queue.check(self.recipe.batch // self.recipe.accumulate)
+            self.model.queue.check(self.recipe.batch)
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
         images, tokens, _ = batch
@@ -81,8 +81,11 @@ class FinetuningModule(lightning.LightningModule):
 
 
 def refuse_pieces(recipe: AlbefRecipe) -> None:
+    """UserError where weights, or batches, come in pieces that the moving average cannot follow."""
     if recipe.strategy.startswith("zero3"):
         raise UserError("recipe: strategy zero3 cuts the weights that ALBEF averages; take ddp, zero1 or zero2")
+    if recipe.accumulate > 1:
+        raise UserError("recipe: accumulate would move momentum copies and queue with each part; take more devices")
 
 
 def ramp(step: int, recipe: AlbefRecipe) -> float:

@@ -39,6 +39,8 @@ class BlipModule(lightning.LightningModule):
             raise ValueError("ITM draws its negatives by ITC's similarities: train both")
         if recipe.strategy.startswith("zero3"):
             raise UserError("recipe: strategy zero3 cuts the weights that BLIP averages; take ddp, zero1 or zero2")
+        if recipe.accumulate > 1:
+            raise UserError("recipe: accumulate would move momentum copies and queue with each part; take more devices")
         self.model, self.recipe, self.objectives, self.prompt = model, recipe, objectives, prompt
         trained = model.trained_by(objectives)
         for parameter in (*model.blip.parameters(), model.temperature):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from papers.blip.capfilt import classifying_encoder, start_from
 from papers.blip.lab import lab_of
 from papers.blip.model import BlipPretraining
@@ -24,4 +26,5 @@ def prepare(recipe: BlipRecipe, seed: int) -> Trainable:
     def batches(rank: int, ranks: int) -> Batches:
         return Batches(tensors, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
 
-    return Trainable(BlipModule(model, recipe), batches, lab.world.digest, lab.tokenizer.save)
+    by_texts = replace(recipe, pairs=len(texts))  # an epoch is all texts, of which a picture may have several
+    return Trainable(BlipModule(model, by_texts), batches, lab.world.digest, lab.tokenizer.save)

@@ -168,10 +168,13 @@ def test_a_queue_that_batches_do_not_fill_evenly_is_refused_before_the_first_ste
     AlbefModule(AlbefPretraining(model()), RECIPE).on_fit_start()
 
 
-def test_weights_in_pieces_are_refused():
-    recipe = replace(RECIPE, strategy="zero3")
+@pytest.mark.parametrize(
+    ("changed", "message"), [({"strategy": "zero3"}, r"zero3.*zero1 or zero2"), ({"accumulate": 2}, "accumulate")]
+)
+def test_weights_and_batches_in_pieces_are_refused(changed, message):
+    recipe = replace(RECIPE, **changed)
     for make in (lambda: AlbefModule(AlbefPretraining(model()), recipe), lambda: FinetuningModule(model(), recipe)):
-        with pytest.raises(UserError, match=r"zero3.*zero1 or zero2"):
+        with pytest.raises(UserError, match=message):
             make()
 
 

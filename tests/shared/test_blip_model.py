@@ -205,6 +205,11 @@ def test_weights_in_pieces_are_refused():
             BlipModule(BlipPretraining(TINY), BlipRecipe(model="blip-tiny", strategy=strategy))
 
 
+def test_batches_in_pieces_are_refused():
+    with pytest.raises(UserError, match="accumulate would move momentum copies and queue"):
+        BlipModule(BlipPretraining(TINY), BlipRecipe(model="blip-tiny", accumulate=2))
+
+
 def test_momentum_and_queue_move_in_training_alone():
     torch.manual_seed(0)
     model = moved(BlipPretraining(TINY))

@@ -491,7 +491,9 @@ def test_the_shipped_manifest_is_pinned_and_complete():
         assert entry.licence, entry.id
         if entry.kind == "checkpoint":
             assert set(entry.preprocess) == {"size", "resize", "antialias", "mean", "std"}, entry.id
-            assert {"kind", "vocabulary"} <= set(entry.tokenizer) <= {"kind", "vocabulary", "context", "closed"}, entry.id
+            assert {"kind", "vocabulary"} <= set(entry.tokenizer) <= {"kind", "vocabulary", "context", "closed"}, (
+                entry.id
+            )
         if entry.id.startswith("clip-"):
             assert "context" in entry.tokenizer, entry.id
             assert entry.config["activation"] == "quick_gelu" and entry.config["norm_eps"] == 1e-5, entry.id

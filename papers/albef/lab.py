@@ -69,7 +69,8 @@ def lab_of(recipe: AlbefRecipe, seed: int) -> Lab:
     options = options_of(recipe)
     pack = pack_of(recipe, world)
     if pack is None:
-        val, test = (trial_of(world, split, recipe.pool) for split in ("val", "test"))
+        by_label = recipe.data.partition("/")[0] != "karpathy"
+        val, test = (trial_of(world, split, recipe.pool, by_label) for split in ("val", "test"))
     else:
         val, test = (near_misses(pack, split, recipe, seed, options) for split in ("val", "test"))
     return Lab(world, tokenizer, config, first_pool(val), test, pack, options)
@@ -200,16 +201,15 @@ def near_misses(pack: SpritePack, split: str, recipe: AlbefRecipe, seed: int, op
     return Trial(found.images, found.captions, pools, found.scenes, found.details)
 
 
-def trial_of(world: World, part: str, size: int) -> Trial:
-    """A published set's pictures and first captions, each wording once; where captions are worded by class alone, pools
-    of one picture a class."""
+def trial_of(world: World, part: str, size: int, by_label: bool) -> Trial:
+    """A published set's pictures and first captions, each wording once; `by_label`, where captions say the class alone,
+    pools of one picture a class."""
+    if by_label:
+        return by_class(getattr(world, f"class_{part}"), world.classes)
     split: Split = getattr(world, part)
     first = {}
     for row, several in enumerate(split.captions):
         first.setdefault(several[0], row)
-    labelled = getattr(world, f"class_{part}")
-    if labelled is not None and len(first) < len(split) / 2:
-        return by_class(labelled, world.classes)
     rows = sorted(first.values())
     captions = [split.captions[row][0] for row in rows]
     pools = list(torch.arange(len(rows)).split(size))

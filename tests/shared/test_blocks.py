@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from shared.blocks import Block, Blocks, QuickGELU, set_recompute
+from shared.positions import resample_grid
 from shared.text import CausalTextTransformer
 from shared.vision import VisionTransformer
 
@@ -47,6 +48,13 @@ def test_quick_gelu_and_its_gradient_are_those_of_the_formula():
     y = QuickGELU()(x)
     torch.testing.assert_close(y, x * torch.sigmoid(1.702 * x))
     assert torch.autograd.gradcheck(QuickGELU(), x)
+
+
+def test_a_block_named_quick_gelu_has_it():
+    block = Block(8, 2, activation="quick_gelu")
+    x = torch.randn(2, 3, 8)
+    hidden = block.mlp.up(x)
+    torch.testing.assert_close(block.mlp(x), block.mlp.down(hidden * torch.sigmoid(1.702 * hidden)))
 
 
 def test_recomputed_activations_change_no_gradient():
@@ -117,6 +125,15 @@ def test_a_picture_that_does_not_divide_into_patches_is_refused():
 def test_a_vit_reads_pictures_of_another_size_by_resampling_its_positions():
     vit = VisionTransformer(32, 8, 24, 1, 3, mean=(0.5,) * 3, std=(0.2,) * 3).eval()
     assert vit.tokens(torch.zeros(2, 3, 48, 40, dtype=torch.uint8)).shape == (2, 1 + 6 * 5, 24)
+
+
+def test_rows_and_columns_of_an_oblong_picture_get_their_own_positions():
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 4, 24, 1, 3, mean=(0.5,) * 3, std=(0.2,) * 3)
+    images = torch.randint(0, 256, (2, 3, 8, 24), dtype=torch.uint8)  # 2 rows of 6 patches
+    position = model.positions.position
+    expected = resample_grid(position, (4, 4), (2, 6), 1)[1:] + model.patch_embedding(images)
+    torch.testing.assert_close(model.embed(images)[:, 1:], expected)
 
 
 def test_leaving_out_the_last_block_is_the_second_last_layer():

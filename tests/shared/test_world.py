@@ -108,6 +108,15 @@ def test_compositions_are_held_out_pairs_and_their_distractors_are_not(shapes):
     assert f"a photo of an orange {shapes.classes[0]}" in found.texts
 
 
+def test_distractors_avoid_every_colour_that_a_thing_is_not_shown_in():
+    found = load_world("shapes", **SMALL, held_out=0.25)
+    pairs = [(name, colour) for name in found.classes for colour in COLOURS]
+    for row in found.compositions.choices.tolist():
+        for wrong in row[1:]:
+            name, colour = pairs[wrong]
+            assert len(held_out_colours(name, 0, 0.25)) == 2 and colour not in held_out_colours(name, 0, 0.25)
+
+
 def test_composition_pictures_show_the_held_out_colour():
     found = load_world("shapes", **SMALL, noise=0.0, clutter=0.0).compositions
     inks = torch.tensor(list(COLOURS.values()))

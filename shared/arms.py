@@ -14,11 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shared.errors import UserError
 from shared.recipes import SEED_BASE, Recipe, digest, of_one_arm
 from shared.runs import write_whole
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,20 @@ class Context:
     progress: Callable[[int], None]  # samples just seen
     first: bool  # the seed whose model and figures are kept
     arm: str = ""
+
+
+def once_a_seed(make: Callable[[Recipe, int], T]) -> Callable[[Context], T]:
+    """What arms share of one recipe and seed, made by the first that asks; the last is kept: jobs come seed by seed."""
+    kept: dict[tuple[str, int], T] = {}
+
+    def of(context: Context) -> T:
+        key = (digest(context.recipe), context.seed)
+        if key not in kept:
+            kept.clear()
+            kept[key] = make(context.recipe, context.seed)
+        return kept[key]
+
+    return of
 
 
 @dataclass(frozen=True)

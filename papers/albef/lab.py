@@ -12,7 +12,7 @@ from torch import Tensor
 from papers.albef.config import VARIANTS, AlbefConfig, fitted
 from papers.albef.evaluate import longer_than, tokens_of
 from papers.albef.recipe import AlbefRecipe
-from shared.arms import Context
+from shared.arms import once_a_seed
 from shared.data.distractors import distractors
 from shared.data.scenes import Scene, SceneOptions
 from shared.data.splits import Draw
@@ -20,7 +20,6 @@ from shared.data.sprites import VENDORS, SpritePack
 from shared.data.wording import class_prompt
 from shared.data.world import Split, World, load_world, packs
 from shared.errors import UserError
-from shared.recipes import digest
 from shared.tokenizers import SmallTokenizer
 
 ATTEMPTS = 1_000
@@ -51,18 +50,6 @@ class Lab:
         return tokens_of(self.tokenizer, captions, self.config.context)
 
 
-_LABS: dict[tuple[str, int], Lab] = {}
-
-
-def make_lab(context: Context) -> Lab:
-    """The lab of this recipe and seed; the last one is kept, because jobs come seed by seed."""
-    key = (digest(context.recipe), context.seed)
-    if key not in _LABS:
-        _LABS.clear()
-        _LABS[key] = lab_of(context.recipe, context.seed)
-    return _LABS[key]
-
-
 def lab_of(recipe: AlbefRecipe, seed: int) -> Lab:
     world, tokenizer = read(recipe, seed)
     config = fitted(replace(VARIANTS[recipe.model](), image_size=recipe.image_size), tokenizer)
@@ -74,6 +61,9 @@ def lab_of(recipe: AlbefRecipe, seed: int) -> Lab:
     else:
         val, test = (near_misses(pack, split, recipe, seed, options) for split in ("val", "test"))
     return Lab(world, tokenizer, config, first_pool(val), test, pack, options)
+
+
+make_lab = once_a_seed(lab_of)
 
 
 def load(recipe: AlbefRecipe, seed: int) -> World:

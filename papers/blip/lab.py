@@ -14,12 +14,11 @@ from torch import Tensor
 
 from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, fitted
 from papers.blip.recipe import BlipRecipe
-from shared.arms import Context
+from shared.arms import once_a_seed
 from shared.data.distractors import distractors
 from shared.data.scenes import COLOURS, SceneOptions, render_many, sample_scene
 from shared.data.world import Split, World, load_world, packs
 from shared.errors import UserError
-from shared.recipes import digest
 from shared.tokenizers import SmallTokenizer, Tokenizer, trim
 
 PLAIN = re.compile(r"[^\W\d_][^\W\d_' -]*(?:[' -][^\W\d_' -]*)*")  # letters, blanks, hyphens, apostrophes
@@ -75,18 +74,6 @@ class Lab:
         return self.world.train.images[rows], tokens, rows
 
 
-_LABS: dict[tuple[str, int], Lab] = {}
-
-
-def make_lab(context: Context) -> Lab:
-    """The lab of this recipe and seed; the last one is kept, because jobs come seed by seed."""
-    key = (digest(context.recipe), context.seed)
-    if key not in _LABS:
-        _LABS.clear()
-        _LABS[key] = lab_of(context.recipe, context.seed)
-    return _LABS[key]
-
-
 def load(recipe: BlipRecipe, seed: int) -> World:
     if not recipe.clean < recipe.pairs:
         raise UserError(f"clean={recipe.clean} of {recipe.pairs} pairs leaves none to the web; lower it")
@@ -129,6 +116,9 @@ def lab_of(recipe: BlipRecipe, seed: int) -> Lab:
             "lower batch, or change clean"
         )
     return Lab(world, tokenizer, config, clean, web, held_of(world, recipe, seed), labelled_of(world, recipe, seed))
+
+
+make_lab = once_a_seed(lab_of)
 
 
 def scenes_parted(train: Split, count: int) -> tuple[list[Text], list[Text]]:

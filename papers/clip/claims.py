@@ -25,13 +25,12 @@ from papers.clip.model import Clip
 from papers.clip.module import ClipModule, PretrainingModule
 from papers.clip.recipe import ClipRecipe
 from papers.clip.structure import flops
-from shared.arms import Claim, Context
+from shared.arms import Claim, Context, once_a_seed
 from shared.data.batches import Batches
 from shared.data.wording import FRAMES, class_prompt
 from shared.data.world import LABEL_CAPTIONS, Split, World, load_world
 from shared.errors import UserError
 from shared.metrics import few_shot, linear_probe, retrieval_hits_from_features, topk_accuracy
-from shared.recipes import digest
 from shared.stats import log_log_fit
 from shared.tokenizers import SmallTokenizer
 from shared.training import At, Curves, fit
@@ -78,18 +77,6 @@ class Lab:
         return self.images, self.tokens, self.labels
 
 
-_LABS: dict[tuple[str, int], Lab] = {}
-
-
-def make_lab(context: Context) -> Lab:
-    """The lab of this recipe and seed; the last one is kept, because jobs come seed by seed."""
-    key = (digest(context.recipe), context.seed)
-    if key not in _LABS:
-        _LABS.clear()
-        _LABS[key] = lab_of(context.recipe, context.seed)
-    return _LABS[key]
-
-
 def lab_of(recipe: ClipRecipe, seed: int) -> Lab:
     world = load(recipe, seed)
     base = VARIANTS[recipe.model]()
@@ -102,6 +89,9 @@ def lab_of(recipe: ClipRecipe, seed: int) -> Lab:
     labels = torch.full((len(rows),), -1) if world.train.labels is None else world.train.labels[rows]
     tokens = tokenizer(captions, config.context)
     return Lab(world, tokenizer, config, world.train.images[rows], tokens, labels)
+
+
+make_lab = once_a_seed(lab_of)
 
 
 def load(recipe: ClipRecipe, seed: int) -> World:

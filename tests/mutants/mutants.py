@@ -50,6 +50,7 @@ _batches = _of("shared/data/batches.py", "shared/test_training")
 _adapters = _of("shared/data/adapters.py", "shared/test_adapters")
 _training = _of("shared/training.py", "shared/test_training")
 _arms = _of("shared/arms.py", "shared/test_training")
+_labs = _of("shared/arms.py", "shared/test_clip_claims")
 _stats = _of("shared/stats.py", "shared/test_stats")
 _calibration = _of("shared/calibration.py", "shared/test_calibration")
 _transfer = _of("shared/transfer.py", "shared/test_fetch", "shared/test_download")
@@ -125,7 +126,7 @@ MUTANTS = (
     _batches("every-epoch-in-the-same-order", "* 1_000_003 + epoch", "* 1_000_003"),
     _batches("ranks-see-the-same-share", "[self.rank :: self.ranks]\n", "[:: self.ranks]\n"),
     _arms("arms-of-a-seed-start-apart", "seed_everything(self.seed,", "seed_everything(self.seed + len(self.arm),"),
-    _claims(
+    _labs(
         "every-seed-draws-the-data-of-the-first",
         "key = (digest(context.recipe), context.seed)",
         "key = (digest(context.recipe), 0)",

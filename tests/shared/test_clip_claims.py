@@ -6,7 +6,7 @@ import torch
 from papers.clip import claims
 from papers.clip.claims import efficiency, minus_slope, probe_gain_does_not_move, samples_to_reach, smaller_drop
 from papers.clip.recipe import ClipRecipe
-from shared.arms import Context
+from shared.arms import Context, once_a_seed
 
 
 def curve(*values):
@@ -176,9 +176,8 @@ def test_a_classifiers_rows_are_the_classes_in_order_each_from_its_own_prompts(m
     torch.testing.assert_close(rows, torch.eye(2, 3))
 
 
-def test_the_arms_of_a_seed_share_its_data_and_another_seed_draws_its_own(monkeypatch, tmp_path):
+def test_the_arms_of_a_seed_share_its_data_and_another_seed_draws_its_own(tmp_path):
     made = []
-    monkeypatch.setattr(claims, "lab_of", lambda recipe, seed: made.append(seed) or ("lab", seed))
-    monkeypatch.setattr(claims, "_LABS", {})
-    assert [claims.make_lab(context(tmp_path, seed))[1] for seed in (3, 3, 4)] == [3, 3, 4]
+    make_lab = once_a_seed(lambda recipe, seed: made.append(seed) or ("lab", seed))
+    assert [make_lab(context(tmp_path, seed))[1] for seed in (3, 3, 4)] == [3, 3, 4]
     assert made == [3, 4], "made once a seed"

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from shared.errors import UserError
-from shared.stats import Rule, interval, log_log_fit, smallest_effect, verdict, wilson
+from shared.stats import DECIDES, Rule, interval, log_log_fit, smallest_effect, verdict, wilson
 
 
 def test_the_interval_agrees_with_scipy_and_with_a_table_of_t():
@@ -52,31 +52,44 @@ def test_one_seed_has_a_mean_but_no_interval_and_no_verdict():
 def test_a_verdict_follows_its_rule(effects, rule, word):
     found = verdict(effects, rule)
     assert found.word == word
-    assert found.smallest_effect == pytest.approx((found.high - found.low) / 2)
+    _, lowest, highest = interval(effects, DECIDES)
+    assert found.smallest_effect == pytest.approx((highest - lowest) / 2)
+    assert found[2:4] == interval(effects)[1:] and lowest < found.low < found.high < highest
     assert found.note == ""
 
 
+def test_an_effect_that_only_the_shown_interval_would_decide_is_inconclusive_and_says_so():
+    effects = [1.0, 2.0, 3.0, 4.0]  # deviation 1.291: t = 3.182 at 95 %, 4.177 at 97.5 % (printed tables)
+    shown, deciding = 2.5 - 3.182 * 1.291 / 2, 2.5 - 4.177 * 1.291 / 2
+    between = (shown + deciding) / 2
+    found = verdict(effects, Rule("greater", between))
+    assert (found.word, found.low) == ("inconclusive", pytest.approx(shown, abs=1e-3))
+    assert "97.5% interval" in found.note
+    assert verdict(effects, Rule("greater", deciding - 0.01)).word == "reproduced"
+    assert verdict(effects, Rule("greater", shown + 0.01)).note == ""
+
+
 def test_an_interval_that_touches_the_margin_is_inconclusive():
-    _, low, high = interval([1.0, 2.0, 3.0])
+    _, low, high = interval([1.0, 2.0, 3.0], DECIDES)
     assert verdict([1.0, 2.0, 3.0], Rule("greater", low)).word == "inconclusive"
     assert verdict([1.0, 2.0, 3.0], Rule("greater", high)).word == "inconclusive"
 
 
 def test_seeds_that_all_agree_decide_only_where_chance_would_hardly_let_them():
-    # two equally likely outcomes agree over n seeds in 2^(1-n) of the runs: 6.25 % with five, 3.1 % with six
+    # two equally likely outcomes agree over n seeds in 2^(1-n) of the runs: 3.1 % with six, 1.6 % with seven
     for rule, word in (
         (Rule("greater"), "reproduced"),
         (Rule("greater", 1.0), "contradicted"),
         (Rule("equal", 1), "reproduced"),
     ):
-        for seeds in (2, 3, 5):
+        for seeds in (2, 3, 5, 6):
             found = verdict([0.25] * seeds, rule)
             assert (found.word, found.low, found.high, found.smallest_effect) == ("inconclusive", 0.25, 0.25, None)
             assert "same effect" in found.note and f"{seeds} seeds" in found.note
-        assert verdict([0.25] * 6, rule).word == word
-        assert "same effect" in verdict([0.25] * 6, rule).note
-    assert verdict([0.25] * 6, Rule("greater"), level=0.99).word == "inconclusive"
-    assert verdict([0.0] * 6, Rule("greater")).word == "inconclusive"
+        assert verdict([0.25] * 7, rule).word == word
+        assert "same effect" in verdict([0.25] * 7, rule).note
+    assert verdict([0.25] * 7, Rule("greater"), level=0.99).word == "inconclusive"
+    assert verdict([0.0] * 7, Rule("greater")).word == "inconclusive"
 
 
 def test_effects_that_agree_up_to_rounding_are_the_same_effect():

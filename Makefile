@@ -21,7 +21,7 @@ FLAGS = $(if $(SCALE),--scale $(SCALE)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(D
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo '  Example: make reproduce PAPER=clip [SCALE=smoke|mini|gpu|paper] [SEEDS=n] [DRY=1] [V=1] [ARGS="key=value ..."]'
+	@echo '  Example: make reproduce PAPER=clip [SCALE=smoke|mini|field|gpu|paper] [SEEDS=n] [DRY=1] [V=1] [ARGS="key=value ..."]'
 
 install: env  ## build the environment (.venv, or the active one, or PYTHON=)
 	@$(if $(OWN),true,"$(PYTHON)" -m pip install -c constraints.txt -e ".[dev]")

@@ -161,7 +161,7 @@ def list_papers(catalogue: Catalogue, options: argparse.Namespace) -> None:
     from shared.tables import papers_table
 
     print(papers_table(catalogue))
-    print("make reproduce PAPER=<paper> [SCALE=smoke|mini|gpu|paper]")
+    print("make reproduce PAPER=<paper> [SCALE=smoke|mini|field|gpu|paper]")
 
 
 def reproduce(catalogue: Catalogue, options: argparse.Namespace) -> int | None:

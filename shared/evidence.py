@@ -67,7 +67,8 @@ class ClaimRow:
     """One argument of the paper and how the small scale tests it.
 
     `reported` is in `unit`, the unit of the small-scale effect, or None where the paper prints nothing in it;
-    `reported_as` is what the paper prints. `margin` (same unit) belongs to direction "equal" alone.
+    `reported_as` is what the paper prints. `margin` (same unit) belongs to direction "equal"; a negative one makes of
+    "greater" a claim of being no worse: the effect exceeds it.
     """
 
     id: str
@@ -270,12 +271,14 @@ def _check_source(source: str, place: _Place) -> None:
 def _check_claim(row: ClaimRow, place: _Place) -> None:
     if row.reported is not None and row.reported_as is None:
         (place / "reported_as").fail("is empty, but `reported` is a number: say what the paper prints")
-    if row.direction == "greater" and (row.margin is not None or row.margin_reason is not None):
-        (place / "margin").fail("belongs to direction 'equal' alone; set margin and margin_reason to null")
+    if row.direction == "greater" and row.margin is not None and row.margin >= 0:
+        (place / "margin").fail("of direction 'greater' is null, or negative where the claim is to be no worse")
     if row.direction == "equal" and (row.margin is None or row.margin <= 0):
         (place / "margin").fail(f"direction 'equal' needs a margin above zero, in {row.unit}")
-    if row.direction == "equal" and row.margin_reason is None:
-        (place / "margin_reason").fail("is empty; say why two arms within the margin count as equal")
+    if row.margin is not None and row.margin_reason is None:
+        (place / "margin_reason").fail("is empty; say why effects within the margin do not count")
+    if row.margin is None and row.margin_reason is not None:
+        (place / "margin_reason").fail("gives a reason for no margin; set it to null")
 
 
 def _check_metric(row: MetricRow, place: _Place) -> None:

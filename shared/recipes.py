@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 from shared.errors import UserError
 from shared.yaml_safe import read_text
 
-SCALES = ("smoke", "mini", "gpu", "paper")
+SCALES = ("smoke", "mini", "field", "gpu", "paper")  # field: real, noisy data on disk; not every paper has it
 SEED_BASE = 1_000
 
 
@@ -23,7 +23,7 @@ class Recipe:
     """What every paper's recipe has; a paper extends it in its config.py. Sizes in samples, tokens and pixels."""
 
     paper: str = "???"
-    scale: Literal["smoke", "mini", "gpu", "paper"] = "smoke"
+    scale: Literal["smoke", "mini", "field", "gpu", "paper"] = "smoke"
     model: str = "???"  # a variant of the paper's config.py
     seeds: int = 1  # paired seeds of every claim
     rungs: list[str] = field(default_factory=lambda: ["structure", "parity", "claims", "metrics"])

@@ -111,6 +111,8 @@ class CapFilt:
     ) -> dict:
         """-> `curves` by samples seen, and `waited`. The prompt belongs to the captioner's texts alone."""
         recipe = recipe_for(self.context.recipe, len(texts), steps, rate)
+        # the filter is tuned as for retrieval, where all texts of a picture are its partners (official code)
+        recipe = replace(recipe, by_picture=recipe.by_picture or objectives == FILTER)
         prompt = prompt if objectives.lm and not objectives.itc else ""
         learned = len(Writing(prompt).prompt_tokens(self.lab.tokenizer)) if prompt else 0
         module = BlipModule(model, recipe, objectives, learned).train()

@@ -24,6 +24,7 @@ from shared.metrics import rerank
 from shared.tokenizers import Tokenizer, trim
 
 REPETITION_PENALTY = 1.1  # of nucleus sampling (official code models/blip.py, generate)
+TOP_K = 50  # before the nucleus: what the transformers version that the official code pins adds of its own accord
 BATCH = 128
 
 
@@ -131,7 +132,12 @@ class Writing:
         if self.nucleus is None:
             return GenerationSettings((tokenizer.end,), **lengths, beams=self.beams)
         return GenerationSettings(
-            (tokenizer.end,), **lengths, sample=True, top_p=self.nucleus, repetition_penalty=REPETITION_PENALTY
+            (tokenizer.end,),
+            **lengths,
+            sample=True,
+            top_k=TOP_K,
+            top_p=self.nucleus,
+            repetition_penalty=REPETITION_PENALTY,
         )
 
 

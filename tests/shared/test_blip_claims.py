@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from papers.blip import claims
+from papers.blip import capfilt, claims
 from papers.blip.capfilt import CapFilt, kept_of
 from papers.blip.lab import Text, lab_of, parted, plain_titles, scenes_parted
 from papers.blip.page import Decision
@@ -137,6 +137,20 @@ def test_in_fine_tuning_the_momentum_copies_and_the_queue_move_too(tmp_path):
     for key in ("momentum.vision_proj.weight", "queue.images", "blip.itm_head.weight"):
         assert not torch.equal(before[key], after[key]), key
     assert torch.equal(before["blip.text_decoder.head.bias"], after["blip.text_decoder.head.bias"]), "LM is off"
+
+
+def test_the_filter_alone_takes_all_texts_of_a_picture_for_its_partners(tmp_path, monkeypatch):
+    seen = {}
+
+    def fit(module, batches, recipe, folder, callbacks, identity):
+        seen[identity["arm"]] = module.recipe.by_picture
+        return 0.0
+
+    monkeypatch.setattr(capfilt, "fit", fit)
+    work = CapFilt.of(context(tmp_path, "both"))
+    for name in ("captioner", "filter", "coupled"):
+        work.tuned(name)
+    assert seen == {"pretrained": False, "captioner": False, "filter": True, "coupled": False}
 
 
 def test_what_each_arm_trains_on(tmp_path, monkeypatch):

@@ -144,6 +144,12 @@ def test_captions_come_without_the_prompt_and_within_their_lengths(model, tokeni
     assert Writing("a picture of", shortest=7).settings(tokenizer).min_new_tokens == 7 - given
 
 
+def test_sampling_is_what_the_official_call_comes_to(tokenizer):
+    settings = Writing("a picture of", nucleus=0.9).settings(tokenizer)
+    assert (settings.sample, settings.top_p, settings.top_k, settings.repetition_penalty) == (True, 0.9, 50, 1.1)
+    assert Writing("a picture of").settings(tokenizer).repetition_penalty == 1.0
+
+
 def test_nucleus_sampling_follows_from_seed_and_order_not_from_batches(model, tokenizer):
     how, images = Writing("", nucleus=0.9, seed=5, longest=10), pictures(5)
     whole = write(model, tokenizer, images, how)

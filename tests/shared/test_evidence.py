@@ -161,7 +161,10 @@ FAULTS = {
         ("direction: greater", "direction: up"),
         r"'toy\.bigger': direction: needs one of greater, equal",
     ),
-    "a margin on greater": (("margin: null", "margin: 1"), r"'toy\.bigger': margin: of direction 'greater' is null, or"),
+    "a margin on greater": (
+        ("margin: null", "margin: 1"),
+        r"'toy\.bigger': margin: of direction 'greater' is null, or",
+    ),
     "no worse without reason": (("margin: null", "margin: -1"), r"'toy\.bigger': margin_reason: is empty"),
     "no margin on equal": (("margin: 3\n", "margin: null\n"), r"'toy\.same': margin: direction 'equal' needs a margin"),
     "a margin of zero": (("margin: 3\n", "margin: 0\n"), r"'toy\.same': margin: direction 'equal' needs a margin"),

@@ -30,7 +30,7 @@ MANIFEST = Path(__file__).resolve().parents[1] / "checkpoints_manifest.yaml"
 
 Report = Callable[[str, int, "int | None"], None]  # (entry id, bytes so far, bytes in all or None)
 
-_KINDS = ("checkpoint", "data", "sprites", "tokenizer")
+_KINDS = ("checkpoint", "encoder", "language-model", "data", "sprites", "tokenizer")
 _SOURCE_KEYS = {  # type -> (required keys, optional keys)
     "hub": ({"repo"}, {"repo_type"}),
     "pip": ({"package", "version"}, set()),
@@ -48,7 +48,7 @@ class Entry:
 
     id: str
     what: str
-    kind: str  # checkpoint | data | sprites | tokenizer
+    kind: str  # checkpoint | encoder | language-model (halves of one, for use as they are) | data | sprites | tokenizer
     source: Mapping[str, Any]  # {type: hub|pip|npm|url|path, ...}
     file: str  # in a hub repository or a wheel: the path of the member; its last part names the file in the cache
     sha256: str | None

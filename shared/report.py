@@ -126,8 +126,8 @@ class Sample:
 
 @dataclass
 class Report:
-    """`data` holds name, digest, coverage, credits, note, run (how it went); `started` is ISO 8601; `seconds` the whole
-    run's duration."""
+    """`data` holds name, digest, coverage, artifacts (of other papers), credits, note, run (how it went); `started` is
+    ISO 8601; `seconds` the whole run's duration."""
 
     paper: str
     title: str
@@ -408,12 +408,12 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def data_lines(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) for name, digest, coverage, note, run, credits; lists give a line an item."""
+    """(label, text) for name, digest, coverage, artifacts, note, run, credits; lists give a line an item."""
     lines = []
-    for key in ("name", "digest", "coverage", "note", "run", "credits"):
+    for key in ("name", "digest", "coverage", "artifacts", "note", "run", "credits"):
         value = data.get(key)
         items = value if isinstance(value, (list, tuple)) else [value] if value else []
-        lines += [(key.rstrip("s") if key == "credits" else key, _item(item)) for item in items]
+        lines += [(key.rstrip("s") if key in ("artifacts", "credits") else key, _item(item)) for item in items]
     return lines
 
 

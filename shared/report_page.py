@@ -354,6 +354,7 @@ def _footer(report: Report) -> str:
         "name": "Name",
         "digest": "Digest",
         "coverage": "Really read",
+        "artifact": "Of another paper",
         "note": "Note",
         "run": "The run",
         "credit": "Credit, licence",

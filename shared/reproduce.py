@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from shared.artifacts import Artifact
 from shared.catalogue import Catalogue
 from shared.console import Console
 from shared.errors import UserError
@@ -53,6 +54,9 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         console.stage(f"data: {recipe.data}")
         recipe, data = prepare_data(catalogue, recipe, console)
         run.same("data", data["digest"])
+        if used := artifacts_of(catalogue, recipe, console):
+            run.same("artifacts", {one.name: one.digest for one in used})
+            data["artifacts"] = [one.line for one in used]
         console.stage("claims: every arm and seed, trained and measured")
         claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, run, command, console)
         rows += claim_rows_found
@@ -196,6 +200,15 @@ def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tupl
         "credits": list(world.credits),
         "note": note or world.note,
     }
+
+
+def artifacts_of(catalogue: Catalogue, recipe: Recipe, console: Console) -> list[Artifact]:
+    """What the paper's claims take of other papers (claims.artifacts(recipe), where there is one), made beforehand."""
+    offered = getattr(catalogue.module(recipe.paper, "claims"), "artifacts", None)
+    if offered is None:
+        return []
+    with console.waiting("artifacts of other papers"):
+        return offered(recipe)
 
 
 def run_claims(

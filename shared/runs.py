@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,10 @@ def open_run(root: Path, recipe: Recipe, fresh: bool = False) -> RunFolder:
     return run
 
 
-def code_digest(root: Path) -> str:
+def code_digest(root: Path, folders: Sequence[str] = ("papers", "shared")) -> str:
     """Sixteen hex digits over every Python file and card that a run executes or reads."""
     found = hashlib.sha256()
-    for folder in ("papers", "shared"):
+    for folder in folders:
         for path in sorted(p for p in (root / folder).rglob("*") if p.suffix in (".py", ".yaml")):
             found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]

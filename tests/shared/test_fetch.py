@@ -489,8 +489,9 @@ def test_the_shipped_manifest_is_pinned_and_complete():
     assert {"emoji-google", "emoji-twitter", "clip-vit-b-32", "clip-vit-l-14-336", "clip-rn50x64"} <= set(manifest)
     for entry in manifest.values():
         assert entry.licence, entry.id
-        if entry.kind == "checkpoint":
+        if entry.kind in ("checkpoint", "encoder"):
             assert set(entry.preprocess) == {"size", "resize", "antialias", "mean", "std"}, entry.id
+        if entry.kind in ("checkpoint", "language-model"):
             assert {"kind", "vocabulary"} <= set(entry.tokenizer) <= {"kind", "vocabulary", "context", "closed"}, (
                 entry.id
             )
@@ -502,7 +503,7 @@ def test_the_shipped_manifest_is_pinned_and_complete():
 
 
 # whose publishers told no hash: a file of theirs is used where a person put it, and never fetched
-UNPINNED = ("albef-", "blip-")
+UNPINNED = ("albef-", "blip-", "blip2-")
 
 
 @pytest.mark.parametrize("id", load_manifest(MANIFEST))
@@ -511,7 +512,7 @@ def test_an_entry_of_the_shipped_manifest_is_pinned_or_refused(id, tmp_path):
     if not id.startswith(UNPINNED):
         assert entry.sha256 and entry.size
     elif not entry.sha256:
-        assert entry.source["type"] == "url" and entry.kind == "checkpoint"
+        assert entry.source["type"] == "url" and entry.kind in ("checkpoint", "encoder")
         with pytest.raises(UserError, match="sha256 is null"):
             fetch(entry, cache=tmp_path)
 
@@ -545,7 +546,7 @@ def test_a_plain_entry_is_read(tmp_path):
         ({"sha256": "abc"}, "sha256 is 64 lower-case hex digits"),
         ({"sha256": "drop"}, "lacks sha256"),
         ({"size": "big"}, "size is a positive number of bytes"),
-        ({"kind": "weights"}, "kind 'weights' is none of checkpoint, data"),
+        ({"kind": "weights"}, "kind 'weights' is none of checkpoint, encoder"),
         ({"file": "../a.tgz"}, "is not a plain relative path"),
         ({"file": "/etc/passwd"}, "is not a plain relative path"),
         ({"file": "a/../b.tgz"}, "is not a plain relative path"),

@@ -56,28 +56,29 @@ def contrastive_to_targets(student: Similarities, targets: Similarities) -> Tens
 
 
 class Negatives(NamedTuple):
-    images: Tensor  # (B,): for each text, another picture of the batch
-    texts: Tensor  # (B,): for each picture, another text of the batch
+    images: Tensor  # (B,): for each text, another picture of the batch (of all ranks' where compared with those)
+    texts: Tensor  # (B,): for each picture, another text
 
 
 @torch.no_grad()
 def hard_negatives(batch: Similarities, same: Tensor | None = None, floor: float = 0.0) -> Negatives:
-    """Drawn in proportion to the softmax of the batch's own similarities (B, B), never a pair's own partner.
+    """Drawn in proportion to the softmax of the batch's own similarities (B, M), never a pair's own partner.
 
-    same (B, B), symmetric: further pairs that belong together and are no negatives; by default only the diagonal. floor
-    is added after the softmax (BLIP: 1e-4). A row that has no other partner (in a batch of one) gets one that belongs.
+    same (B, M): the pairs that belong together, in either direction, and are no negatives; by default the diagonal of
+    M = B. floor is added after the softmax (BLIP: 1e-4). A row that has no other partner (in a batch of one) gets one
+    that belongs.
     """
-    belong = torch.eye(len(batch.image_to_text), dtype=torch.bool, device=batch.image_to_text.device)
-    belong = belong if same is None else belong | same
+    if same is None:
+        same = torch.eye(len(batch.image_to_text), dtype=torch.bool, device=batch.image_to_text.device)
 
     def draw(similarity: Tensor) -> Tensor:
         similarity = similarity.float()
         if floor:
-            weights = (similarity.softmax(1) + floor).masked_fill(belong, 0)
+            weights = (similarity.softmax(1) + floor).masked_fill(same, 0)
         else:  # the same ratios, and none lost where the pair's own similarity saturates the softmax
-            weights = similarity.masked_fill(belong, -torch.inf).softmax(1)
-        alone = belong.all(1, keepdim=True)
-        return torch.where(alone, belong.float(), weights).multinomial(1)[:, 0]
+            weights = similarity.masked_fill(same, -torch.inf).softmax(1)
+        alone = same.all(1, keepdim=True)
+        return torch.where(alone, same.float(), weights).multinomial(1)[:, 0]
 
     return Negatives(images=draw(batch.text_to_image), texts=draw(batch.image_to_text))
 

@@ -267,9 +267,18 @@ class KVCache:
         """Views of everything appended so far, (B, G, length, K) each."""
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
-    def reorder(self, indices: Tensor) -> None:
-        """Keep the batch rows `indices`, in this order; rows may repeat or vanish, as beams do."""
-        if self._keys is not None:
+    def reorder(self, indices: Tensor, since: int = 0) -> None:
+        """Keep the batch rows `indices`, in this order; rows may repeat or vanish, as beams do.
+
+        since: the first so many positions are equal in all rows that change places, and as many rows stay as there
+        are; then only what follows is moved, in place.
+        """
+        if self._keys is None:
+            return
+        if since:
+            for kept in (self._keys, self._values):
+                kept[:, :, since : self.length] = kept[:, :, since : self.length].index_select(0, indices)
+        else:
             self._keys, self._values = self._keys.index_select(0, indices), self._values.index_select(0, indices)
 
     def _moved(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:

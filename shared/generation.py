@@ -20,7 +20,8 @@ from shared.errors import UserError
 class Decoding(Protocol):
     """A causal model at work on one batch of prompts, its keys and values kept; logits in fp32.
 
-    Put the model into eval mode first, or its dropout speaks too.
+    Put the model into eval mode first, or its dropout speaks too. One that has `prefixed` = True stands behind a
+    prefix of embeddings (shared/language_model.py): its prompts may be empty, and penalties do not count the prefix.
     """
 
     def prefill(self, tokens: Tensor, present: Tensor) -> Tensor:
@@ -114,11 +115,12 @@ def generate(
 
     A text that is complete leaves the batch at once. Sampling takes one seed a prompt from `generator` (a CPU one;
     torch's global one where None), in their order: what is sampled depends on no other prompt, and cutting a data set
-    into larger or smaller batches changes nothing. Raises UserError for an empty prompt or too small a vocabulary.
+    into larger or smaller batches changes nothing. Raises UserError for an empty prompt (but behind a prefix) or too
+    small a vocabulary.
     """
     present = torch.ones_like(prompts, dtype=torch.bool) if present is None else present.bool()
     histories = [row[real].tolist() for row, real in zip(prompts, present, strict=True)]
-    if [] in histories:
+    if [] in histories and not getattr(decoding, "prefixed", False):
         raise UserError(f"generation: prompt {histories.index([])} of the batch is empty; give at least a start token")
     if not histories:
         return Generated([], [], [])
@@ -266,6 +268,11 @@ def _adjusted(scores: Tensor, texts: list[list[int]], count: int, settings: Gene
 
 def _penalise(scores: Tensor, texts: list[list[int]], penalty: float) -> None:
     longest = max(map(len, texts))
+    if [] in texts:  # behind a prefix: at the first token of empty prompts
+        for row, text in enumerate(texts):
+            if text:
+                _penalise(scores[row : row + 1], [text], penalty)
+        return
     # Short texts are filled up with their own first token: penalised once all the same.
     used = torch.tensor([text + text[:1] * (longest - len(text)) for text in texts], device=scores.device)
     values = scores.gather(1, used)

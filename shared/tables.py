@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 from shared.catalogue import Catalogue
 from shared.errors import UserError
 from shared.recipes import SCALES
+from shared.runs import write_whole
 
 # What may differ from the committed recipe in a run that is kept: where its data lies, how it was spread, its seeds.
 OPEN_TO_CHOICE = {"PAPER", "SCALE", "SEEDS", "ARGS", "data", "data_root", "jobs"}
@@ -146,8 +146,12 @@ def write_tables(catalogue: Catalogue) -> list[Path]:
 
 
 def keep_result(catalogue: Catalogue, report: Path) -> Path:
-    """Copy a report.json to results/<paper>/<scale>-<data>.json: what was measured becomes committed evidence."""
-    found = json.loads(report.read_text())
+    """Put a report.json at results/<paper>/<scale>-<data>.json: what was measured becomes committed evidence.
+
+    Where the data lay is a matter of one machine: PATH stands for it.
+    """
+    text = report.read_text()
+    found = json.loads(text)
     if found["dirty"] or not found["commit"]:
         raise UserError(f"{report}: was run on uncommitted changes, so nobody could repeat it; commit and run again")
     changed = set(re.findall(r"(\w+)=", found["command"])) - OPEN_TO_CHOICE
@@ -156,5 +160,6 @@ def keep_result(catalogue: Catalogue, report: Path) -> Path:
         raise UserError(f"{report}: not kept as evidence: {why}; run the recipe as it is committed")
     target = catalogue.root / "results" / found["paper"] / f"{found['scale']}-{found['data']['name']}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(report, target)
+    place = re.search(r'data_root=(/[^\s"]+)', found["command"])
+    write_whole(target, text.replace(json.dumps(place[1].rstrip("/"))[1:-1], "PATH") if place else text)
     return target

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from shared.catalogue import Catalogue
 from shared.console import Console
@@ -127,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("caption", caption, "captions of your own pictures, one line each")
     sub.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
     speaks(sub)
+    in_batches(sub)
     sub.add_argument("--nucleus", type=float, metavar="P", help="sample from the likeliest words that hold this share")
     sub.add_argument("--seed", type=int, default=0, help="of sampling")
     sub.add_argument("--prompt", help="what captions begin with (default: what the model was trained with)")
@@ -134,7 +136,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
     sub.add_argument("question")
     speaks(sub)
+    in_batches(sub)
     sub.add_argument("--answers", type=Path, metavar="FILE", help="a JSON list of the answers to choose among")
+    sub = verb("chat", chat, "a dialogue about a picture: a question a line, until an empty one or the end of input")
+    sub.add_argument("picture", type=Path)
+    speaks(sub, "blip2-vit-g-opt-2.7b")
     sub = verb("rescore", rescore, "one file of predictions under several scoring protocols: how far they lie apart")
     sub.add_argument("predictions", type=Path, help='lines of {"id": ..., "prediction": ..., "references": [...]}')
     sub.add_argument("--protocols", default="", help="comma-separated: vqa/acc@official,vqa/acc@always")
@@ -145,12 +151,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def speaks(sub: argparse.ArgumentParser) -> None:
+def speaks(sub: argparse.ArgumentParser, model: str = "blip-base") -> None:
     """What every verb takes that lets a model speak of pictures."""
-    sub.add_argument("--model", default="blip-base")
+    sub.add_argument("--model", default=model, help="(default: %(default)s)")
     sub.add_argument("--weights", type=Path, help="a local weights file instead of the manifest's")
     sub.add_argument("--tokenizer", type=Path, help="the tokenizer.json of weights trained here")
-    sub.add_argument("--beams", type=int, default=3, help="of beam search (default: %(default)s)")
+    sub.add_argument("--beams", type=int, help="of beam search (default: as the model's paper has it)")
+
+
+def in_batches(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch", type=int, default=16, help="pictures at once (default: %(default)s)")
 
 
@@ -357,7 +366,7 @@ def zeroshot(catalogue: Catalogue, options: argparse.Namespace) -> None:
 def caption(catalogue: Catalogue, options: argparse.Namespace) -> int:
     if options.nucleus is not None and not 0 < options.nucleus <= 1:
         raise UserError(f"--nucleus {options.nucleus}: give a share above 0 and up to 1, as 0.9")
-    given = {key: getattr(options, key) for key in ("beams", "nucleus", "seed", "prompt")}
+    given = {key: getattr(options, key) for key in ("nucleus", "seed", "prompt")}
     return spoken(catalogue, options, "captioner", (), given)
 
 
@@ -367,23 +376,43 @@ def ask(catalogue: Catalogue, options: argparse.Namespace) -> int:
         from shared.data.vqa_sets import answer_list
 
         answers = answer_list(options.answers)
-    return spoken(catalogue, options, "answerer", (options.question,), {"beams": options.beams, "answers": answers})
+    return spoken(catalogue, options, "answerer", (options.question,), {"answers": answers})
+
+
+def chat(catalogue: Catalogue, options: argparse.Namespace) -> int:
+    from shared.archives import shown
+    from shared.looking import talk
+
+    if not options.picture.is_file():
+        raise UserError(f"{shown(options.picture)}: no such file; give one picture")
+    return talk(options.picture, speaker(catalogue, options, "chatter", (), {}, Console()), sys.stdin)
 
 
 def spoken(catalogue: Catalogue, options: argparse.Namespace, name: str, first: tuple, given: dict) -> int:
     """Ask the model's paper for a task (papers/<name>/ask.py), and run it over the pictures."""
     from shared.looking import look, picture_files
 
-    for option in ("beams", "batch"):
-        if getattr(options, option) < 1:
-            raise UserError(f"--{option} {getattr(options, option)}: give at least 1")
-    paper = catalogue.speaker(options.model)
+    if options.batch < 1:
+        raise UserError(f"--batch {options.batch}: give at least 1")
     files = picture_files(options.pictures)  # before weights are fetched: a wrong path should cost nothing
     console = Console()
+    return look(files, speaker(catalogue, options, name, first, given, console), options.batch, console)
+
+
+def speaker(
+    catalogue: Catalogue, options: argparse.Namespace, name: str, first: tuple, given: dict, console: Console
+) -> Any:
+    """What the function `name` of the model's paper's ask.py gives."""
+    if options.beams is not None:
+        if options.beams < 1:
+            raise UserError(f"--beams {options.beams}: give at least 1")
+        given = {**given, "beams": options.beams}
+    paper = catalogue.speaker(options.model)
     with console.waiting("loading the model"):
-        make = getattr(catalogue.module(paper, "ask"), name)
-        task = make(options.model, *first, options.weights, options.tokenizer, **given)
-    return look(files, task, options.batch, console)
+        make = getattr(catalogue.module(paper, "ask"), name, None)
+        if make is None:
+            raise UserError(f"{options.model}: papers/{paper} holds no dialogue; `ask` puts one question to it")
+        return make(options.model, *first, options.weights, options.tokenizer, **given)
 
 
 def rescore(catalogue: Catalogue, options: argparse.Namespace) -> None:

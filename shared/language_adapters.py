@@ -333,8 +333,15 @@ def load_folder(
     folder: Path, dtype: torch.dtype = torch.bfloat16, published: Published | None = None
 ) -> tuple[LanguageModel, LanguageTokenizer]:
     """A model and its tokenizer from a folder as transformers' save_pretrained writes it: OPT, Llama or T5."""
-    transformers = _transformers(folder)
     published = published or Published(str(folder))
+    adapter, theirs = read_folder(folder, dtype, published)
+    return adapter, _tokenizer_of(theirs, adapter.kind, published)
+
+
+def read_folder(folder: Path, dtype: torch.dtype | str, published: Published) -> tuple[Any, Any]:
+    """As load_folder, but transformers' own tokenizer, which whoever writes such a folder anew needs; dtype "auto": as
+    it is stored."""
+    transformers = _transformers(folder)
     local = {"local_files_only": True}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **local)
@@ -355,7 +362,7 @@ def load_folder(
         raise UserError(f"{folder}: cannot be read as a language model: {first[0]}") from error
     if lacking := sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"])):
         raise UserError(f"{folder}: {len(lacking)} weights missing or of another size ({lacking[0]}, ...): get it anew")
-    return adapter(model), _tokenizer_of(theirs, adapter.kind, published)
+    return adapter(model), theirs
 
 
 def _transformers(what: object) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from shared.archives import shown
 from shared.console import Console
@@ -14,6 +14,22 @@ from shared.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Reply(NamedTuple):
+    """dropped: how many of the oldest turns had to be forgotten for it."""
+
+    text: str
+    dropped: int
+
+
+class Talk(NamedTuple):
+    """What a paper's ask.py gives for a dialogue. begin: a picture (1, 3, size, size) uint8 -> a function of each
+    question, which raises UserError for one that cannot be asked and goes on as before."""
+
+    begin: Callable[[Tensor], Callable[[str], Reply]]
+    size: int
+    whole: bool
 
 
 class Task(NamedTuple):
@@ -72,6 +88,48 @@ def answered(files: Sequence[Path], task: Task, skipped: list[str]) -> Iterator[
             skipped.append(f"{one_line(str(path))}: skipped, {reason}")
     if kept:
         yield from zip(kept, task.answer(torch.from_numpy(np.stack(images))), strict=True)
+
+
+def talk(path: Path, task: Talk, lines: TextIO) -> int:
+    """Answer question after question about a picture, a line each, until an empty line or the end of what comes.
+    -> exit code: 1 where a question could not be asked. UserError where the picture cannot be read."""
+    import numpy as np
+    import torch
+
+    try:
+        image = fitted_image(path.read_bytes(), task.size, whole=task.whole)
+    except (PictureError, OSError) as wrong:
+        raise UserError(f"{one_line(str(path))}: {getattr(wrong, 'strerror', None) or wrong}") from None
+    reply = task.begin(torch.from_numpy(np.stack([image])))
+    failed = told = False
+    for question in questions(lines):
+        try:
+            text, dropped = reply(question)
+        except UserError as error:
+            failed = True
+            print(one_line(str(error)), file=sys.stderr, flush=True)
+            continue
+        if dropped and not told:
+            told = True
+            print("the context is full: from here on the oldest turns are forgotten", file=sys.stderr, flush=True)
+        print(one_line(text), flush=True)
+    return 1 if failed else 0
+
+
+def questions(lines: TextIO) -> Iterator[str]:
+    """Lines up to the first empty one; on a terminal behind a sign that it is one's turn."""
+    live = lines.isatty()
+    if hasattr(lines, "reconfigure"):
+        lines.reconfigure(errors="replace")
+    while True:
+        if live:
+            print("? ", end="", file=sys.stderr, flush=True)
+        line = lines.readline()
+        if not line.strip():
+            if live and not line:  # Ctrl-D leaves the cursor behind the sign
+                print(file=sys.stderr)
+            return
+        yield line.strip()
 
 
 def one_line(text: str) -> str:

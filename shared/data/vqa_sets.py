@@ -1,4 +1,5 @@
-"""Published sets of questions and statements about pictures, in their own files: VQAv2, NLVR2, SNLI-VE, RefCOCO+.
+"""Published sets of questions and statements about pictures, in their own files: VQAv2, OK-VQA, GQA, NLVR2, SNLI-VE,
+RefCOCO+.
 
 A picture is read when it is asked for. What a file lacks is a UserError that names the file and the row.
 """
@@ -25,7 +26,8 @@ VERDICTS = ("contradiction", "neutral", "entailment")  # in the order of ALBEF's
 
 @dataclass(frozen=True)
 class AskedPicture:
-    """A question of VQAv2 (Goyal et al. 2017). answers: the ten of the annotators; none of a test question."""
+    """A question of VQAv2 (Goyal et al. 2017) or OK-VQA (Marino et al. 2019), with the ten answers of the annotators, a
+    test question with none; or of GQA (Hudson and Manning 2019), with one."""
 
     id: int
     picture: Record
@@ -72,14 +74,25 @@ def vqa_questions(root: str | Path, split: str) -> list[AskedPicture]:
     """`train`, `val`, `test-dev` or `test-std`: v2_OpenEnded_mscoco_<part>_questions.json and, but for the test parts,
     v2_mscoco_<part>_annotations.json in root; pictures in root/train2014, root/val2014 and root/test2015."""
     root, part = Path(root), _known(split, VQA_PARTS, "VQAv2")
-    path = root / f"v2_OpenEnded_mscoco_{part}_questions.json"
-    rows = _rows(path, "questions")
+    test = part.startswith("test")
+    marked = None if test else root / f"v2_mscoco_{part}_annotations.json"
+    return _asked(root, f"v2_OpenEnded_mscoco_{part}_questions.json", marked, "test2015" if test else part)
+
+
+def okvqa_questions(root: str | Path, split: str) -> list[AskedPicture]:
+    """`train` or `test`, on MSCOCO's train2014 and val2014: OpenEnded_mscoco_<part>_questions.json and
+    mscoco_<part>_annotations.json (v1.1) in root; pictures in root/<part>."""
+    root, part = Path(root), _known(split, {"train": "train2014", "test": "val2014"}, "OK-VQA")
+    return _asked(root, f"OpenEnded_mscoco_{part}_questions.json", root / f"mscoco_{part}_annotations.json", part)
+
+
+def _asked(root: Path, questions: str, marked: Path | None, images: str) -> list[AskedPicture]:
+    """Questions and, where `marked` names them, their answers, in the files of the VQA challenge."""
+    rows = _rows(root / questions, "questions")
     answers: dict[int, tuple[str, ...]] = {}
-    if not part.startswith("test"):
-        marked = root / f"v2_mscoco_{part}_annotations.json"
+    if marked is not None:
         for row in _rows(marked, "annotations"):
             answers[row("question_id", int)] = tuple(_answer(one, row) for one in row("answers", list))
-    images = "test2015" if part.startswith("test") else part
     found = []
     for row in rows:
         number, image = row("question_id", int), row("image_id", int)
@@ -87,6 +100,27 @@ def vqa_questions(root: str | Path, split: str) -> list[AskedPicture]:
             raise row.wrong(f"question {number} has no answers in {marked.name}")
         picture = _picture(root / images, f"COCO_{images}_{image:012d}.jpg", row)
         found.append(AskedPicture(number, picture, row("question", str), answers.get(number, ())))
+    return found
+
+
+GQA_FILES = {"val": "val_balanced", "test-dev": "testdev_balanced"}
+
+
+def gqa_questions(root: str | Path, split: str) -> list[AskedPicture]:
+    """`val` or `test-dev`, balanced: <part>_questions.json, {number: {question, imageId, answer}}, in root or
+    root/questions; pictures in root/images."""
+    root, part = Path(root), _known(split, GQA_FILES, "GQA")
+    path = _first(root / f"{part}_questions.json", root / "questions" / f"{part}_questions.json")
+    content = _json(path)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: no mapping of questions in it; put the published file there")
+    found = []
+    for place, (number, values) in enumerate(content.items(), 1):
+        row = _Row(values, path, place)
+        if not number.isdigit():
+            raise row.wrong(f"question number '{shown(number, 40)}'")
+        picture = _picture(root / "images", f"{row('imageId', str)}.jpg", row)
+        found.append(AskedPicture(int(number), picture, row("question", str), (row("answer", str),)))
     return found
 
 

@@ -1,0 +1,41 @@
+"""BLIP-2's objectives: contrast, matching and generation with equal weight (Sec. 3.2); then the language model's own
+(Sec. 3.3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from papers.blip2.model import Stage1Output, Stage2Output
+from shared.fusion_losses import Similarities, contrastive_to_targets, language_loss, matching_loss
+
+
+class Stage1Losses(NamedTuple):
+    """Scalars; None where the objective is off."""
+
+    itc: Tensor | None
+    itm: Tensor | None
+    itg: Tensor | None
+
+    def total(self) -> Tensor:
+        """Scalar."""
+        return sum(loss for loss in self if loss is not None)
+
+
+def stage1_losses(output: Stage1Output, smoothing: float = 0.1) -> Stage1Losses:
+    """The losses whose objectives were computed. smoothing is that of ITC and ITG; ITM has none (official code)."""
+    itc = None
+    if output.similarities is not None:
+        targets = (1 - smoothing) * output.targets + smoothing / output.targets.shape[1]
+        itc = contrastive_to_targets(output.similarities, Similarities(targets, targets))
+    return Stage1Losses(
+        itc=itc,
+        itm=None if output.matches is None else matching_loss(output.matches, output.mismatches),
+        itg=None if output.logits is None else language_loss(output.logits, output.next_tokens, smoothing),
+    )
+
+
+def stage2_loss(output: Stage2Output) -> Tensor:
+    """Next-token cross-entropy, mean over the learned tokens, zero without any. Scalar."""
+    return language_loss(output.logits, output.next_tokens, smoothing=0.0)

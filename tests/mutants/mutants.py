@@ -55,6 +55,9 @@ _stats = _of("shared/stats.py", "shared/test_stats")
 _calibration = _of("shared/calibration.py", "shared/test_calibration")
 _transfer = _of("shared/transfer.py", "shared/test_fetch", "shared/test_download")
 _checkpoints = _of("shared/checkpoints.py", "shared/test_checkpoints")
+_qformer = _of("shared/qformer.py", "shared/test_qformer")
+_bridge = _of("papers/blip2/model.py", "shared/test_blip2_model")
+_objectives = _of("papers/blip2/losses.py", "shared/test_blip2_model")
 _page = _of("shared/report_page.py", "shared/test_report")
 
 MUTANTS = (
@@ -219,6 +222,112 @@ MUTANTS = (
     _calibration(
         "seeds-used-twice", "draw.sample(range(len(measured)), size)", "draw.choices(range(len(measured)), k=size)"
     ),
+    # a bridge of queries between frozen models
+    _qformer(
+        "cross-attention-in-the-other-layers",
+        "None if i % cross_every else context_width",
+        "context_width if i % cross_every else None",
+    ),
+    _qformer(
+        "one-feed-forward-for-queries-and-text",
+        "self.query_mlp_norm(looking + self.dropout(self.query_mlp(looking)))",
+        "(self.mlp_norm or self.query_mlp_norm)(looking + (self.mlp or self.query_mlp)(looking))",
+    ),
+    _qformer("queries-causal-in-the-multimodal-mask", "((k < queries) | ((q >= queries) & (k <= q)))", "(k <= q)"),
+    _qformer("queries-see-the-text-that-is-written", "((q >= queries) & (k <= q))", "(q < queries) | (k <= q)"),
+    _qformer(
+        "text-positions-behind-the-queries",
+        "self.embeddings(tokens), 0, mask=mask",
+        "self.embeddings(tokens, torch.arange(tokens.shape[1]) + len(self.query_tokens)), 0, mask=mask",
+    ),
+    _qformer(
+        "written-text-sees-what-follows",
+        "mask=mask, causal=True, caches=caches)",
+        "mask=mask, causal=False, caches=caches)",
+    ),
+    _qformer(
+        "no-gradient-through-the-queries-cache",
+        "self.keys, self.values, self.length = k, v, k.shape[2]",
+        "self.keys, self.values, self.length = k.detach(), v.detach(), k.shape[2]",
+    ),
+    _qformer(
+        "queries-without-their-norm", "queries = self.embeddings.norm(self.query_tokens)", "queries = self.query_tokens"
+    ),
+    _qformer(
+        "text-looks-at-the-context",
+        "        if text.shape[1]:\n",
+        "        if queries and text.shape[1] and self.cross_attention is not None:\n"
+        "            text = self.cross_norm(text + self.cross_attention(text, seen[0], cache=seen[1]))\n"
+        "        if text.shape[1]:\n",
+    ),
+    _qformer("the-queries-branch-begins-at-random", "        self.copy_text_branch()\n", ""),
+    _qformer(
+        "padding-is-read",
+        "self.layers(self.embeddings(tokens), 0, mask=key_mask(present))",
+        "self.layers(self.embeddings(tokens), 0)",
+    ),
+    _qformer(
+        "left-padding-counts-as-positions",
+        "self._written(tokens, positions_of(present))",
+        "self._written(tokens, None)",
+    ),
+    _qformer(
+        "a-written-token-stands-one-too-early",
+        "position = self.present.sum(1, keepdim=True)",
+        "position = self.present.sum(1, keepdim=True) - 1",
+    ),
+    _qformer("beams-keep-other-beams-keys", "            cache.reorder(rows)\n", "            cache.length\n"),
+    _bridge("queries-pooled-by-their-mean", "gathered(texts)).amax(-1)", "gathered(texts)).mean(-1)"),
+    _bridge("first-query-alone-is-contrasted", "gathered(images)).amax(-1)", "gathered(images))[..., 0]"),
+    _bridge(
+        "negatives-including-the-positive", "ids[:, None] == all_ids[None])", "(ids[:, None] == all_ids[None]) & False)"
+    ),
+    _bridge("temperature-multiplies", "image_to_text / self.temperature", "image_to_text * self.temperature"),
+    _bridge(
+        "temperature-clamped", "text_to_image / self.temperature", "text_to_image / self.temperature.clamp(0.001, 0.5)"
+    ),
+    _bridge(
+        "keys-of-contrast-take-gradients",
+        "    with torch.no_grad():\n        return all_gather(x.detach())",
+        "    return all_gather(x)",
+    ),
+    _bridge("pairs-of-all-ranks-numbered-alike", " + world()[0] * len(features)", ""),
+    _bridge("first-query-alone-matches", ".float().mean(1)", ".float()[:, 0]"),
+    _bridge("text-votes-on-the-match", "states[:, : self.config.queries]", "states"),
+    _bridge(
+        "false-pictures-where-false-texts-belong",
+        "torch.cat([own, negatives.images, own])",
+        "torch.cat([own, own, negatives.images])",
+    ),
+    _bridge(
+        "false-pictures-of-other-ranks-without-gradient",
+        "all_gather(context)[negatives.images]",
+        "gathered(context)[negatives.images]",
+    ),
+    _bridge(
+        "generation-begins-with-cls",
+        "tokens[:, 0] = self.config.decode_token",
+        "tokens[:, 0] = self.config.start_token",
+    ),
+    _bridge("prompt-is-learned", "present & (torch.arange(tokens.shape[1], device=tokens.device) >= given)", "present"),
+    _bridge("prompt-mis-split-by-one", ">= given)", "> given)"),
+    _bridge(
+        "the-language-model-does-not-see-the-prefix",
+        "F.pad(present, (prefix.shape[1], 0), value=True)",
+        "F.pad(present, (prefix.shape[1], 0), value=False)",
+    ),
+    _bridge(
+        "vision-norm-in-half-precision",
+        "return super().forward(features.float())",
+        "return super().forward(features.float()).to(features.dtype)",
+    ),
+    _bridge("stage-2-from-any-weights", '"missing": sorted(set(wanted) - set(found)),', '"missing": [],'),
+    _objectives(
+        "contrast-not-smoothed",
+        "(1 - smoothing) * output.targets + smoothing / output.targets.shape[1]",
+        "output.targets",
+    ),
+    _objectives("language-model-loss-smoothed", "smoothing=0.0)", "smoothing=0.1)"),
     # the report
     _page("html-not-escaped", "return escape(_clean(str(value)))", "return _clean(str(value))"),
 )

@@ -1,0 +1,178 @@
+"""BLIP-2's training steps: ITC, ITM and ITG on the Q-Former (Sec. 3.2), then language modelling through the projector
+(Sec. 3.3). Frozen parts run beside the module and have neither gradient nor optimizer state, which is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from papers.blip2.config import VARIANTS
+from papers.blip2.losses import stage1_losses, stage2_loss
+from papers.blip2.model import Blip2, Blip2Qformer, Objectives
+from papers.blip2.recipe import Blip2Recipe
+from shared.blocks import set_recompute
+from shared.errors import UserError
+from shared.frozen import assert_only_trained
+from shared.training import decay_groups, warmup_cosine
+
+EVERYTHING = Objectives()
+WITHOUT_ITG = Objectives(itg=False)
+
+
+class BridgeModule(lightning.LightningModule):
+    """What both stages have in common.
+
+    encoder: runs on the pictures of each batch; None: the batches hold its features. beside: parts that are trained
+    too, where the whole is trained instead of the bridge alone.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self, model: nn.Module, recipe: Blip2Recipe, encoder: nn.Module | None = None, beside: Sequence[nn.Module] = ()
+    ):
+        super().__init__()
+        self.model, self.recipe = model, recipe
+        self.encoder = encoder
+        self.beside = nn.ModuleList(beside)
+        set_recompute(model.qformer, recipe.recompute)
+
+    def configure_model(self) -> None:
+        if self.recipe.compile:
+            self.model.compile()
+
+    def configure_optimizers(self) -> dict:
+        """AdamW on what is trained; matrices decay, vectors and the temperature do not (LAVIS, runner_base.py)."""
+        recipe = self.recipe
+        optimizer = torch.optim.AdamW(
+            decay_groups(self, recipe.weight_decay),
+            lr=recipe.learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.eps,
+            fused=True,
+        )
+        assert_only_trained(optimizer, self)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, recipe))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def features(self, seen: Tensor) -> Tensor:
+        """Frozen features as they come, or of the pictures (B, 3, H, W)."""
+        return seen if self.encoder is None else self.encoder(seen)
+
+
+class Stage1Module(BridgeModule):
+    """Trains on (features (B, S, C) or pictures uint8 (B, 3, H, W), tokens (B, T), ids (B,)) batches."""
+
+    model: Blip2Qformer
+
+    def __init__(
+        self,
+        model: Blip2Qformer,
+        recipe: Blip2Recipe,
+        encoder: nn.Module | None = None,
+        objectives: Objectives = EVERYTHING,
+    ):
+        super().__init__(model, recipe, encoder)
+        if objectives.itm and not objectives.itc:
+            raise ValueError("ITM draws its negatives by ITC's similarities: train both")
+        if recipe.accumulate > 1:
+            raise UserError("recipe: accumulate would leave ITC the fewer negatives of a part; take more devices")
+        self.objectives = objectives
+        trained = model.trained_by(objectives)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trained)
+
+    def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
+        seen, tokens, ids = batch
+        if not self.recipe.compile:  # which wants one shape
+            tokens = narrowed(tokens, self.model.config.pad_token)
+        output = self.model(self.features(seen), tokens, ids if self.recipe.by_picture else None, self.objectives)
+        losses = stage1_losses(output, self.model.config.label_smoothing)
+        for name, loss in losses._asdict().items():
+            if loss is not None:
+                self.log(f"loss_{name}", loss.detach())
+        if self.objectives.itc:
+            self.log("temperature", output.temperature.detach())
+        total = losses.total()
+        self.log("loss", total.detach())
+        return total
+
+
+class Stage2Module(BridgeModule):
+    """Trains on (features or pictures, tokens (B, T), present (B, T), given (B,)) batches; given: leading tokens of a
+    text that are asked, not learned."""
+
+    model: Blip2
+
+    def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
+        seen, tokens, present, given = batch
+        if not self.recipe.compile:
+            longest = int(present.sum(1).max())
+            tokens, present = tokens[:, :longest], present[:, :longest]
+        loss = stage2_loss(self.model(self.features(seen), tokens, present, given))
+        self.log("loss", loss.detach())
+        return loss
+
+
+class FrozenWatch(Callback):
+    """Counts what frozen parts cost beside their weights, after every backward pass: bytes of gradients and of
+    optimizer state. ValueError where it is not nothing."""
+
+    def __init__(self, frozen: Sequence[nn.Module]):
+        self.parameters = [p for part in frozen for p in held(part).parameters()]
+        self.measured = {"frozen_parameters": sum(p.numel() for p in self.parameters)}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        gradients = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
+        states = sum(
+            value.nbytes
+            for p in self.parameters
+            for value in optimizer.state.get(p, {}).values()
+            if torch.is_tensor(value)
+        )
+        self.measured |= {"frozen_gradient_bytes": gradients, "frozen_state_bytes": states}
+        asks = sum(p.requires_grad for p in self.parameters)
+        if gradients or states or asks:
+            raise ValueError(f"frozen parts: {gradients} B of gradients, {states} B of state, {asks} ask for gradients")
+
+
+def held(part: nn.Module) -> nn.Module:
+    """What a `Frozen` keeps out of sight."""
+    return part.__dict__.get("module", part)
+
+
+def narrowed(tokens: Tensor, pad: int) -> Tensor:
+    """(B, T) without the columns that are padding in every row: nobody sees them, and they cost as much as words."""
+    return tokens[:, : int((tokens != pad).sum(1).max())]
+
+
+def learning_rate_share(step: int, recipe: Blip2Recipe) -> float:
+    """The share of the peak learning rate at a step (0-based): linear warm-up, then a cosine that ends at
+    min_learning_rate (Sec. 3.4)."""
+    share = warmup_cosine(step, recipe)
+    if step < recipe.warmup_steps:
+        return share
+    lowest = recipe.min_learning_rate / recipe.learning_rate
+    return lowest + (1 - lowest) * share
+
+
+def example(pictures: int) -> tuple[Stage1Module, tuple[Tensor, ...]]:
+    """A tiny module of stage 1 and a batch that fits it: what the contract tests run of every paper.
+
+    Learned by heart in 60 steps, so without what forbids that: smoothed labels.
+    """
+    config = replace(VARIANTS["blip2-tiny"](), label_smoothing=0.0)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(pictures, config.vision.tokens, config.vision.width, generator=generator)
+    tokens = torch.randint(1, config.start_token, (pictures, config.context), generator=generator)
+    tokens[:, 0] = config.start_token
+    ends = torch.randint(2, config.context, (pictures,), generator=generator)
+    tokens[torch.arange(pictures), ends] = config.end_token
+    tokens[torch.arange(config.context) > ends[:, None]] = config.pad_token
+    recipe = Blip2Recipe(paper="blip2", model="blip2-tiny", steps=60, learning_rate=5e-3, warmup_steps=10)
+    return Stage1Module(Blip2Qformer(config), recipe), (features, tokens, torch.arange(pictures))

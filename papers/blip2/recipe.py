@@ -1,0 +1,88 @@
+"""The keys of BLIP-2's recipes (recipes/blip2/*.yaml)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.data.wording import KINDS
+from shared.errors import UserError
+from shared.recipes import Recipe
+
+LAYERS = ("second-last", "last")
+
+
+@dataclass
+class Blip2Recipe(Recipe):
+    """What BLIP-2's recipes have beside every paper's. `steps`, `batch` and `learning_rate` are those of stage 1."""
+
+    weight_decay: float = 0.05
+    beta2: float = 0.98
+    eps: float = 1e-8
+    min_learning_rate: float = 0.0  # where the cosine ends (5e-5 in stage 2)
+    stage: int = 1  # what `python -m papers train blip2` trains
+    stage1_weights: str = ""  # what its stage 2 starts from
+    by_picture: bool = False  # all texts of a picture are its partners (retrieval fine-tuning)
+
+    encoder: str = "clip:vision"  # frozen; an artifact of another paper, or an encoder by name
+    weak_encoder: str = "clip:vision steps=20"  # a weaker one of the same kind
+    other_encoder: str = "efficientnet-lite0"  # and one of another kind, from its package
+    layer: str = "second-last"  # whose output is taken, one of LAYERS
+    cached: bool = True  # features computed once, before training; off: the encoder runs each step
+
+    language_model: str = "small"  # of the ablations: trained here on texts of scenes, or by name
+    headline_model: str = "smollm2-135m"  # of the headline; empty: the small one again
+    larger_width: int = 128  # of the larger of the two small ones
+    larger_layers: int = 4
+    lm_context: int = 288  # positions: of all patches of the paper's pictures, and a text
+    lm_texts: int = 4_000  # each: a caption, and a question with its answer
+    lm_steps: int = 300
+    lm_batch: int = 32
+    lm_rate: float = 2e-3
+
+    classes: int = 16  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
+    objects: int = 1  # things in a picture at most
+    clutter: float = 0.0
+    noise: float = 4.0
+    jitter: float = 0.5
+    small: float = 0.0
+    max_dropped: float = 0.001  # share of pictures that cannot be read, or have no caption, which is put up with
+    asked_pictures: int = 100  # held-out ones, each with a question of every open kind
+    kinds: list[str] = field(default_factory=lambda: ["what", "colour", "yes/no"])  # of questions, some of KINDS
+    asked: float = 0.5  # share of stage 2's texts that are questions with answers; the others are captions
+
+    queries: int = 0  # 0: as the model's variant has it
+    more: int = 4  # times so many in the arm of many queries
+    stage2_steps: int = 100
+    stage2_batch: int = 32
+    stage2_rate: float = 1e-3
+    stage2_min_rate: float = 0.0
+    headline_steps: int = 40  # the same of the headline's stage 2
+    headline_batch: int = 16
+    headline_rate: float = 1e-3
+    headline_asked: float = 1.0  # share of its texts that are questions, of the open kinds alone
+    headline_questions: int = 120  # held-out ones that the headline answers
+    compared_steps: int = 20  # of the arm that runs encoder and cache side by side
+    shots: int = 2  # answered questions before the one that is asked, in context
+    beams: int = 5
+    length_penalty: float = -1.0  # of answers (Sec. 4.1)
+    longest: int = 10  # new tokens of an answer
+    candidates: int = 8  # the best by contrast, which matching ranks anew
+    manifest: str = "checkpoints_manifest.yaml"
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2):
+            raise UserError(f"recipe: stage is {self.stage}, but there are 1 and 2")
+        if self.layer not in LAYERS:
+            raise UserError(f"recipe: layer is one of {', '.join(LAYERS)}, not '{self.layer}'")
+        if unknown := sorted(set(self.kinds) - set(KINDS)):
+            raise UserError(f"recipe: kinds of questions are {', '.join(KINDS)}, not {', '.join(unknown)}")
+        if not self.kinds or not 0 <= self.asked <= 1 or not 0 <= self.headline_asked <= 1:
+            raise UserError("recipe: kinds must name one or more, and asked and headline_asked lie in 0..1")
+        counts = ("stage2_steps", "stage2_batch", "headline_steps", "headline_batch", "headline_questions", "lm_steps",
+                  "compared_steps", "shots", "beams", "longest", "candidates", "more",
+                  "asked_pictures")  # fmt: skip
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}, but must be at least 1")
+        if self.queries < 0:
+            raise UserError("recipe: queries must not be negative")

@@ -1,0 +1,793 @@
+"""BLIP-2 against transformers (Q-Former, retrieval heads, the whole model with OPT and with T5) and its first stage
+against its equations written out: outputs, losses, gradients, the converter both ways.
+
+No two sizes coincide, so that a transposed or swapped axis cannot pass by accident.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from references.blip2_stage1 import Reference
+
+from papers.blip2 import model as blip2_model
+from papers.blip2.config import Blip2Config, LanguageConfig, VisionConfig
+from papers.blip2.converter import (
+    FORMATS,
+    VISION,
+    ours_of,
+    published_of,
+    transformers_qformer,
+    with_language,
+    without_language,
+)
+from papers.blip2.losses import stage1_losses, stage2_loss
+from papers.blip2.model import Blip2, Blip2Qformer, Prompt, vision_encoder
+from shared import qformer as qformer_file
+from shared.checkpoints import to_ours
+from shared.fusion_losses import Negatives
+from shared.language_adapters import CausalAdapter, Seq2SeqAdapter
+from shared.qformer import QFormer
+
+transformers = pytest.importorskip("transformers")
+
+VISION_CONFIG = VisionConfig("eva", 30, 6, width=48, layers=3, heads=3, mlp_ratio=4.4, eps=1e-5)
+CONFIG = Blip2Config(
+    vision=VISION_CONFIG,
+    queries=7,
+    width=40,
+    layers=5,
+    heads=4,
+    hidden=72,
+    embed_width=28,
+    vocabulary=97,
+    positions=23,
+    context=13,
+    dropout=0.0,
+    start_token=91,
+    end_token=92,
+    decode_token=96,
+)
+OPT = LanguageConfig("opt-test", "opt", 36, 89, layers=2, heads=2, hidden=56, context=64)
+T5 = LanguageConfig("t5-test", "t5", 44, 83, layers=2, heads=3, hidden=60, context=64, head_width=9)
+BATCH = 6
+
+
+# ---- theirs and ours with the same weights
+
+
+def their_config(language=OPT, text_input=False):
+    vision = {
+        "hidden_size": 48, "intermediate_size": 211, "num_hidden_layers": 3, "num_attention_heads": 3,
+        "image_size": 30, "patch_size": 6, "layer_norm_eps": 1e-5, "initializer_range": 0.2,
+    }  # fmt: skip
+    qformer = {
+        "vocab_size": 97, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "max_position_embeddings": 23, "encoder_hidden_size": 48,
+        "use_qformer_text_input": text_input, "layer_norm_eps": 1e-12,
+    }  # fmt: skip
+    if language is OPT:
+        text = {
+            "model_type": "opt", "vocab_size": 89, "hidden_size": 36, "ffn_dim": 56, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 36, "dropout": 0.0,
+            "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
+        }  # fmt: skip
+    else:
+        text = {
+            "model_type": "t5", "vocab_size": 83, "d_model": 44, "d_kv": 9, "d_ff": 60, "num_layers": 2,
+            "num_decoder_layers": 2, "num_heads": 3, "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu",
+            "initializer_factor": 0.3, "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+        }  # fmt: skip
+    return transformers.Blip2Config(
+        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=7, image_text_hidden_size=28,
+        image_token_index=None if text_input else language.vocabulary - 1,
+    )  # fmt: skip
+
+
+def make(kind, perturb, **given):
+    torch.manual_seed(0)
+    reference = perturb(kind(their_config(**given)))
+    with torch.no_grad():  # as published: none on the keys, where one would change nothing
+        for layer in reference.vision_model.encoder.layers:
+            layer.self_attn.qkv.bias[48:96] = 0.0
+    return reference
+
+
+def state(module):
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def filled(format, reference, config=CONFIG):
+    """(image encoder, model) of ours with the reference's weights, through our converter."""
+    published, language = without_language(state(reference))
+    encoder = vision_encoder(config.vision)
+    if FORMATS[format].stage == 1:
+        model = Blip2Qformer(config)
+    else:
+        copied = copy.deepcopy(reference.language_model)
+        model = Blip2(config, (CausalAdapter if config.language.kind == "causal" else Seq2SeqAdapter)(copied))
+        assert language.keys() == copied.state_dict().keys()
+    expected = {**model.state_dict(), **{f"{VISION}{k}": v for k, v in encoder.state_dict().items()}}
+    ours = ours_of(published, format, config.vision.kind, expected)
+    encoder.load_state_dict({k.removeprefix(VISION): v for k, v in ours.items() if k.startswith(VISION)}, strict=True)
+    lacking = {k: v for k, v in model.state_dict().items() if k.startswith(FORMATS[format].lacks or ("none",))}
+    model.load_state_dict({k: v for k, v in ours.items() if not k.startswith(VISION)} | lacking, strict=True)
+    return encoder.eval(), model.eval()
+
+
+def gradients_agree(agree, key, what, encoder, model, reference, format):
+    """Gradients of theirs under our names by the same map; of a language model, which is frozen, there are none."""
+    mine = {f"{VISION}{name}": p.grad for name, p in encoder.named_parameters()}
+    mine |= {name: p.grad for name, p in model.named_parameters() if not name.startswith(FORMATS[format].lacks or "?")}
+    theirs, _ = without_language({name: p.grad for name, p in reference.named_parameters()})
+    theirs = ours_of(theirs, format, "eva", mine)
+    assert all(value is not None and value.abs().max() > 0 for value in mine.values()), "a zero compares nothing"
+    agree_by_size(agree, key, what, mine, theirs)
+
+
+def agree_by_size(agree, key, what, mine, theirs):
+    """In units of the largest gradient, where 1e-5 of itself would be too kind to small ones."""
+    size = min(1.0, max(float(value.abs().max()) for value in theirs.values()))
+    mine, theirs = ({name: value / size for name, value in some.items()} for some in (mine, theirs))
+    agree(f"blip2.parity.{key}.gradients", f"all gradients of {what} against transformers", mine, theirs)
+
+
+def texts(size, length=CONFIG.context, seed=1):
+    """[CLS] words [SEP] padding, of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.zeros(size, length, dtype=torch.long)
+    for row in range(size):
+        used = 5 + (row * 3) % (length - 4)
+        tokens[row, :used] = torch.randint(1, CONFIG.start_token, (used,), generator=generator)
+        tokens[row, 0], tokens[row, used - 1] = CONFIG.start_token, CONFIG.end_token
+    return tokens
+
+
+def words(size, length, vocabulary, seed=3):
+    """A language model's tokens (B, T) of different lengths, 4 and more, and where they are; padding is 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    used = torch.tensor([4 + (row * 2) % (length - 3) for row in range(size)])
+    present = torch.arange(length) < used[:, None]
+    return torch.randint(3, vocabulary - 1, (size, length), generator=generator).masked_fill(~present, 1), present
+
+
+def pictures(size, seed=2):
+    return torch.randn(size, 3, 30, 30, generator=torch.Generator().manual_seed(seed))
+
+
+def features(size=BATCH, seed=4):
+    return torch.randn(size, 26, 48, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the Q-Former alone
+
+
+def test_queries_equal_transformers_qformer(agree, perturb):
+    torch.manual_seed(0)
+    reference = perturb(transformers.Blip2QFormerModel(their_config().qformer_config))
+    ours = QFormer(7, 40, 5, 4, 72, 48, vocabulary=None, dropout=0.0).eval()
+    names = transformers_qformer(text=False, theirs="", ours="")
+    carried = to_ours(state(reference), names)
+    ours.load_state_dict(carried | {"query_tokens": torch.randn(7, 40)}, strict=True)
+    context = features()
+    mine = ours.look(context)
+    theirs = reference(ours.query_tokens.detach().expand(BATCH, -1, -1), encoder_hidden_states=context)[0]
+    for one in (mine, theirs):
+        one.square().mean().backward()
+    agree("blip2.parity.qformer.queries", "the queries' states against transformers' Q-Former", mine, theirs)
+    grads = {k: p.grad for k, p in ours.named_parameters() if k != "query_tokens"}
+    wanted = to_ours({k: p.grad for k, p in reference.named_parameters()}, names)
+    assert all(value.abs().max() > 0 for value in grads.values())
+    agree_by_size(agree, "qformer", "the Q-Former", grads, wanted)
+
+
+# ---- retrieval heads
+
+
+def retrieval_loss(cosines, matches):
+    labels = torch.arange(len(matches)) % 2
+    loss = F.cross_entropy(cosines / 0.5, torch.arange(len(cosines))) + F.cross_entropy(matches, labels)
+    return cosines, matches, loss
+
+
+def our_retrieval(encoder, model, tokens, images):
+    """(cosines, match logits, a loss of both)."""
+    seen = encoder.tokens(images)
+    cosines = torch.einsum("b q e, t e -> b t q", model.image_features(seen)[1], model.text_features(tokens)).amax(-1)
+    return retrieval_loss(cosines, model.match(seen, tokens))
+
+
+def their_retrieval(reference, tokens, images):
+    given = {"pixel_values": images, "input_ids": tokens, "attention_mask": (tokens != 0).long()}
+    itc = reference(**given, use_image_text_matching_head=False).logits_per_image
+    itm = reference(**given, use_image_text_matching_head=True).logits_per_image
+    return retrieval_loss(itc, itm)
+
+
+def test_retrieval_heads_equal_transformers(agree, perturb):
+    reference = make(transformers.Blip2ForImageTextRetrieval, perturb, text_input=True)
+    encoder, model = filled("transformers-retrieval", reference)
+    tokens, images = texts(BATCH), pictures(BATCH)
+    theirs = their_retrieval(reference, tokens, images)
+    mine = our_retrieval(encoder, model, tokens, images)
+    theirs[-1].backward()
+    mine[-1].backward()
+    agree("blip2.parity.retrieval.itc", "picture-text cosines, best query, against transformers", mine[0], theirs[0])
+    agree("blip2.parity.retrieval.itm", "match logits, mean of the queries, against transformers", mine[1], theirs[1])
+    agree("blip2.parity.retrieval.loss", "loss of both heads against transformers", mine[2], theirs[2])
+    gradients_agree(agree, "retrieval", "both heads", encoder, model, reference, "transformers-retrieval")
+
+
+# ---- through a language model
+
+GENERATION = "transformers-generation"
+PROMPT = 2
+
+
+def our_causal(encoder, model, tokens, present, images):
+    """(logits of the learned tokens, their loss)."""
+    output = model(encoder.tokens(images), tokens, present, PROMPT)
+    return output.logits, stage2_loss(output)
+
+
+def their_causal(reference, tokens, present, images):
+    rows, queries = len(tokens), CONFIG.queries
+    ids = torch.cat([torch.full((rows, queries), OPT.vocabulary - 1), tokens], 1)
+    labels = torch.cat([torch.full((rows, queries + PROMPT), -100), tokens.masked_fill(~present, -100)[:, PROMPT:]], 1)
+    seen = F.pad(present, (queries, 0), value=True).long()
+    output = reference(pixel_values=images, input_ids=ids, attention_mask=seen, labels=labels)
+    return output.logits[:, :-1][labels[:, 1:] != -100], output.loss
+
+
+def test_the_whole_model_with_opt_equals_transformers(agree, perturb):
+    config = replace(CONFIG, language=OPT)
+    reference = make(transformers.Blip2ForConditionalGeneration, perturb)
+    encoder, model = filled(GENERATION, reference, config)
+    given = (*words(BATCH, 11, OPT.vocabulary), pictures(BATCH))
+    their_logits, their_loss = their_causal(reference, *given)
+    logits, loss = our_causal(encoder, model, *given)
+    their_loss.backward()
+    loss.backward()
+    agree(
+        "blip2.parity.opt.logits", "logits of the learned tokens, with OPT, against transformers", logits, their_logits
+    )
+    agree("blip2.parity.opt.loss", "caption loss with OPT against transformers", loss, their_loss)
+    gradients_agree(agree, "opt", "the model with OPT", encoder, model, reference, GENERATION)
+
+
+def our_seq2seq(encoder, model, prompt, asked, tokens, present, images):
+    output = model(encoder.tokens(images), tokens, present, Prompt(prompt, asked))
+    return output.logits, stage2_loss(output)
+
+
+def their_seq2seq(reference, prompt, asked, tokens, present, images):
+    rows, queries = len(tokens), CONFIG.queries
+    ids = torch.cat([torch.full((rows, queries), T5.vocabulary - 1), prompt], 1)
+    output = reference(
+        pixel_values=images, input_ids=ids, attention_mask=F.pad(asked, (queries, 0), value=True).long(),
+        labels=tokens.masked_fill(~present, -100),
+    )  # fmt: skip
+    return output.logits[present], output.loss
+
+
+def test_the_whole_model_with_t5_equals_transformers(agree, perturb):
+    config = replace(CONFIG, language=T5)
+    reference = make(transformers.Blip2ForConditionalGeneration, perturb, language=T5)
+    encoder, model = filled(GENERATION, reference, config)
+    given = (*words(BATCH, 9, T5.vocabulary, seed=5), *words(BATCH, 8, T5.vocabulary), pictures(BATCH))
+    their_logits, their_loss = their_seq2seq(reference, *given)
+    logits, loss = our_seq2seq(encoder, model, *given)
+    their_loss.backward()
+    loss.backward()
+    agree("blip2.parity.t5.logits", "logits of the answer, with T5, against transformers", logits, their_logits)
+    agree("blip2.parity.t5.loss", "prefix language loss with T5 against transformers", loss, their_loss)
+    gradients_agree(agree, "t5", "the model with T5", encoder, model, reference, GENERATION)
+
+
+KINDS = {
+    "retrieval": ("transformers-retrieval", "Blip2ForImageTextRetrieval", {"text_input": True}, CONFIG),
+    "opt": (GENERATION, "Blip2ForConditionalGeneration", {}, replace(CONFIG, language=OPT)),
+    "t5": (GENERATION, "Blip2ForConditionalGeneration", {"language": T5}, replace(CONFIG, language=T5)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_converter_returns_every_tensor_of_transformers_exactly(name, agree, perturb):
+    format, kind, given, config = KINDS[name]
+    reference = make(getattr(transformers, kind), perturb, **given)
+    encoder, model = filled(format, reference, config)
+    ours = {**model.state_dict(), **{f"{VISION}{k}": v for k, v in encoder.state_dict().items()}}
+    _, language = without_language(state(reference))
+    back = with_language(published_of(ours, format, "eva"), language)
+    what = f"{name}: transformers' weights, to ours and back"
+    agree(f"blip2.parity.{name}.converter", what, back, state(reference), tolerance=0.0)
+    make(getattr(transformers, kind), perturb, **given).load_state_dict(back, strict=True)
+
+
+def test_uint8_pictures_give_what_normalised_floats_give(agree):
+    torch.manual_seed(0)
+    encoder, model = vision_encoder(VISION_CONFIG).eval(), Blip2Qformer(CONFIG).eval()
+    pixels = torch.randint(0, 256, (3, 3, 30, 30), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (VISION_CONFIG.mean, VISION_CONFIG.std))
+    with torch.no_grad():
+        ours, plain = (
+            model.image_features(encoder.tokens(images))[0] for images in (pixels, (pixels / 255 - mean) / std)
+        )
+    agree("blip2.parity.uint8", "the queries' states of uint8 pixels against normalised floats", ours, plain)
+
+
+# ---- stage 1 against its equations
+
+LAVIS = "lavis-stage1"
+NEGATIVES = Negatives(images=torch.tensor([1, 0, 5, 2, 3, 4]), texts=torch.tensor([3, 4, 1, 0, 5, 1]))
+IDS = torch.tensor([7, 3, 7, 1, 0, 5])
+SMOOTHING = 0.1
+
+
+class Asked:
+    """What hard_negatives was asked, and answers that are known."""
+
+    def __init__(self, monkeypatch):
+        self.of = []
+        monkeypatch.setattr(blip2_model, "hard_negatives", self)
+
+    def __call__(self, batch, same=None, floor=0.0):
+        self.of.append((batch, same, floor))
+        return NEGATIVES
+
+
+def stage1(perturb):
+    torch.manual_seed(0)
+    model = perturb(Blip2Qformer(CONFIG)).train()
+    with torch.no_grad():
+        model.temperature.fill_(0.11)
+    return model
+
+
+def reference_of(model):
+    leaves = {k: v.requires_grad_() for k, v in published_of(state(model), LAVIS, "eva").items()}
+    for original, twin in FORMATS[LAVIS].copies:
+        leaves[twin] = leaves[original]
+    sizes = {"layers": CONFIG.layers, "heads": CONFIG.heads, "cross_every": CONFIG.cross_every}
+    return Reference(leaves, **sizes, pad=CONFIG.pad_token, decode=CONFIG.decode_token)
+
+
+def their_losses(reference, context, tokens, ids):
+    sides = reference.contrast(*reference.vectors(context, tokens))
+    itc = reference.itc(sides, ids, SMOOTHING)
+    itm = reference.itm(context, tokens, NEGATIVES.images.tolist(), NEGATIVES.texts.tolist())
+    return sides, torch.stack([itc, itm, reference.itg(context, tokens, SMOOTHING)])
+
+
+@pytest.mark.parametrize("by_picture", [False, True], ids=["own pair", "all texts of a picture"])
+def test_the_first_stage_equals_its_equations(by_picture, agree, perturb, monkeypatch):
+    model, asked = stage1(perturb), Asked(monkeypatch)
+    reference = reference_of(model)
+    context, tokens, ids = features(), texts(BATCH), IDS if by_picture else None
+    losses = stage1_losses(model(context, tokens, ids), SMOOTHING)
+    sides, theirs = their_losses(reference, context, tokens, ids.tolist() if by_picture else None)
+    key = f"blip2.parity.stage1.{'by-picture' if by_picture else 'own-pair'}"
+    agree(f"{key}.losses", "ITC, ITM and ITG against their equations", torch.stack([*losses]), theirs)
+    [(batch, same, floor)] = asked.of
+    for mine, side in zip((batch.text_to_image, batch.image_to_text), reversed(sides), strict=True):
+        wanted = reference.negative_probabilities(side, ids.tolist() if by_picture else None)
+        belong = torch.eye(BATCH, dtype=torch.bool) if same is None else same
+        drawn = ((mine - mine.amax(1, keepdim=True)).exp() + floor).masked_fill(belong, 0)
+        agree(f"{key}.negatives", "hard negatives' probabilities", drawn / drawn.sum(1, keepdim=True), wanted)
+    losses.total().backward()
+    theirs.sum().backward()
+    weight_map = FORMATS[LAVIS].weight_map
+    grads = {k: v.grad for k, v in reference.p.items() if k not in dict(map(reversed, FORMATS[LAVIS].copies))}
+    mine, wanted = {k: p.grad for k, p in model.named_parameters()}, to_ours(grads, weight_map)
+    assert all(value is not None and value.abs().max() > 0 for value in mine.values()), "a zero compares nothing"
+    agree(f"{key}.gradients", "all gradients of the first stage against its equations", mine, wanted)
+
+
+# ---- faults that have to be told: a name, and what it does to a model of either stage (or to shared/qformer.py)
+
+
+def layers_of(model):
+    return model.qformer.layers
+
+
+def _cross_attention_in_the_other_blocks(monkeypatch, model):
+    layers = layers_of(model)
+    for one, other in zip(layers[0::2], layers[1::2], strict=False):
+        for name in ("cross_attention", "cross_norm"):
+            part = one._modules.pop(name)
+            other._modules.pop(name, None)
+            one.__dict__[name], other._modules[name] = None, part
+            other.__dict__.pop(name, None)
+
+
+def _no_cross_attention(monkeypatch, model):
+    for layer in layers_of(model):
+        layer._modules.pop("cross_attention", None)
+        layer.__dict__["cross_attention"] = None
+
+
+def _keys_and_values_exchanged(monkeypatch, model):
+    for layer in layers_of(model):
+        if layer.cross_attention is not None:
+            kv = layer.cross_attention.kv
+            kv.weight.data = kv.weight.data.roll(CONFIG.width, 0)
+
+
+def _one_feed_forward_for_both(monkeypatch, model):
+    for layer in layers_of(model):
+        layer.query_mlp = layer.mlp if layer.mlp is not None else torch.nn.Identity()
+
+
+def _feed_forwards_exchanged(monkeypatch, model):
+    for layer in layers_of(model):
+        other = layer.mlp if layer.mlp is not None else torch.nn.Identity()
+        layer.query_mlp, layer.mlp = other, layer.query_mlp
+
+
+def _norms_of_queries_and_text_exchanged(monkeypatch, model):
+    for layer in layers_of(model):
+        other = layer.mlp_norm if layer.mlp_norm is not None else torch.nn.Identity()
+        layer.query_mlp_norm, layer.mlp_norm = other, layer.query_mlp_norm
+
+
+def _queries_not_normalised(monkeypatch, model):
+    monkeypatch.setattr(model.qformer, "_queries", lambda rows: model.qformer.query_tokens.expand(rows, -1, -1))
+
+
+def _queries_with_positions(monkeypatch, model):
+    embeddings = model.qformer.embeddings
+    table = embeddings.position.weight if hasattr(embeddings, "position") else torch.eye(CONFIG.queries, CONFIG.width)
+    monkeypatch.setattr(
+        model.qformer, "_queries",
+        lambda rows: embeddings.norm(model.qformer.query_tokens + table[: CONFIG.queries]).expand(rows, -1, -1),
+    )  # fmt: skip
+
+
+def _queries_causal(monkeypatch, model):
+    layers = layers_of(model)
+    plain = layers.forward
+    monkeypatch.setattr(layers, "forward", lambda x, queries, **given: plain(x, queries, **given | {"causal": True}))
+
+
+def _no_vision_norm(monkeypatch, model):
+    monkeypatch.setattr(model.vision_norm, "forward", lambda x: x)
+
+
+def _layers_in_reverse(monkeypatch, model):
+    layers = layers_of(model)
+    layers._modules = {str(i): layer for i, layer in enumerate(reversed(layers))}
+
+
+def _padding_is_seen(monkeypatch, model):
+    monkeypatch.setattr(qformer_file, "key_mask", lambda present: None)
+
+
+def _positions_behind_the_queries(monkeypatch, model):
+    embeddings = model.qformer.embeddings
+    plain = embeddings.forward
+    monkeypatch.setattr(
+        embeddings, "forward",
+        lambda tokens, positions=None: plain(tokens, CONFIG.queries + torch.arange(tokens.shape[1])),
+    )  # fmt: skip
+
+
+def _text_sees_no_queries_in_matching(monkeypatch, model):
+    """The uni-modal mask where the bi-directional one belongs."""
+    layers, count = layers_of(model), CONFIG.queries
+    plain = layers.forward
+
+    def apart(x, queries, **given):
+        if queries and x.shape[1] > queries:
+            kind = torch.arange(x.shape[1]) < count
+            own = (kind[:, None] == kind[None])[None, None]
+            given["mask"] = own if given.get("mask") is None else own & given["mask"]
+        return plain(x, queries, **given)
+
+    monkeypatch.setattr(layers, "forward", apart)
+
+
+def _text_looks_at_the_picture(monkeypatch, model):
+    layers = layers_of(model)
+    plain = layers.forward
+    monkeypatch.setattr(
+        layers, "forward", lambda x, queries, **given: plain(x, x.shape[1] if queries else queries, **given)
+    )
+
+
+def _match_by_query_0(monkeypatch, model):
+    config = model.config
+    real = model.qformer.match
+    monkeypatch.setattr(
+        model.qformer, "match", lambda *given: real(*given)[:, :1].expand(-1, config.queries + 1, -1)
+    )  # fmt: skip
+
+
+def _text_from_its_second_token(monkeypatch, model):
+    real = model.qformer.read
+    monkeypatch.setattr(model.qformer, "read", lambda *given: real(*given)[:, 1:])
+
+
+def _vectors_not_of_unit_length(monkeypatch, model):
+    monkeypatch.setattr(model, "image_vectors", lambda states: model.vision_proj(states).float())
+
+
+FOR_BOTH = [
+    _cross_attention_in_the_other_blocks,
+    _no_cross_attention,
+    _keys_and_values_exchanged,
+    _one_feed_forward_for_both,
+    _feed_forwards_exchanged,
+    _norms_of_queries_and_text_exchanged,
+    _queries_not_normalised,
+    _queries_with_positions,
+    _queries_causal,
+    _no_vision_norm,
+    _layers_in_reverse,
+]
+FOR_TEXT = [
+    _padding_is_seen,
+    _positions_behind_the_queries,
+    _text_sees_no_queries_in_matching,
+    _text_looks_at_the_picture,
+    _match_by_query_0,
+    _text_from_its_second_token,
+    _vectors_not_of_unit_length,
+]
+
+
+# of the whole model
+
+
+def _prefix_behind_the_text(monkeypatch, model):
+    language = model.language_model
+
+    def behind(prefix, tokens, present, **given):
+        turned = torch.cat([language.embed(tokens), prefix], dim=1)
+        return language.states(turned, F.pad(present, (0, prefix.shape[1]), value=True), **given)
+
+    monkeypatch.setattr(model, "_read", behind)
+
+
+def _prefix_not_projected(monkeypatch, model):
+    model.projector.weight.data = torch.eye(*model.projector.weight.shape)
+
+
+def _projector_without_bias(monkeypatch, model):
+    model.projector.bias.data.zero_()
+
+
+def _prompt_learned(monkeypatch, model):
+    real = model.forward
+    monkeypatch.setattr(model, "forward", lambda seen, tokens, present, prompt: real(seen, tokens, present, 0))
+
+
+def _one_token_more_given(monkeypatch, model):
+    """The prefix split a token late: of what is to be said, the first token goes to the encoder."""
+    real = model.forward
+
+    def late(seen, tokens, present, prompt):
+        if isinstance(prompt, Prompt):
+            prompt = Prompt(
+                torch.cat([prompt.tokens, tokens[:, :1]], 1), torch.cat([prompt.present, present[:, :1]], 1)
+            )
+            return real(seen, tokens[:, 1:], present[:, 1:], prompt)
+        return real(seen, tokens, present, prompt + 1)
+
+    monkeypatch.setattr(model, "forward", late)
+
+
+def _labels_of_the_same_token(monkeypatch, model):
+    """No shift: each state has to say the token that it has read."""
+    if model.language_model.kind == "causal":
+        real = model._continued
+
+        def unshifted(prefix, tokens, present, prompt):
+            states, learned = real(prefix, tokens, present, prompt)
+            return torch.cat([states[:, 1:], states[:, :1]], 1), learned
+
+        monkeypatch.setattr(model, "_continued", unshifted)
+    else:
+        real = model._read
+
+        def unshifted(prefix, tokens, present, targets):
+            return real(prefix, tokens, present, targets=targets.roll(-1, 1))
+
+        monkeypatch.setattr(model, "_read", unshifted)
+
+
+def _padding_read(monkeypatch, model):
+    real = model._read
+    monkeypatch.setattr(
+        model, "_read", lambda prefix, tokens, present, **given: real(prefix, tokens, torch.ones_like(present), **given)
+    )  # fmt: skip
+
+
+FOR_GENERATION = [
+    _prefix_behind_the_text,
+    _prefix_not_projected,
+    _projector_without_bias,
+    _prompt_learned,
+    _one_token_more_given,
+    _labels_of_the_same_token,
+    _padding_read,
+]
+OF_ONE_KIND = {
+    "_prompt_learned",
+    "_padding_read",
+}  # T5's prompt is never learned; in OPT padding behind a text is unseen
+
+
+def largest(mine, theirs):
+    """inf where shapes differ: that is told too."""
+    pairs = list(zip(mine, theirs, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def test_every_mutant_is_told_from_transformers(count, perturb):
+    causal = (*words(BATCH, 11, OPT.vocabulary), pictures(BATCH))
+    seq2seq = (*words(BATCH, 9, T5.vocabulary, seed=5), *words(BATCH, 8, T5.vocabulary), pictures(BATCH))
+    runs = {
+        "retrieval": (our_retrieval, their_retrieval, (texts(BATCH), pictures(BATCH)), FOR_TEXT),
+        "opt": (our_causal, their_causal, causal, FOR_GENERATION),
+        "t5": (our_seq2seq, their_seq2seq, seq2seq, FOR_GENERATION),
+    }
+    caught, wanted = {}, {}
+    for name, (ours_runs, theirs_runs, given, own) in runs.items():
+        format, kind, settings, config = KINDS[name]
+        reference = make(getattr(transformers, kind), perturb, **settings)
+        with torch.no_grad():
+            theirs = theirs_runs(reference, *given)
+            for mutate in (None, *FOR_BOTH, *own):
+                with pytest.MonkeyPatch.context() as monkeypatch:
+                    encoder, model = filled(format, reference, config)
+                    if mutate:
+                        mutate(monkeypatch, model)
+                    difference = largest(ours_runs(encoder, model, *given), theirs)
+                if mutate is None:
+                    assert difference <= 1e-5
+                else:
+                    caught.setdefault(mutate.__name__, []).append(difference > 1e-4)
+                    wanted[mutate.__name__] = any if mutate.__name__ in OF_ONE_KIND else all
+    missed = {name for name, found in caught.items() if not wanted[name](found)}
+    assert len(caught) >= 20 and not missed, f"not caught: {missed}"
+    count("blip2.parity.mutants", "faults planted in our model and caught", len(caught) - len(missed), len(caught))
+
+
+# of the first stage's objectives
+
+
+def _mean_over_the_queries(monkeypatch, model):
+    def contrast(images, texts):
+        sides = torch.einsum("bqe,me->bmq", images, texts.detach()), torch.einsum("be,mqe->bmq", texts, images.detach())
+        return blip2_model.Similarities(*(side.mean(-1) / model.temperature for side in sides))
+
+    monkeypatch.setattr(model, "contrast", contrast)
+
+
+def _query_0_alone(monkeypatch, model):
+    real = model.contrast
+    monkeypatch.setattr(model, "contrast", lambda images, texts: real(images[:, :1], texts))
+
+
+def _temperature_multiplies(monkeypatch, model):
+    real = model.contrast
+    monkeypatch.setattr(
+        model, "contrast",
+        lambda images, texts: blip2_model.Similarities(*(side * model.temperature**2 for side in real(images, texts))),
+    )  # fmt: skip
+
+
+def _a_picture_that_belongs_is_false(monkeypatch, model):
+    real = model.matching
+    own = torch.arange(BATCH)
+    monkeypatch.setattr(model, "matching", lambda *given: real(*given[:-1], Negatives(own, own)))
+
+
+def _negatives_exchanged(monkeypatch, model):
+    real = model.matching
+    turned = Negatives(images=NEGATIVES.texts, texts=NEGATIVES.images)
+    monkeypatch.setattr(model, "matching", lambda *given: real(*given[:-1], turned))
+
+
+def _true_and_false_exchanged(monkeypatch, model):
+    real = model.matching
+    monkeypatch.setattr(model, "matching", lambda *given: (real(*given)[1], real(*given)[0]))
+
+
+def _no_label_smoothing(monkeypatch, model):
+    model.smoothing = 0.0
+
+
+def _written_from_cls(monkeypatch, model):
+    monkeypatch.setattr(model, "with_start", lambda tokens: tokens)
+
+
+def _text_behind_sees_what_follows(monkeypatch, model):
+    layers = layers_of(model)
+    plain = layers.forward
+    monkeypatch.setattr(layers, "forward", lambda x, queries, **given: plain(x, queries, **given | {"causal": False}))
+
+
+def _text_behind_sees_no_queries(monkeypatch, model):
+    real = model.qformer.write
+    monkeypatch.setattr(model.qformer, "write", lambda tokens, present, caches: real(
+        tokens, present, Blind(model.qformer, len(tokens))))  # fmt: skip
+
+
+class Blind(list):
+    """Caches as if the queries had said nothing."""
+
+    def __init__(self, qformer, rows):
+        caches = qformer.caches()
+        heads, width = CONFIG.heads, CONFIG.width // CONFIG.heads
+        nothing = torch.zeros(rows, heads, CONFIG.queries, width)
+        for cache in caches:
+            cache.append(nothing, nothing)
+        super().__init__(caches)
+
+
+def _no_gradient_through_the_cache(monkeypatch, model):
+    real = model.qformer.write
+
+    def cut(tokens, present, caches):
+        for cache in caches:
+            cache.keys, cache.values = cache.keys.detach(), cache.values.detach()
+        return real(tokens, present, caches)
+
+    monkeypatch.setattr(model.qformer, "write", cut)
+
+
+def _keys_of_contrast_with_gradient(monkeypatch, model):
+    monkeypatch.setattr(blip2_model, "gathered", lambda tensor: tensor)
+
+
+FOR_STAGE1 = [
+    _mean_over_the_queries,
+    _query_0_alone,
+    _temperature_multiplies,
+    _a_picture_that_belongs_is_false,
+    _negatives_exchanged,
+    _true_and_false_exchanged,
+    _no_label_smoothing,
+    _written_from_cls,
+    _text_behind_sees_what_follows,
+    _text_behind_sees_no_queries,
+    _no_gradient_through_the_cache,
+    _keys_of_contrast_with_gradient,
+]
+
+
+def test_every_fault_of_the_first_stage_is_told_from_its_equations(count, perturb):
+    """By the losses, or where these stay as they are by the gradients."""
+    context, tokens = features(), texts(BATCH)
+    model = stage1(perturb)
+    reference = reference_of(model)
+    _, theirs = their_losses(reference, context, tokens, None)
+    theirs.sum().backward()
+    twins = dict(map(reversed, FORMATS[LAVIS].copies))
+    wanted = to_ours({k: v.grad for k, v in reference.p.items() if k not in twins}, FORMATS[LAVIS].weight_map)
+
+    def difference(mutate):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            Asked(monkeypatch)
+            mutant = copy.deepcopy(model)
+            mutant.smoothing = SMOOTHING
+            if mutate:
+                mutate(monkeypatch, mutant)
+            losses = stage1_losses(mutant(context, tokens), mutant.smoothing)
+            losses.total().backward()
+            found = largest([torch.stack([*losses])], [theirs])
+            pairs = [(p.grad, wanted[k]) for k, p in mutant.named_parameters() if p.grad is not None and k in wanted]
+            return max(found, *(float((mine - one).abs().max()) for mine, one in pairs if mine.shape == one.shape))
+
+    assert difference(None) <= 1e-5
+    broken = {_cross_attention_in_the_other_blocks, _no_cross_attention}  # what the first layer saw is asked for
+    planted = FOR_STAGE1 + [mutant for mutant in FOR_BOTH + FOR_TEXT if mutant not in broken]
+    missed = {mutate.__name__ for mutate in planted if not difference(mutate) > 1e-4}
+    assert not missed, f"not caught: {missed}"
+    count("blip2.parity.stage1.mutants", "faults planted in the first stage and caught", len(planted), len(planted))

@@ -1,0 +1,453 @@
+"""The data of BLIP-2's claims, what its arms measure, freezing, and effects on measurements whose answer is known."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from papers.blip2 import bridge, claims, evaluate
+from papers.blip2.bridge import Bridge, second
+from papers.blip2.config import VARIANTS, LanguageConfig
+from papers.blip2.lab import QUESTION, Asked, lab_of
+from papers.blip2.model import Blip2, Blip2Qformer
+from papers.blip2.module import (
+    WITHOUT_ITG,
+    FrozenWatch,
+    Stage1Module,
+    Stage2Module,
+    example,
+    learning_rate_share,
+)
+from papers.blip2.recipe import Blip2Recipe
+from papers.blip2.words import Words, words_of
+from shared.arms import Context
+from shared.data.scenes import COLOURS
+from shared.encoders import vit_encoder
+from shared.errors import UserError
+from shared.frozen import Frozen
+from shared.language_model import SmallLanguageModel
+from shared.vision import VisionTransformer
+
+SMALL = Blip2Recipe(
+    paper="blip2", model="blip2-tiny", data="shapes", pairs=48, test_pairs=16, asked_pictures=12, classes=6, batch=8,
+    steps=3, warmup_steps=1, encoder="strong", weak_encoder="weak", other_encoder="other", headline_model="",
+    larger_width=48, lm_texts=60, lm_steps=3, lm_batch=8, stage2_steps=3, stage2_batch=8, headline_steps=2,
+    headline_batch=8, headline_questions=8, compared_steps=2, beams=2, longest=4, candidates=4, shots=1, more=2,
+    accelerator="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def encoders(monkeypatch):
+    """Untrained ViTs in the place of what other papers trained."""
+
+    def frozen_encoder(name, layer, scale, manifest, half):
+        torch.manual_seed(len(name))
+        vit = VisionTransformer(32, 16, 24, 2, 2, output_norm=False, mean=(0.5,) * 3, std=(0.25,) * 3)
+        return vit_encoder(vit, layer, torch.bfloat16 if half else None)
+
+    monkeypatch.setattr(bridge, "frozen_encoder", frozen_encoder)
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return lab_of(SMALL, 3)
+
+
+def context(folder, arm, recipe=SMALL, seed=3):
+    (folder / "arms" / f"{arm}-{seed}").mkdir(parents=True, exist_ok=True)
+    return Context(recipe, seed, folder / "arms" / f"{arm}-{seed}", lambda samples: None, False, arm)
+
+
+def measured(folder, *arms):
+    found = {}
+    for arm in arms:
+        torch.manual_seed(3)
+        found[arm] = claims.ARMS[arm](context(folder, arm))
+    return found
+
+
+# ---- data
+
+
+def test_questions_are_about_the_very_pictures_of_the_world(lab):
+    """A picture's caption, where it names a colour, names the one that its question has for an answer."""
+    answers = {one.picture: one.answer for one in lab.asked if one.kind == "colour"}
+    named = [(row, text, [c for c in COLOURS if c in text.split()]) for row, text in lab.texts]
+    told = [(row, found[0]) for row, _, found in named if found]
+    assert len(told) > 10 and all(answers[row] == colour for row, colour in told)
+
+
+def test_no_picture_that_is_asked_about_or_searched_is_trained_on(lab):
+    trained = {image.numpy().tobytes() for image in lab.world.train.images}
+    held = [*lab.held.images, *lab.held.asked_images]
+    assert held and not any(image.numpy().tobytes() in trained for image in held)
+
+
+def test_pope_asks_for_as_many_things_that_are_there_as_that_are_not(lab):
+    answers = [one.answer for one in lab.held.pope]
+    assert answers.count("yes") == answers.count("no") == len(answers) / 2
+    names = {one.picture: one.answer for one in lab.held.asked if one.kind == "what"}
+    for one in lab.held.pope:
+        assert (names[one.picture] in one.question) == (one.answer == "yes")
+
+
+def test_the_texts_of_stage_2_hold_the_share_of_questions_that_the_recipe_asks_for(lab):
+    for share in (0.0, 0.5, 0.75, 1.0):
+        told = lab.learned(share, 3)
+        asked = sum(prompt.startswith("Question:") for _, prompt, _ in told)
+        assert asked / len(told) == pytest.approx(share, abs=0.02)
+    assert lab.learned(0.5, 3) == lab.learned(0.5, 3) != lab.learned(0.5, 4)
+
+
+def test_the_small_language_model_reads_the_same_texts_whatever_the_seed(lab):
+    other = lab_of(SMALL, 4)
+    assert other.said == lab.said and other.tokenizer.digest == lab.tokenizer.digest
+    assert other.texts != lab.texts
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"stage": 3},
+        {"layer": "first"},
+        {"kinds": ["why"]},
+        {"kinds": []},
+        {"asked": 1.5},
+        {"shots": 0},
+        {"queries": -1},
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(changed):
+    with pytest.raises(UserError, match="recipe:"):
+        replace(SMALL, **changed)
+
+
+# ---- words
+
+
+def words(context=12):
+    return Words(
+        encode=lambda text: [10 + len(word) for word in text.split()], decode=str, start=(1,), stop=(2, 3), pad=0,
+        context=context,
+    )  # fmt: skip
+
+
+def test_a_prompt_is_given_and_its_answer_learned_up_to_the_stop():
+    texts = words().learned([("one three", "four"), ("", "a bb")])
+    assert texts.tokens.tolist() == [[1, 13, 15, 14, 2], [1, 11, 12, 2, 0]]
+    assert texts.present.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert texts.given.tolist() == [3, 1]
+
+
+def test_prompts_are_padded_on_the_left():
+    tokens, present = words().prompts(["a", "a bb"])
+    assert tokens.tolist() == [[0, 1, 11], [1, 11, 12]] and present.tolist() == [[False, True, True], [True] * 3]
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
+    with pytest.raises(UserError, match="no room for an answer"):
+        words(context=3).learned([("one three", "four")])
+
+
+def test_a_period_ends_what_a_small_language_model_says(lab):
+    found = words_of(lab.tokenizer, 64)
+    assert lab.tokenizer.encode("red.")[-1] == found.stop[0] and found.stop[1] == lab.tokenizer.end
+
+
+# ---- training
+
+
+def test_the_learning_rate_ends_at_its_minimum_and_the_warm_up_is_linear():
+    recipe = replace(SMALL, steps=20, warmup_steps=4, learning_rate=1e-2, min_learning_rate=5e-3)
+    shares = [learning_rate_share(step, recipe) for step in range(21)]
+    assert shares[:4] == [0.25, 0.5, 0.75, 1.0] and shares[-1] == pytest.approx(0.5)
+    assert all(a >= b for a, b in pairwise(shares[4:]))
+
+
+def stage2(pictures=5):
+    config = replace(VARIANTS["blip2-tiny-small"](), dropout=0.0)
+    language = config.language
+    torch.manual_seed(0)
+    speaker = SmallLanguageModel(language.vocabulary, language.context, language.width, 2, language.heads)
+    model = Blip2(config, Frozen(speaker, through=True))
+    features = torch.randn(pictures, config.vision.tokens, config.vision.width)
+    tokens = torch.randint(1, 200, (pictures, 6))
+    present = torch.ones_like(tokens, dtype=torch.bool)
+    present[0, 4:] = False
+    given = torch.tensor([3, 2, 1, 3, 0][:pictures])
+    return Stage2Module(model, SMALL), speaker, (features, tokens, present, given)
+
+
+def steps(module, batch, watch, count=1):
+    module.log = lambda *args, **more: None
+    optimizer = module.configure_optimizers()["optimizer"]
+    losses = []
+    for step in range(count):
+        loss = module.training_step(batch, step)
+        loss.backward()
+        watch.on_before_optimizer_step(None, module, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_a_step_of_stage_2_moves_the_bridge_and_leaves_the_language_model_as_it_was():
+    module, speaker, batch = stage2()
+    before, start = ([p.detach().clone() for p in part.parameters()] for part in (speaker, module.model))
+    watch = FrozenWatch([module.model.language_model])
+    losses = steps(module, batch, watch, 8)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(a, b) for a, b in zip(before, speaker.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(start, module.model.parameters(), strict=True))
+    assert watch.measured == {
+        "frozen_parameters": sum(p.numel() for p in speaker.parameters()), "frozen_gradient_bytes": 0,
+        "frozen_state_bytes": 0,
+    }  # fmt: skip
+
+
+def test_a_gradient_in_a_frozen_part_is_seen_and_refused():
+    module, speaker, batch = stage2()
+    speaker.requires_grad_(True)
+    with pytest.raises(ValueError, match="ask for gradients"):
+        steps(module, batch, FrozenWatch([speaker]))
+
+
+def test_a_frozen_parameter_is_given_to_no_optimizer():
+    module, speaker, _ = stage2()
+    module.beside.append(speaker)  # frozen, though it stands among what is trained
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    given = {id(p) for group in groups for p in group["params"]}
+    assert given.isdisjoint(id(p) for p in speaker.parameters()) and given
+
+
+def test_without_itg_the_head_of_words_is_not_trained():
+    module, batch = example(4)
+    module = Stage1Module(module.model, module.recipe, objectives=WITHOUT_ITG)
+    module.log = lambda *args, **more: None
+    module.training_step(batch, 0).backward()
+    untrained = {name for name, p in module.named_parameters() if not p.requires_grad}
+    assert untrained and all(name.startswith("model.head.") for name in untrained)
+    assert [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_accumulation_which_would_leave_fewer_negatives_is_refused():
+    model = Blip2Qformer(VARIANTS["blip2-tiny"]())
+    with pytest.raises(UserError, match="accumulate"):
+        Stage1Module(model, replace(SMALL, accumulate=2))
+
+
+def test_trained_whole_the_encoder_and_the_language_model_move_too(tmp_path):
+    work = Bridge.of(context(tmp_path, "train_all"))
+    speaker, encoder = work.small_speaker(), work.encoder()
+    model = work.new_bridge(speaker)
+    parts = [encoder.module, speaker.model.module]
+    before = [[p.detach().clone() for p in part.parameters()] for part in parts]
+    told = work.train_all(model, speaker, encoder, second(SMALL), tmp_path / "all")
+    for part, was in zip(parts, before, strict=True):
+        moved = [not torch.equal(a, b) for a, b in zip(was, part.parameters(), strict=True)]
+        assert sum(moved) > 0.8 * len(moved) and not any(p.requires_grad for p in part.parameters())
+    assert told["trained_parameters"] > sum(p.numel() for part in parts for p in part.parameters())
+
+
+# ---- arms
+
+
+def test_the_order_in_which_arms_ask_for_stages_changes_no_number(tmp_path):
+    names = ("base", "few_shot", "no_itg", "larger_language_model")
+    one, other = measured(tmp_path / "one", *names), measured(tmp_path / "other", *reversed(names))
+    for name in names:
+        assert {k: v for k, v in one[name].items() if k != "waited"} == {
+            k: v for k, v in other[name].items() if k != "waited"
+        }, name
+
+
+def test_every_arm_measures_what_its_claims_read(tmp_path):
+    found = measured(tmp_path, *claims.ARMS)
+    effects = {id: claim.effect(found) for id, claim in claims.CLAIMS.items()}
+    assert all(isinstance(effect, float) for effect in effects.values()), effects
+    assert found["base"]["frozen_gradient_bytes"] == found["headline"]["frozen_state_bytes"] == 0
+    assert (
+        found["base"]["queries"] * SMALL.more == found["queries_many"]["queries"]
+        and found["queries_one"]["queries"] == 1
+    )
+    assert found["base"]["trained_parameters"] < found["train_all"]["trained_parameters"]
+    assert found["each_step"]["furthest"] < 0.05
+    for claim in claims.CLAIMS.values():
+        assert claim.shown([found])
+
+
+def test_arms_of_a_seed_begin_alike(tmp_path):
+    work = Bridge.of(context(tmp_path, "base"))
+    torch.manual_seed(99)
+    first, second_ = work.new_qformer().state_dict(), work.new_qformer().state_dict()
+    assert all(torch.equal(first[key], second_[key]) for key in first)
+    speaker = work.speaker()
+    one, other = work.new_bridge(speaker).state_dict(), work.new_bridge(speaker, fresh=True).state_dict()
+    assert torch.equal(one["projector.weight"], other["projector.weight"])
+    assert not torch.equal(one["qformer.query_tokens"], other["qformer.query_tokens"]), "one has been through stage 1"
+
+
+# ---- evaluation
+
+
+class Spoken(nn.Module):
+    """A language model that says the token which its last prefix vector points at, then stops. Width = vocabulary."""
+
+    kind, width, context = "causal", 20, 64
+
+    def embed(self, tokens):
+        return nn.functional.one_hot(tokens, self.width).float() * 0.1
+
+    def decoding(self, prefix, present=None):
+        return Telling(prefix)
+
+
+class Telling:
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    def prefill(self, tokens, present):
+        self.tokens, self.present = tokens, present
+        return 50 * self.prefix[:, -1] if self.prefix.shape[1] else torch.eye(20)[tokens.new_full((len(tokens),), 5)]
+
+    def step(self, tokens):
+        return 50 * torch.eye(20)[torch.full_like(tokens, 2)]
+
+    def select(self, rows, contexts=None):
+        pass
+
+
+class Seer(nn.Module):
+    """Its prefix is the features themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.language_model, self.weight = Spoken(), nn.Parameter(torch.zeros(1))
+
+    def prefix(self, features):
+        return features
+
+    def decoding(self, features):
+        return self.language_model.decoding(features)
+
+
+SAID = Words(encode=lambda t: [9] * len(t.split()), decode=lambda ids: " ".join(map(str, ids)), start=(), stop=(2,),
+             pad=0, context=64)  # fmt: skip
+
+
+def seen(*tokens):
+    return nn.functional.one_hot(torch.tensor(tokens), 20).float()[:, None]
+
+
+def test_answers_follow_the_picture_and_a_blind_model_has_none():
+    how = evaluate.Writing(beams=1, length_penalty=-1.0, longest=3, shortest=1)
+    assert evaluate.answer(Seer(), SAID, seen(7, 11), ["a b?", "c?"], how) == ["7", "11"]
+    assert evaluate.answer(Seer(), SAID, None, ["a b?", "c?"], how) == ["5", "5"]
+
+
+def test_in_context_the_asked_picture_stands_last_behind_the_examples(monkeypatch):
+    prefixes = []
+    telling = Telling.__init__
+    monkeypatch.setattr(Telling, "__init__", lambda self, prefix: (prefixes.append(prefix), telling(self, prefix))[1])
+    how = evaluate.Writing(beams=1, longest=3)
+    examples = [(seen(4)[0], "what?", "cat"), (seen(6)[0], "what?", "dog")]
+    assert evaluate.answer_in_context(Seer(), SAID, seen(7, 11), ["a?", "b?"], examples, how) == ["7", "11"]
+    [prefix] = prefixes
+    length = len(SAID.begun(QUESTION.format("what?") + " cat"))
+    assert prefix.shape[1] == 2 * (1 + length) + 1
+    assert prefix[:, 0].argmax(1).tolist() == [4, 4] and prefix[:, 1 + length].argmax(1).tolist() == [6, 6]
+
+
+def test_the_questions_are_put_as_in_the_paper():
+    assert evaluate.PROMPTS["causal"] == QUESTION == "Question: {} Answer:"
+    assert evaluate.PROMPTS["seq2seq"] == "Question: {} Short answer:"
+    assert evaluate.ANSWERING.settings((2,)).length_penalty == -1 and evaluate.ANSWERING.beams == 5
+
+
+@pytest.mark.parametrize(("said", "tidied"), [(" cat.\nQuestion: dog", "cat"), ("red", "red"), ("\n", ""), ("", "")])
+def test_of_what_is_said_the_first_line_counts(said, tidied):
+    assert evaluate.tidy(said) == tidied
+
+
+def test_contrast_takes_the_nearest_query():
+    unit = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.8], [1.0, 0.0]]])
+    found = evaluate.cosines(evaluate.Encoded(unit, unit), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert found.tolist() == [[1.0, 1.0], [pytest.approx(0.8), 1.0]]
+
+
+def test_re_ranking_scores_the_pair_that_it_names():
+    """Match logits that only the right picture and text get put them first, whatever contrast said."""
+
+    class Matching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def text_features(self, tokens):
+            return torch.ones(len(tokens), 2) / 2**0.5
+
+        def match(self, features, tokens):
+            right = features[:, 0, 0] == tokens[:, 0]
+            return torch.stack([torch.zeros(len(tokens)), 10.0 * right], 1)
+
+    pictures = evaluate.Encoded(torch.ones(3, 1, 2) / 2**0.5, torch.arange(3.0)[:, None, None])
+    i2t, t2i = evaluate.reranked(Matching(), pictures, torch.tensor([[2], [0], [1]]), 3)
+    assert i2t.argmax(1).tolist() == [1, 2, 0] and t2i.argmax(1).tolist() == [2, 0, 1]
+
+
+# ---- effects
+
+
+def test_effects_are_treatment_minus_baseline_and_what_is_allowed():
+    names = ("accuracy", "r1", "blind", "other_picture", "cached", "each_step", "saved")
+    found = {arm: {name: 100.0 * i + j for j, name in enumerate(names)} for i, arm in enumerate(claims.ARMS)}
+    allowed = {"blip2.no_icl": 2, "blip2.bridge_alone": 5, "blip2.queries.quality": 3}
+    within = {
+        "blip2.answers.vs_blind": ("headline", "accuracy", "blind"),
+        "blip2.answers.vs_other_picture": ("headline", "accuracy", "other_picture"),
+        "blip2.cached_features": ("each_step", "cached", "each_step"),
+    }
+    for id, claim in claims.CLAIMS.items():
+        if id == "blip2.queries.cost":
+            wanted = found["visual_tokens"]["saved"]
+        elif id in within:
+            arm, ours, theirs = within[id]
+            wanted = found[arm][ours] - found[arm][theirs]
+        else:
+            name = "r1" if "retrieval" in id else "accuracy"
+            wanted = found[claim.arms[0]][name] - found[claim.arms[1]][name] + allowed.get(id, 0)
+        assert claim.effect(found) == wanted, id
+
+
+def test_data_without_questions_gives_no_effect_and_says_what_would():
+    found = {arm: {"r1": 1.0} for arm in claims.ARMS}
+    claim = claims.CLAIMS["blip2.llm.size_opt"]
+    assert claim.effect(found) is None and "data=emoji" in claim.need
+    assert claims.CLAIMS["blip2.itg_helps_retrieval"].effect(found) == 0
+
+
+def test_another_picture_is_never_the_own_one_and_chosen_questions_keep_their_kinds():
+    asked = [Asked(row, f"{kind} {row}?", "", kind) for row in range(10) for kind in ("what", "colour")]
+    assert not (claims.other_pictures(asked, 10) == claims.rows_of(asked)).any()
+    some = claims.spread(asked, 8)
+    assert [one.kind for one in some] == ["what", "colour"] * 4 and len({one.picture for one in some}) == 4
+
+
+def test_what_is_shown_beside_an_effect_is_the_mean_over_seeds():
+    shown = claims.means(base=("r1", "gone"), train_all=("trained_parameters",), each_step=("cached",))
+    one = {"train_all": {"trained_parameters": 1234}, "each_step": {"cached": 0.5}}
+    seeds = [{"base": {"r1": 1.0}} | one, {"base": {"r1": 2.0}} | one]
+    assert shown(seeds) == "base r1 1.5, train_all trained_parameters 1,234, each_step cached 0.500"
+
+
+def test_a_language_model_is_built_by_its_configuration():
+    language = LanguageConfig("small", "small", 24, 50, layers=2, heads=2, hidden=96, context=20)
+    model = bridge.new_language_model(language)
+    assert (model.width, model.vocabulary, model.context, len(model.blocks)) == (24, 50, 20, 2)
+    assert all(torch.equal(a, b) for a, b in zip(
+        model.parameters(), bridge.new_language_model(language).parameters(), strict=True
+    ))  # fmt: skip

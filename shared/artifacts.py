@@ -30,9 +30,11 @@ SEAL = "artifact.json"
 
 @dataclass(frozen=True)
 class Artifact:
-    """name: paper and part; digest: sha256 over its files; seconds: what building took; fresh: built just now."""
+    """name: paper and part; changes: of that paper's recipe; digest: sha256 over its files; seconds: what building took;
+    fresh: built just now."""
 
     name: str
+    changes: tuple[str, ...]
     folder: Path
     digest: str
     seconds: float
@@ -45,11 +47,16 @@ class Artifact:
         return _module(self.package, self.name.partition(":")[0]).load(self.folder, **options)
 
     @property
+    def title(self) -> str:
+        """clip:vision (steps=400)."""
+        return f"{self.name} ({' '.join(self.changes)})" if self.changes else self.name
+
+    @property
     def line(self) -> str:
         """For the report."""
         known = "".join(f", {name} {value:g}" for name, value in self.known.items())
         made_how = f"built in {self.seconds:.0f} s" if self.fresh else "from the cache"
-        return f"{self.name} {self.digest[:12]}, {made_how}{known}"
+        return f"{self.title} {self.digest[:12]}, {made_how}{known}"
 
 
 def artifact(
@@ -100,7 +107,7 @@ def artifact(
     if seal is None:
         raise UserError(f"{folder}: damaged while it was read; remove it and run again")
     found = hashlib.sha256(json.dumps(seal["files"], sort_keys=True).encode()).hexdigest()
-    return Artifact(name, folder, found, seal["seconds"], bool(fresh), seal["known"], package)
+    return Artifact(name, tuple(overrides), folder, found, seal["seconds"], bool(fresh), seal["known"], package)
 
 
 def _sealed(folder: Path) -> dict | None:

@@ -55,7 +55,7 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
         recipe, data = prepare_data(catalogue, recipe, console)
         run.same("data", data["digest"])
         if used := artifacts_of(catalogue, recipe, console):
-            run.same("artifacts", {one.name: one.digest for one in used})
+            run.same("artifacts", {one.title: one.digest for one in used})
             data["artifacts"] = [one.line for one in used]
         console.stage("claims: every arm and seed, trained and measured")
         claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, run, command, console)

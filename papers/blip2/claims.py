@@ -323,14 +323,13 @@ ARMS: dict[str, Callable[[Context], dict]] = {
 
 
 def difference(
-    treatment: str, baseline: str, name: str = "accuracy", of_baseline: str = "", allowed: float = 0.0
+    treatment: str, baseline: str, name: str = "accuracy", of_baseline: str = ""
 ) -> Callable[[dict], float | None]:
-    """Treatment minus baseline, plus what the claim allows the treatment to lack; None where the data has no such
-    measure."""
+    """Treatment minus baseline; None where the data has no such measure."""
 
     def effect(measured: dict[str, dict]) -> float | None:
         ours, theirs = measured[treatment].get(name), measured[baseline].get(of_baseline or name)
-        return None if ours is None or theirs is None else ours - theirs + allowed
+        return None if ours is None or theirs is None else ours - theirs
 
     return effect
 
@@ -420,19 +419,19 @@ CLAIMS: dict[str, Claim] = {
     ),
     "blip2.no_icl": Claim(
         ("base", "few_shot"),
-        difference("base", "few_shot", allowed=2.0),
+        difference("base", "few_shot"),
         QUESTIONS,
         means(base=("accuracy",), few_shot=("accuracy",)),
     ),
     "blip2.bridge_alone": Claim(
         ("base", "train_all"),
-        difference("base", "train_all", allowed=5.0),
+        difference("base", "train_all"),
         QUESTIONS,
         means(base=("accuracy", "trained_parameters"), train_all=("accuracy", "trained_parameters")),
     ),
     "blip2.queries.quality": Claim(
         ("base", "queries_many", "queries_one"),
-        difference("base", "queries_many", allowed=3.0),
+        difference("base", "queries_many"),
         QUESTIONS,
         means(queries_one=("queries", *BOTH), base=("queries", *BOTH), queries_many=("queries", *BOTH)),
     ),

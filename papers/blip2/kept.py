@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from papers.blip2.bridge import frozen_encoder
 from papers.blip2.config import VARIANTS, Blip2Config, LanguageConfig, VisionConfig
 from papers.blip2.model import Blip2
 from papers.blip2.pretrained import (
@@ -189,11 +190,7 @@ def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manif
     if VISION in card["sha256"]:
         encoder = encoder_with(read_tensors(weights.with_name(VISION)), vision, dtype)
     else:
-        from shared.artifacts import encoder_of
-
-        encoder = encoder_of(
-            card["encoder"], layer=card["layer"], image_size=vision.image_size, manifest=str(manifest), dtype=dtype
-        )
+        encoder = frozen_encoder(card["encoder"], card["layer"], "mini", str(manifest), card["half"])
     return joined(model, encoder, *speaks, True)
 
 

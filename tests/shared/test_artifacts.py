@@ -100,8 +100,10 @@ def test_the_report_lists_it_with_its_hash_and_where_it_came_from(made):
     cache, first, _ = made
     line = clip(cache).line
     accuracy = first.known["zero-shot accuracy"]
-    assert line == f"clip:vision {first.digest[:12]}, from the cache, zero-shot accuracy {accuracy:g}"
-    assert first.line.startswith(f"clip:vision {first.digest[:12]}, built in ")
+    title = f"clip:vision ({' '.join(first.changes)})"
+    assert "steps=2" in first.changes, "two of one kind are told apart by what their recipes change"
+    assert line == f"{title} {first.digest[:12]}, from the cache, zero-shot accuracy {accuracy:g}"
+    assert first.line.startswith(f"{title} {first.digest[:12]}, built in ")
     data = {"name": "emoji", "artifacts": [line], "credits": ["who drew it"]}
     assert data_lines(data) == [("name", "emoji"), ("artifact", line), ("credit", "who drew it")]
 

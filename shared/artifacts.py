@@ -30,8 +30,8 @@ SEAL = "artifact.json"
 
 @dataclass(frozen=True)
 class Artifact:
-    """name: paper and part; changes: of that paper's recipe; digest: sha256 over its files; seconds: what building took;
-    fresh: built just now."""
+    """name: paper and part; changes: of that paper's recipe; digest: sha256 over its files; seconds: what building it
+    took; fresh: built just now."""
 
     name: str
     changes: tuple[str, ...]

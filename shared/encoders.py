@@ -29,8 +29,16 @@ STAGES = {"last": (7, 32), "second-last": (5, 16)}  # of an EfficientNet: up to 
 class Encoder(Frozen):
     """encoder(images uint8 (B, 3, H, W)) -> (B, S, C). width: C; tokens: S; layer: what of the network is read."""
 
-    def __init__(self, module: nn.Module, width: int, tokens: int, layer: str, dtype: torch.dtype | None = None):
-        super().__init__(module, dtype)
+    def __init__(
+        self,
+        module: nn.Module,
+        width: int,
+        tokens: int,
+        layer: str,
+        dtype: torch.dtype | None = None,
+        matrices: bool = False,
+    ):
+        super().__init__(module, dtype, matrices=matrices)
         self.width, self.tokens, self.layer = width, tokens, layer
 
     @cached_property
@@ -46,9 +54,12 @@ class Encoder(Frozen):
 # ---- a ViT
 
 
-def vit_encoder(vit: VisionTransformer, layer: str = "second-last", dtype: torch.dtype | None = None) -> Encoder:
-    """The tokens of a ViT, class token first, without the output norm; "second-last" drops its last block for good."""
-    return Encoder(_Tokens(vit, LAYERS[_known(layer)]), vit.width, len(vit.positions.position), layer, dtype)
+def vit_encoder(
+    vit: VisionTransformer, layer: str = "second-last", dtype: torch.dtype | None = None, matrices: bool = False
+) -> Encoder:
+    """The tokens of a ViT, class token first, without the output norm; "second-last" drops its last block for good.
+    matrices: dtype is theirs alone, as Frozen has it."""
+    return Encoder(_Tokens(vit, LAYERS[_known(layer)]), vit.width, len(vit.positions.position), layer, dtype, matrices)
 
 
 class _Tokens(nn.Module):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
 
 class Frozen(nn.Module):
     """A module held beside the tree of modules rather than in it: whoever owns this sees none of its parameters.
@@ -18,16 +20,36 @@ class Frozen(nn.Module):
     So they reach no optimizer, no state dict, no gradient bucket and no count of what is trained, and train() does not
     reach its dropout. Moves between devices do reach it. It computes under no_grad unless `through`: then gradients
     pass through it to its input, never into its weights. dtype: what its weights are cast to, for good; floating-point
-    inputs of a call follow. Attributes that this has not are the module's own: `frozen.embed(tokens)`.
+    inputs of a call follow. matrices: those of linear layers and convolutions alone are, and multiply under autocast;
+    positions, norms and so the residual stream stay in fp32, as the official code has its image encoders
+    (lavis/models/eva_vit.py, convert_weights_to_fp16). Attributes that this has not are the module's own:
+    `frozen.embed(tokens)`.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None, *, through: bool = False):
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype | None = None, *, through: bool = False, matrices: bool = False
+    ):
         super().__init__()
         module.requires_grad_(False).eval()
-        self.dtype, self.through = dtype, through
-        self.__dict__["module"] = module if dtype is None else module.to(dtype)  # past nn.Module's registration
+        self.dtype, self.through, self.matrices = dtype, through, matrices and dtype is not None
+        self.__dict__["module"] = module  # past nn.Module's registration
+        self._cast()
+
+    def _cast(self) -> None:
+        if not self.matrices:
+            if self.dtype is not None:
+                self.module.to(self.dtype)
+            return
+        self.module.float()
+        for part in self.module.modules():
+            if isinstance(part, MATRICES):
+                part.to(self.dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.matrices:
+            device = next(self.module.parameters()).device.type
+            with nullcontext() if self.through else torch.no_grad(), torch.autocast(device, self.dtype):
+                return self.module(*args, **kwargs)
         if self.dtype is not None:
             args = tuple(x.to(self.dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
         with nullcontext() if self.through else torch.no_grad():
@@ -45,8 +67,7 @@ class Frozen(nn.Module):
         """Devices as told; a change of precision that is meant for the trained parts does not stay."""
         super()._apply(fn, recurse)
         self.module._apply(fn)
-        if self.dtype is not None:
-            self.module.to(self.dtype)
+        self._cast()
         return self
 
     def extra_repr(self) -> str:

@@ -39,19 +39,21 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Published:
     """repo: where a hub has the folder; changes: what BLIP-2's code changes in its configuration; stop: the text whose
-    first token ends an answer, where that is not the tokenizer's own end."""
+    first token ends an answer, where that is not the tokenizer's own end; half: the 16 bits that it is read in on a
+    GPU."""
 
     repo: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     stop: str | None = None
+    half: torch.dtype = torch.bfloat16
 
 
 SMOLLM2 = "smollm2-135m"
-# LAVIS reads FlanT5 with the exact GELU, where its own configuration has the tanh form, and stops OPT at a newline
-# (lavis/models/blip2_models/blip2_t5.py and blip2_opt.py).
+# LAVIS reads FlanT5 in bfloat16 with the exact GELU, where its own configuration has the tanh form, and OPT in float16;
+# it stops OPT at a newline (lavis/models/blip2_models/blip2_t5.py and blip2_opt.py).
 PUBLISHED = {
-    "opt-2.7b": Published("facebook/opt-2.7b", stop="\n"),
-    "opt-6.7b": Published("facebook/opt-6.7b", stop="\n"),
+    "opt-2.7b": Published("facebook/opt-2.7b", stop="\n", half=torch.float16),
+    "opt-6.7b": Published("facebook/opt-6.7b", stop="\n", half=torch.float16),
     "flan-t5-xl": Published("google/flan-t5-xl", {"dense_act_fn": "gelu"}),
     "flan-t5-xxl": Published("google/flan-t5-xxl", {"dense_act_fn": "gelu"}),
 }
@@ -85,6 +87,12 @@ def load_language_model(
             f"{name}: {place} has no config.json; get it with: hf download {known.repo} --local-dir {place}"
         )
     return load_folder(place, dtype, known or Published(str(place)))
+
+
+def half_of(name: str) -> torch.dtype:
+    """The 16 bits that a language model by name is best read in here: those of its release where there is a GPU, else
+    bfloat16, which CPUs multiply faster and no sum overflows."""
+    return PUBLISHED[name].half if name in PUBLISHED and torch.cuda.is_available() else torch.bfloat16
 
 
 # ---- tokenizers

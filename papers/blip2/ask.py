@@ -39,7 +39,7 @@ def captioner(
     talker = load_talker(variant, weights, tokenizer, manifest, "caption")
     how = replace(CAPTIONING, beams=beams, shortest=1 if talker.trained_here else CAPTIONING.shortest)
     prompt = prompt if prompt is not None else "" if talker.trained_here else CAPTION
-    settings = how.settings(talker.words.stop)
+    settings = how.settings(talker.words.stop, talker.model.language_model.kind)
     if nucleus is not None:
         settings = replace(settings, beams=1, sample=True, top_p=nucleus)
     asked = begun(talker, prompt)
@@ -68,7 +68,7 @@ def answerer(
         raise UserError("the question is empty; ask something, in quotes")
     talker = load_talker(variant, weights, tokenizer, manifest)
     asked = begun(talker, prompt_of(talker, question))
-    settings = replace(ANSWERING, beams=beams).settings(talker.words.stop)
+    settings = replace(ANSWERING, beams=beams).settings(talker.words.stop, talker.model.language_model.kind)
     check_room(talker, asked, settings)
 
     def answer(images: Tensor) -> list[str]:
@@ -92,7 +92,7 @@ def chatter(
     where the weights are released ones and it has one, else as the paper asks; its oldest turns go where the context is
     full."""
     talker = load_talker(variant, weights, tokenizer, manifest)
-    settings = replace(TALKING, beams=beams).settings(talker.words.stop)
+    settings = replace(TALKING, beams=beams).settings(talker.words.stop, talker.model.language_model.kind)
 
     def begin(image: Tensor) -> Callable[[str], Reply]:
         prefix = prefix_of(talker, image)  # (1, Q, W)

@@ -18,6 +18,7 @@ from papers.blip2.config import LANGUAGES, Blip2Config, with_language
 from papers.blip2.lab import LANGUAGE_SEED, OPEN, Lab, make_lab
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, spread
 from papers.blip2.module import EVERYTHING, FrozenWatch, Stage1Module, Stage2Module, held
+from papers.blip2.pretrained import PUBLISHED_ENCODERS, published_encoder
 from papers.blip2.recipe import Blip2Recipe
 from papers.blip2.words import Words, named_words, padded, words_of
 from shared.arms import Context
@@ -217,7 +218,7 @@ class Bridge:
     def train_stage2(
         self, model: Blip2, speaker: Speaker, features: Tensor, recipe: Blip2Recipe, folder: Path, headline: bool
     ) -> dict:
-        rows, texts = self.learned(speaker, headline)
+        rows, texts = self.learned(speaker, headline, model.config.queries)
         module = Stage2Module(model, recipe).train()
         return self.fitted(module, (features[rows], *texts), recipe, folder, "stage2", [speaker.model])
 
@@ -235,12 +236,17 @@ class Bridge:
             part.requires_grad_(False).eval()
         return told
 
-    def learned(self, speaker: Speaker, headline: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Rows of the pictures, and tokens, present and given of stage 2's texts."""
+    def learned(self, speaker: Speaker, headline: bool = False, queries: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Rows of the pictures, and stage 2's texts as Stage2Module takes them. queries: as configured where 0."""
         recipe = self.recipe
         share, kinds = (recipe.headline_asked, OPEN) if headline else (recipe.asked, KINDS)
         told = self.lab.learned(share, self.context.seed, kinds)
-        texts = speaker.words.learned([(prompt, text) for _, prompt, text in told])
+        texts = speaker.words.learned(
+            [(prompt, text) for _, prompt, text in told],
+            recipe.text_tokens,
+            queries or self.lab.config.queries,
+            self.context.seed,
+        )
         return torch.tensor([row for row, _, _ in told]), tuple(texts)
 
     def fitted(
@@ -288,19 +294,21 @@ def artifact_of(name: str, scale: str) -> Artifact | None:
 
 @lru_cache(maxsize=8)
 def frozen_encoder(name: str, layer: str, scale: str, manifest: str, half: bool) -> Encoder:
-    """An artifact, or of the manifest at some size of pictures: `efficientnet-lite0 64`."""
+    """An artifact, or of the manifest at some size of pictures: `efficientnet-lite0 64`, `eva-vit-g 364`."""
     dtype, found = HALF if half else None, artifact_of(name, scale)
     if found is not None:
         return found.load(layer=layer, dtype=dtype)
+    if name.split()[0] in PUBLISHED_ENCODERS:
+        return published_encoder(name, layer, manifest, half)
     name, *size = name.split()
     return efficientnet_encoder(name, layer, int(size[0]) if size else 0, manifest, dtype)
 
 
 @lru_cache(maxsize=1)
 def named_speaker(name: str, manifest: str) -> Speaker:
-    from shared.language_adapters import load_language_model
+    from shared.language_adapters import half_of, load_language_model
 
-    model, tokenizer = load_language_model(name, manifest=manifest, dtype=HALF)
+    model, tokenizer = load_language_model(name, manifest=manifest, dtype=half_of(name))
     model = model if isinstance(model, Frozen) else Frozen(model, through=True)
     return Speaker(model, named_words(tokenizer, model.context), LANGUAGES[name])
 

@@ -81,6 +81,22 @@ def lavis_qformer(text: bool) -> dict:
     }
 
 
+def bert() -> dict:
+    """BertForMaskedLM or BertForPreTraining; token types, pooler and next-sentence head have no place here."""
+    unused = ("bert.pooler.dense", "cls.seq_relationship", "cls.predictions.decoder")  # the decoder is the word table
+    head = {"transform.dense": "dense", "transform.LayerNorm": "norm"}
+    return {
+        **_tables("bert.embeddings."),
+        **_pairs({"LayerNorm": "norm"}, "bert.embeddings.", "qformer.embeddings."),
+        **_layers("bert.", "self", "qformer.", text=True),
+        **_pairs(head, "cls.predictions.", "head."),
+        "cls.predictions.bias": "head.bias",
+        **{f"{name}.{part}": None for name in unused for part in PARTS},
+        "bert.embeddings.token_type_embeddings.weight": None,
+        "bert.embeddings.position_ids": None,
+    }
+
+
 def transformers_qformer(text: bool, theirs: str = "qformer.", ours: str = "qformer.") -> dict:
     """Blip2QFormerModel's own tensors; its queries and tables belong to the models around it."""
     return {

@@ -82,16 +82,19 @@ def reranked(model: Blip2Qformer, pictures: Encoded, tokens: Tensor, candidates:
 
 @dataclass(frozen=True)
 class Writing:
-    """How texts are written behind a prompt. The lengths count new tokens."""
+    """How texts are written behind a prompt. The lengths count new tokens; of a seq2seq model the shortest counts the
+    decoder's start token too, as min_length does where the official code hands it on."""
 
     beams: int = 5
     length_penalty: float = 1.0
     longest: int = 30
     shortest: int = 1
 
-    def settings(self, stop: Sequence[int]) -> GenerationSettings:
+    def settings(self, stop: Sequence[int], kind: str = "causal") -> GenerationSettings:
+        """kind: of the language model, "causal" or "seq2seq"."""
+        shortest = self.shortest - (kind == "seq2seq" and self.shortest > 0)
         return GenerationSettings(
-            tuple(stop), self.longest, self.shortest, beams=self.beams, length_penalty=self.length_penalty
+            tuple(stop), self.longest, shortest, beams=self.beams, length_penalty=self.length_penalty
         )
 
 
@@ -115,7 +118,7 @@ def write(
             decoding = model.language_model.decoding(no_prefix(model, len(tokens)))
         else:
             decoding = model.decoding(features[chosen].to(tokens.device))
-        found = generate(decoding, tokens, how.settings(words.stop), present=present)
+        found = generate(decoding, tokens, how.settings(words.stop, model.language_model.kind), present=present)
         said += [words.decode(one) for one in found.tokens]
     return said
 
@@ -190,7 +193,7 @@ def answer_in_context(
         own = model.prefix(features[part].to(device)).float()  # (B, Q, W)
         prefix = torch.cat([before.expand(len(own), -1, -1), own], 1)
         tokens, present = words.prompts(asked(model, questions[part]), device)
-        said = generate(language.decoding(prefix), tokens, how.settings(words.stop), present=present)
+        said = generate(language.decoding(prefix), tokens, how.settings(words.stop, language.kind), present=present)
         found += [tidy(words.decode(one)) for one in said.tokens]
     return found
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config, fitted
 from papers.blip2.recipe import Blip2Recipe
+from papers.blip2.words import clean_caption
 from shared.arms import once_a_seed
 from shared.data.distractors import distractors
 from shared.data.scenes import COLOURS, Scene, SceneOptions, render_many, sample_scene
@@ -124,6 +125,7 @@ def lab_of(recipe: Blip2Recipe, seed: int) -> Lab:
     texts = [(row, text) for row, several in enumerate(world.train.captions) for text in several]
     pack = pack_of(recipe, world)
     if pack is None:
+        texts = [(row, clean_caption(text)) for row, text in texts]  # in both stages (LAVIS, blip_caption)
         said, asked, answers = [text for _, text in texts], [], []
         held = published(world)
     else:
@@ -207,7 +209,7 @@ def held_of(pack: SpritePack, recipe: Blip2Recipe, seed: int) -> Held:
 
 def published(world: World) -> Held:
     owner = [row for row, several in enumerate(world.test.captions) for _ in several]
-    texts = [text for several in world.test.captions for text in several]
+    texts = [clean_caption(text) for several in world.test.captions for text in several]
     return Held(world.test.images, texts, torch.tensor(owner), world.test.images[:0], [], [])
 
 

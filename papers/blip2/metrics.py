@@ -7,7 +7,6 @@ Axes: I pictures, S picture tokens, C their width.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from papers.blip2.evaluate import ANSWERING, CAPTIONING, Encoded, answer, captio
 from papers.blip2.model import Blip2
 from papers.blip2.pretrained import ENCODER_ENTRIES, config_of, holds_encoder, load_encoder, load_file
 from papers.blip2.recipe import Blip2Recipe
-from papers.blip2.words import Words, named_words
+from papers.blip2.words import Words, clean_caption, clean_question, named_words
 from shared.data.adapters import PictureError, fitted_image, karpathy_records
 from shared.data.benchmarks import nocaps_records
 from shared.data.vqa_sets import AskedPicture, gqa_questions, okvqa_questions, vqa_questions, write_vqa_results
@@ -44,7 +43,6 @@ FOLDERS = {  # where each benchmark lies under data_root
 }
 QUESTIONS = {"VQAv2": vqa_questions, "OK-VQA": okvqa_questions, "GQA": gqa_questions}
 PRETRAINED = ("blip2-vit-l", "blip2-vit-g")  # ids of weights that retrieval needs tuned, and no one has released so
-LONGEST = 50  # words of a text or question, as the release keeps
 CHUNK = 16
 LARGEST_DROPPED = 0.001
 SPACY = "en_core_web_sm"
@@ -59,8 +57,7 @@ def measure(row: MetricRow, recipe: Blip2Recipe) -> float:
         raise UserError("SPICE needs Java and the Stanford parser, which are not used here; score captions elsewhere")
     if protocol == "generate-official":
         raise UserError(
-            "no weights fine-tuned for VQA were released, and theirs read the question in the Q-Former too, which the "
-            "second stage here does not; neither can be scored"
+            "no weights fine-tuned for VQA were released, whose Q-Former reads the question too: nothing can be scored"
         )
     entries = load_manifest(recipe.manifest)
     if row.need.weights not in entries:
@@ -201,7 +198,8 @@ class Seeing(NamedTuple):
 
 @lru_cache(maxsize=1)
 def seeing(places: Places, id: str, variant: Blip2Config) -> Seeing:
-    """id: the manifest's, for messages alone. In half precision, as far as it is frozen, on a GPU."""
+    """id: the manifest's, for messages alone. In half precision, as far as it is frozen, on a GPU: of the image encoder
+    the matrices (load_encoder)."""
     half = torch.float16 if torch.cuda.is_available() else None
     loaded = load_file(places.weights, variant)
     model, encoder = loaded
@@ -261,21 +259,6 @@ def in_chunks(name: str, samples: Sequence[T], record, size: int) -> Iterator[tu
             raise UserError(f"{name}: {len(dropped)} broken pictures of {len(samples)}: {first}; get the set anew")
         if kept:
             yield kept, torch.stack(images)
-
-
-# ---- texts, as lavis/processors/blip_processors.py cleans them
-
-_SIGNS = re.compile(r"[.!\"()*#:;~]")
-
-
-def clean_caption(text: str) -> str:
-    words = _SIGNS.sub(" ", text.lower()).split()
-    return " ".join(words[:LONGEST])
-
-
-def clean_question(text: str) -> str:
-    words = _SIGNS.sub("", text.lower()).rstrip().split(" ")
-    return " ".join(words[:LONGEST])
 
 
 # ---- retrieval (Sec. 4.4)

@@ -290,7 +290,7 @@ class Blip2Qformer(nn.Module):
 
 
 class Prompt(NamedTuple):
-    """What the encoder of a seq2seq model reads behind the prefix."""
+    """What the encoder of a seq2seq model reads behind the prefix, or a Q-Former beside its queries."""
 
     tokens: Tensor  # (B, T)
     present: Tensor  # (B, T) bool, False at padding on either side
@@ -306,24 +306,36 @@ class Stage2Output(NamedTuple):
 class Blip2(nn.Module):
     """Stage 2: the queries' states, projected, are the first words that a frozen language model reads."""
 
-    def __init__(self, config: Blip2Config, language_model: LanguageModel):
-        """language_model: held beside the tree of modules (shared/frozen.py), so neither trained nor saved with it."""
+    def __init__(self, config: Blip2Config, language_model: LanguageModel, *, question: bool = False):
+        """language_model: held beside the tree of modules (shared/frozen.py), so neither trained nor saved with it.
+
+        question: the Q-Former keeps its text branch, in which the queries meet a question about the picture
+        (fine-tuning for VQA, Sec. 4.3).
+        """
         super().__init__()
         self.config = config
         self.vision_norm = VisionNorm(config.vision.width)
-        self.qformer = query_transformer(config, text=False)
+        self.qformer = query_transformer(config, text=question)
+        if question:  # nobody reads the text's own states after the last layer
+            for part in (self.qformer.layers[-1].mlp, self.qformer.layers[-1].mlp_norm):
+                part.requires_grad_(False)
         self.projector = nn.Linear(config.width, language_model.width)
         held = isinstance(language_model, Frozen)
         self.language_model = language_model if held else Frozen(language_model, through=True)
 
     @classmethod
     def started_from(
-        cls, stage1: Blip2Qformer | Mapping[str, Tensor], config: Blip2Config, language_model: LanguageModel
+        cls,
+        stage1: Blip2Qformer | Mapping[str, Tensor],
+        config: Blip2Config,
+        language_model: LanguageModel,
+        *,
+        question: bool = False,
     ) -> Blip2:
-        """A new projector on the Q-Former of stage 1 (the model or its state dict), whose text branch and heads stay
-        behind. UserError where a weight is missing, of another shape, or of no stage-1 model."""
+        """A new projector on the Q-Former of stage 1 (the model or its state dict), whose heads and, unless `question`,
+        text branch stay behind. UserError where a weight is missing, of another shape, or of no stage-1 model."""
         found = stage1 if isinstance(stage1, Mapping) else stage1.state_dict()
-        model = cls(config, language_model)
+        model = cls(config, language_model, question=question)
         wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("projector.")}
         with torch.device("meta"):
             known = Blip2Qformer(config).state_dict()
@@ -338,19 +350,30 @@ class Blip2(nn.Module):
         model.load_state_dict({key: found[key] for key in wanted}, strict=False)  # the projector is new
         return model
 
-    def prefix(self, features: Tensor) -> Tensor:
-        """(B, S, C) -> the visual words (B, Q, W)."""
-        return self.projector(self.qformer.look(self.vision_norm(features)))
+    def prefix(self, features: Tensor, question: Prompt | None = None) -> Tensor:
+        """(B, S, C) -> the visual words (B, Q, W). question: in the Q-Former's own tokens, [CLS] first (B, T)."""
+        context = self.vision_norm(features)
+        if question is None:
+            return self.projector(self.qformer.look(context))
+        if self.qformer.layers[0].mlp is None:
+            raise ValueError("this Q-Former has no text branch to read a question: make it with question=True")
+        return self.projector(self.qformer.match(*question, context)[:, : self.config.queries])
 
     def forward(
-        self, features: Tensor, tokens: Tensor, present: Tensor, prompt: int | Tensor | Prompt = 0
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        present: Tensor,
+        prompt: int | Tensor | Prompt = 0,
+        question: Prompt | None = None,
     ) -> Stage2Output:
         """features (B, S, C), tokens (B, T) to be said, present (B, T), False at padding on the right.
 
         prompt, causal: how many leading tokens are given and not learned, of all or of each (B,); the first token is
         learned from the prefix alone where 0. seq2seq: what the encoder reads behind the prefix, nothing where 0.
+        question: as `prefix` takes it.
         """
-        prefix = self.prefix(features)
+        prefix = self.prefix(features, question)
         if self.language_model.kind == "causal":
             states, learned = self._continued(prefix, tokens, present, prompt)
         else:
@@ -381,6 +404,6 @@ class Blip2(nn.Module):
         embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
         return self.language_model.states(embeddings, F.pad(present, (prefix.shape[1], 0), value=True), **given)
 
-    def decoding(self, features: Tensor):
+    def decoding(self, features: Tensor, question: Prompt | None = None):
         """(B, S, C) -> what shared/generation.py drives; prompts follow the prefix (seq2seq: in the encoder)."""
-        return self.language_model.decoding(self.prefix(features))
+        return self.language_model.decoding(self.prefix(features, question))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from papers.blip2.config import VARIANTS
 from papers.blip2.losses import stage1_losses, stage2_loss
-from papers.blip2.model import Blip2, Blip2Qformer, Objectives
+from papers.blip2.model import Blip2, Blip2Qformer, Objectives, Prompt
 from papers.blip2.recipe import Blip2Recipe
 from shared.blocks import set_recompute
 from shared.errors import UserError
@@ -47,7 +47,11 @@ class BridgeModule(lightning.LightningModule):
             self.model.compile()
 
     def configure_optimizers(self) -> dict:
-        """AdamW on what is trained; matrices decay, vectors and the temperature do not (LAVIS, runner_base.py)."""
+        """AdamW on what is trained; matrices and queries decay, vectors do not (LAVIS, Blip2Base.get_optimizer_params).
+
+        Unlike there the temperature, a number without an axis, does not decay either: it would be drawn towards
+        dividing by nothing.
+        """
         recipe = self.recipe
         optimizer = torch.optim.AdamW(
             decay_groups(self, recipe.weight_decay),
@@ -105,16 +109,20 @@ class Stage1Module(BridgeModule):
 
 class Stage2Module(BridgeModule):
     """Trains on (features or pictures, tokens (B, T), present (B, T), given (B,)) batches; given: leading tokens of a
-    text that are asked, not learned."""
+    text that are asked, not learned. With a seq2seq model, in the place of given, asked (B, A) and where it is (B, A):
+    its encoder reads that, its decoder learns the tokens (words.py)."""
 
     model: Blip2
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
-        seen, tokens, present, given = batch
+        seen, tokens, present, *asked = batch
         if not self.recipe.compile:
-            longest = int(present.sum(1).max())
-            tokens, present = tokens[:, :longest], present[:, :longest]
-        loss = stage2_loss(self.model(self.features(seen), tokens, present, given))
+            tokens, present = within(tokens, present)
+        if self.model.language_model.kind == "seq2seq":
+            prompt = Prompt(*(asked if self.recipe.compile else within(*asked)))
+        else:
+            [prompt] = asked
+        loss = stage2_loss(self.model(self.features(seen), tokens, present, prompt))
         self.log("loss", loss.detach())
         return loss
 
@@ -149,6 +157,12 @@ def held(part: nn.Module) -> nn.Module:
 def narrowed(tokens: Tensor, pad: int) -> Tensor:
     """(B, T) without the columns that are padding in every row: nobody sees them, and they cost as much as words."""
     return tokens[:, : int((tokens != pad).sum(1).max())]
+
+
+def within(tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Right-padded tokens (B, T) and where they are, without the columns that are padding in every row."""
+    longest = int(present.sum(1).max())
+    return tokens[:, :longest], present[:, :longest]
 
 
 def learning_rate_share(step: int, recipe: Blip2Recipe) -> float:

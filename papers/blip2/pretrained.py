@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from papers.blip2.config import VARIANTS, Blip2Config, VisionConfig, at
+from papers.blip2.config import CLIP_VIT_L, EVA_VIT_G, VARIANTS, Blip2Config, VisionConfig, at
 from papers.blip2.converter import (
     FORMATS,
     VISION,
+    bert,
     detect,
     encoder_of,
     holds_vision,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 TASKS = {"-retrieval-coco": (364, 35), "-caption-coco": (364, None)}  # an entry's ending -> picture size, text tokens
 ENCODER_ENTRIES = {"eva": "blip2-eva-vit-g", "clip": "blip2-clip-vit-l"}  # of the published variants' frozen encoders
+PUBLISHED_ENCODERS = {"eva-vit-g": EVA_VIT_G, "clip-vit-l": CLIP_VIT_L}  # as recipes name them
 INDEX = "model.safetensors.index.json"
 
 
@@ -204,21 +206,94 @@ def load_file(path: Path, config: Blip2Config, language_model: LanguageModel | N
     return Loaded(model.eval(), encoder_with(seen, config.vision) if seen else None)
 
 
-def encoder_with(state: Mapping[str, Tensor], vision: VisionConfig, dtype: torch.dtype | None = None) -> Encoder:
-    """A frozen encoder with these weights, read after its last block: the one that was left out came behind it."""
+def encoder_with(
+    state: Mapping[str, Tensor], vision: VisionConfig, dtype: torch.dtype | None = None, matrices: bool = False
+) -> Encoder:
+    """A frozen encoder with these weights, read after its last block: the one that was left out came behind it.
+    matrices: dtype is theirs alone (shared/frozen.py)."""
     vit = vision_encoder(vision)
     vit.load_state_dict(dict(state), strict=True)
-    return vit_encoder(vit, "last", dtype)
+    return vit_encoder(vit, "last", dtype, matrices)
 
 
 def load_encoder(path: Path, vision: VisionConfig, dtype: torch.dtype | None = None) -> Encoder:
-    """A frozen encoder's own published file (eva_vit_g.pth, clip_vit_L.pth), positions carried to the picture size."""
+    """A frozen encoder's own published file (eva_vit_g.pth, clip_vit_L.pth), positions carried to the picture size.
+
+    dtype: in float16 the matrices alone, with the residual stream in fp32, as the official code runs it; in bfloat16,
+    which is for CPUs, all of it.
+    """
     with torch.device("meta"):
         expected = vision_encoder(vision).state_dict()
     try:
-        return encoder_with(encoder_of(read(path), vision.kind, expected), vision, dtype)
+        found = encoder_of(read(path), vision.kind, expected)
+        return encoder_with(found, vision, dtype, matrices=dtype == torch.float16)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def published_encoder(named: str, layer: str, manifest: str | Path, half: bool) -> Encoder:
+    """A frozen encoder as a recipe names it: `eva-vit-g`, `clip-vit-l 364 weights/clip_vit_L.pth`, the size of pictures
+    and the file where they are not 224 and the cache's. half: as load_encoder has it, float16 where there is a GPU.
+
+    Its second-last layer is the last that was published.
+    """
+    name, *given = named.split()
+    vision = PUBLISHED_ENCODERS[name]
+    if layer != "second-last":
+        raise UserError(f"{name}: published without its last block, so there is no layer '{layer}': take second-last")
+    for one in given:
+        if one.isdigit():
+            vision = replace(vision, image_size=int(one))
+    files = [one for one in given if not one.isdigit()]
+    entry = load_manifest(manifest)[ENCODER_ENTRIES[vision.kind]]
+    place = Path(files[0]).expanduser() if files else entry.sha256 and cached(entry)
+    if not place or not place.is_file():
+        wanted = place or entry.file
+        raise UserError(
+            f"{wanted}: no such file; the frozen image encoder is {entry.what} ({entry.origin}): get it, and give "
+            f"encoder='{name} PATH'"
+        )
+    dtype = torch.float16 if torch.cuda.is_available() else torch.bfloat16
+    return load_encoder(place, vision, dtype if half else None)
+
+
+# ---- what stage 1 starts from
+
+
+def read_bert(path: Path) -> dict[str, Tensor]:
+    """A file of bert-base-uncased; UserError says how to get it."""
+    if not path.is_file():
+        command = f"hf download google-bert/bert-base-uncased {path.name} --local-dir {path.parent}"
+        raise UserError(f"{path}: no such file; the Q-Former starts from BERT-base: {command}")
+    return read_tensors(path)
+
+
+def from_bert(model: Blip2Qformer, published: Mapping[str, Tensor]) -> None:
+    """In place: BERT into self-attention, text and word head of the Q-Former, its feed-forward layers into those of the
+    queries too (Sec. 3.1). Queries, cross-attention, [DEC] and the other heads keep their initialisation.
+
+    published: transformers' names of BertForMaskedLM or BertForPreTraining, old and new. Strict and total.
+    """
+    config, own = model.config, model.state_dict()
+    apart = (".cross_", ".query_")
+    shapes = {
+        key: tensor.shape
+        for key, tensor in own.items()
+        if key.startswith(("qformer.embeddings.", "qformer.layers.", "head.")) and not any(one in key for one in apart)
+    }
+    longer = ("qformer.embeddings.word.weight", "head.bias")  # by [DEC], which stands behind BERT's words
+    for key in longer:
+        shapes[key] = (config.decode_token, *shapes[key][1:])
+    ours = to_ours({_renamed(key): tensor for key, tensor in published.items()}, bert(), shapes)
+    for key in longer:
+        ours[key] = torch.cat([ours[key], own[key][config.decode_token :]])
+    model.load_state_dict(own | ours, strict=True)
+    model.qformer.copy_text_branch()
+
+
+def _renamed(key: str) -> str:
+    """The oldest files write LayerNorm.gamma and LayerNorm.beta."""
+    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def encoder_beside(weights: Path, config: Blip2Config, manifest: Path) -> Path:

@@ -20,7 +20,9 @@ class Blip2Recipe(Recipe):
     eps: float = 1e-8
     min_learning_rate: float = 0.0  # where the cosine ends (5e-5 in stage 2)
     stage: int = 1  # what `python -m papers train blip2` trains
+    bert_weights: str = ""  # what its stage 1 starts from: a file of bert-base-uncased; empty: fresh numbers
     stage1_weights: str = ""  # what its stage 2 starts from
+    text_tokens: int = 32  # the most of a text in stage 2, prompt included (LAVIS, max_txt_len)
     by_picture: bool = False  # all texts of a picture are its partners (retrieval fine-tuning)
 
     encoder: str = "clip:vision"  # frozen; an artifact of another paper, or an encoder by name
@@ -79,7 +81,7 @@ class Blip2Recipe(Recipe):
         if not self.kinds or not 0 <= self.asked <= 1 or not 0 <= self.headline_asked <= 1:
             raise UserError("recipe: kinds must name one or more, and asked and headline_asked lie in 0..1")
         counts = ("stage2_steps", "stage2_batch", "headline_steps", "headline_batch", "headline_questions", "lm_steps",
-                  "compared_steps", "shots", "beams", "longest", "candidates", "more",
+                  "compared_steps", "shots", "beams", "longest", "candidates", "more", "text_tokens",
                   "asked_pictures")  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:

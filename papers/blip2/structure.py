@@ -36,8 +36,6 @@ def measure(variant: str) -> dict[str, float]:
     }
     if config.language is not None:
         counts |= stage2_counts(config, vision)
-        text = counts["qformer_stage1"] - count(stage1.head) - counts["qformer_stage2"]
-        counts["vqa"] = counts["captioner"] + text
     width, seen = qformer.query_tokens.shape[1], config.vision
     sizes = {
         "queries": len(qformer.query_tokens),
@@ -62,7 +60,7 @@ def measure(variant: str) -> dict[str, float]:
 def stage2_counts(config: Blip2Config, vision: int) -> dict[str, float]:
     """Of a model with a language model, which itself is counted from its configuration."""
     with torch.device("meta"):
-        stage2 = Blip2(config, _OfWidth(config.language.width))
+        stage2, asked = (Blip2(config, _OfWidth(config.language.width), question=one) for one in (False, True))
     language = language_parameters(config.language)
     trained = count(stage2)
     total = vision + trained + language
@@ -74,6 +72,7 @@ def stage2_counts(config: Blip2Config, vision: int) -> dict[str, float]:
         "total_by_name": vision + trained + NAMED_SIZES.get(config.language.name, language),
         "share_trained": trained / total,
         "captioner": vision + trained,
+        "vqa": vision + count(asked),
     }
 
 

@@ -15,6 +15,7 @@ from papers.blip2.kept import keep_frozen
 from papers.blip2.lab import Lab, lab_of
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import Stage1Module, Stage2Module
+from papers.blip2.pretrained import from_bert, read_bert
 from papers.blip2.recipe import Blip2Recipe
 from shared.checkpoints import load_weights
 from shared.data.batches import Batches
@@ -24,21 +25,27 @@ from shared.train import Trainable
 
 
 def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
-    lab = lab_of(recipe, seed)
     half = recipe.accelerator != "cpu" and torch.cuda.is_available()
     encoder = frozen_encoder(recipe.encoder, recipe.layer, recipe.scale, recipe.manifest, half)
+    bert = read_bert(Path(recipe.bert_weights)) if recipe.bert_weights and recipe.stage == 1 else None
+    lab = lab_of(recipe, seed)  # last: of the paper's size it takes hours
     vision = replace(lab.config.vision, width=encoder.width)
     stage1 = replace(with_language(lab.config, None), vision=vision)
     seen, runs = pictures(recipe, lab, encoder)
     torch.manual_seed(seed)
     if recipe.stage == 1:
         rows, tokens = lab.pairs()
-        module = Stage1Module(Blip2Qformer(stage1), recipe, runs)
+        model = Blip2Qformer(stage1)
+        if bert is not None:
+            from_bert(model, bert)
+        module = Stage1Module(model, recipe, runs)
         tensors: tuple[Tensor, ...] = (seen[rows], tokens, rows)
     else:
         speaker = speaks(recipe)
         told = lab.learned(recipe.asked, seed)
-        texts = speaker.words.learned([(prompt, text) for _, prompt, text in told])
+        texts = speaker.words.learned(
+            [(prompt, text) for _, prompt, text in told], recipe.text_tokens, stage1.queries, seed
+        )
         rows = torch.tensor([row for row, _, _ in told])
         qformer = Blip2Qformer(stage1)
         if recipe.stage1_weights:

@@ -21,7 +21,7 @@ from papers.blip2.module import (
     learning_rate_share,
 )
 from papers.blip2.recipe import Blip2Recipe
-from papers.blip2.words import Words, words_of
+from papers.blip2.words import Words, clean_caption, words_of
 from shared.arms import Context
 from shared.data.scenes import COLOURS
 from shared.encoders import vit_encoder
@@ -35,7 +35,7 @@ SMALL = Blip2Recipe(
     steps=3, warmup_steps=1, encoder="strong", weak_encoder="weak", other_encoder="other", headline_model="",
     larger_width=48, lm_texts=60, lm_steps=3, lm_batch=8, stage2_steps=3, stage2_batch=8, headline_steps=2,
     headline_batch=8, headline_questions=8, compared_steps=2, beams=2, longest=4, candidates=4, shots=1, more=2,
-    accelerator="cpu",
+    text_tokens=64, accelerator="cpu",
 )  # fmt: skip
 
 
@@ -135,11 +135,11 @@ def words(context=12):
     )  # fmt: skip
 
 
-def test_a_prompt_is_given_and_its_answer_learned_up_to_the_stop():
-    texts = words().learned([("one three", "four"), ("", "a bb")])
+def test_a_prompt_is_given_and_its_answer_learned_up_to_the_stop_and_a_text_alone_from_its_start_on():
+    texts = words().learned([("one three", "four"), ("", "a bb")], 9)
     assert texts.tokens.tolist() == [[1, 13, 15, 14, 2], [1, 11, 12, 2, 0]]
     assert texts.present.tolist() == [[True] * 5, [True] * 4 + [False]]
-    assert texts.given.tolist() == [3, 1]
+    assert texts.given.tolist() == [3, 0]
 
 
 def test_prompts_are_padded_on_the_left():
@@ -148,8 +148,79 @@ def test_prompts_are_padded_on_the_left():
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
-    with pytest.raises(UserError, match="no room for an answer"):
-        words(context=3).learned([("one three", "four")])
+    for some in (words(), seq2seq()):
+        with pytest.raises(UserError, match="no room for an answer"):
+            some.learned([("one three", "four")], 3 if some.start else 2)
+
+
+def test_texts_are_cut_and_what_overflows_the_context_beside_the_queries_is_refused():
+    long = [("", "a bb ccc dddd")]
+    assert words(context=9).learned(long, 4, queries=5).tokens.tolist() == [[1, 11, 12, 13]]  # it does not end
+    with pytest.raises(UserError, match=r"texts of 4 tokens behind 6 queries, .* context is 9: shorten"):
+        words(context=9).learned(long, 4, queries=6)
+    cut = seq2seq(context=9).learned([("", "a bb ccc dddd eeeee ffffff")] * 8, 3, queries=6)
+    assert cut.tokens.shape[1] <= 3 and cut.asked.shape[1] <= 3
+    for answer, asked in zip(cut.tokens.tolist(), cut.asked.tolist(), strict=True):
+        assert 2 in answer and 7 in asked  # both keep their ends
+    with pytest.raises(UserError, match="texts of 3 tokens behind 7 queries"):
+        seq2seq(context=9).learned([("bb ccc", "a")], 3, queries=7)
+
+
+def seq2seq(context=12):
+    """T5's: no start token, an end behind what its encoder reads."""
+    return replace(words(context), start=(), behind=(7,))
+
+
+def test_a_seq2seq_model_is_asked_the_prompt_and_learns_the_answer():
+    texts = seq2seq().learned([("one three", "four"), ("a", "bb a")], 9)
+    assert texts.asked.tolist() == [[13, 15, 7], [11, 7, 0]] and texts.tokens.tolist() == [[14, 2, 0], [12, 11, 2]]
+    assert texts.asked_present.tolist() == [[True] * 3, [True, True, False]]
+    assert texts.present.tolist() == [[True, True, False], [True] * 3]
+
+
+def test_a_text_without_a_prompt_is_split_at_random_for_a_seq2seq_model_by_the_seed():
+    text = ("", "a bb ccc dddd eeeee")
+    ids = [11, 12, 13, 14, 15]
+
+    def splits(seed):
+        texts = seq2seq().learned([text] * 40, 9, seed=seed)
+        places = []
+        for asked, said in zip(texts.asked.tolist(), texts.tokens.tolist(), strict=True):
+            before, behind = asked[: asked.index(7)], said[: said.index(2)]
+            assert before + behind == ids
+            places.append(len(before))
+        return places
+
+    assert set(splits(3)) == {1, 2, 3, 4}  # neither part is ever empty
+    assert splits(3) == splits(3) != splits(4)
+    alone = seq2seq().learned([("", "ccc")], 9)
+    assert alone.asked.tolist() == [[7]] and alone.tokens.tolist() == [[13, 2]]
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("A man (left): two-tone hats!", "a man left two-tone hats"),
+        ('Say "hello"; #1 * ~ what?', "say hello 1 what?"),
+        ("a.b,  c\n", "a b, c"),
+        ("word " * 60, " ".join(["word"] * 50)),
+    ],
+)
+def test_captions_of_published_sets_are_cleaned_as_the_release_cleans_them(text, cleaned):
+    assert clean_caption(text) == cleaned
+
+
+def test_published_captions_are_cleaned_before_both_stages_and_generated_ones_are_left(lab, monkeypatch):
+    shouted = [(f"A {text}! (shown)",) for [text] in lab.world.train.captions]
+    train = replace(lab.world.train, captions=shouted, noisy=None)
+    test = replace(lab.world.test, captions=shouted[: len(lab.world.test.captions)])
+    monkeypatch.setattr("papers.blip2.lab.load", lambda recipe, seed: replace(lab.world, train=train, test=test))
+    found = lab_of(SMALL, 3)
+    assert not found.generated
+    assert found.texts[5] == (5, clean_caption(shouted[5][0])) and found.texts[5][1].startswith("a ")
+    for text in (*(text for _, text in found.texts), *found.held.texts, *found.said):
+        assert text == clean_caption(text) and text.endswith(" shown")
+    assert lab.texts == [(row, text) for row, several in enumerate(lab.world.train.captions) for text in several]
 
 
 def test_a_period_ends_what_a_small_language_model_says(lab):
@@ -362,10 +433,24 @@ def test_in_context_the_asked_picture_stands_last_behind_the_examples(monkeypatc
     assert prefix[:, 0].argmax(1).tolist() == [4, 4] and prefix[:, 1 + length].argmax(1).tolist() == [6, 6]
 
 
+@pytest.mark.parametrize(("kind", "shortest"), [("causal", 4), ("seq2seq", 3)])
+def test_the_shortest_text_is_that_of_the_language_models_kind(monkeypatch, kind, shortest):
+    asked, generate = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **more: (asked.append(args[2]), generate(*args, **more))[1])
+    model, how = Seer(), evaluate.Writing(beams=1, longest=6, shortest=4)
+    monkeypatch.setattr(type(model.language_model), "kind", kind, raising=False)
+    evaluate.answer(model, SAID, seen(7), ["a?"], how)
+    evaluate.answer_in_context(model, SAID, seen(7), ["a?"], [(seen(4)[0], "what?", "cat")], how)
+    assert [settings.min_new_tokens for settings in asked] == [shortest] * 2
+
+
 def test_the_questions_are_put_as_in_the_paper():
     assert evaluate.PROMPTS["causal"] == QUESTION == "Question: {} Answer:"
     assert evaluate.PROMPTS["seq2seq"] == "Question: {} Short answer:"
     assert evaluate.ANSWERING.settings((2,)).length_penalty == -1 and evaluate.ANSWERING.beams == 5
+    assert evaluate.CAPTIONING.settings((2,)).min_new_tokens == 8  # of the decoder's start token too, where it has one
+    assert evaluate.CAPTIONING.settings((2,), "seq2seq").min_new_tokens == 7
+    assert replace(evaluate.CAPTIONING, shortest=0).settings((2,), "seq2seq").min_new_tokens == 0
 
 
 @pytest.mark.parametrize(("said", "tidied"), [(" cat.\nQuestion: dog", "cat"), ("red", "red"), ("\n", ""), ("", "")])

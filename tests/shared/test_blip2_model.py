@@ -518,6 +518,49 @@ def test_stage_2_starts_from_stage_1_without_its_text():
     assert not any(".mlp" in key or "word" in key or "position" in key for key in second.state_dict())
 
 
+@pytest.mark.parametrize("kind", [Causal, Seq2Seq])
+def test_a_question_may_meet_the_queries_in_the_q_former(kind):
+    start, (features, tokens), (said_tokens, present) = stage1(), batch(), said()
+    language = initialised(kind())
+    model = Blip2.started_from(start, SPEAKING, language, question=True).eval()
+    question = Prompt(tokens, start.present(tokens))
+    with torch.no_grad():
+        states = start.eval().qformer.match(tokens, question.present, start.vision_norm(features))
+        close(model.prefix(features, question), model.projector(states[:, : TINY.queries]))
+        plain = Blip2.started_from(start, SPEAKING, language).eval()
+        plain.projector.load_state_dict(model.projector.state_dict())
+        close(model.prefix(features), plain.prefix(features))  # nothing is asked
+        assert not torch.allclose(model.prefix(features, question), plain.prefix(features), atol=1e-3)
+        padded = Prompt(tokens.masked_fill(~question.present, 5), question.present)
+        close(model.prefix(features, padded), model.prefix(features, question))
+    stage2_loss(model(features, said_tokens, present, question=question)).backward()
+    silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
+    assert silent == {name for name, p in model.named_parameters() if not p.requires_grad}
+    unread = ("qformer.layers.2.mlp.", "qformer.layers.2.mlp_norm.")
+    assert len(silent) == 6 and all(name.startswith(unread) for name in silent)
+    with pytest.raises(ValueError, match="no text branch to read a question"):
+        plain.prefix(features, question)
+
+
+def test_a_question_is_heard_where_an_answer_is_written():
+    torch.manual_seed(0)
+    language = SPEAKING.language
+    speaker = SmallLanguageModel(language.vocabulary, language.context, language.width, 2, language.heads)
+    model, (features, tokens) = moved(Blip2(SPEAKING, speaker, question=True)).eval(), batch()
+    question = Prompt(tokens, tokens != TINY.pad_token)
+    with torch.no_grad():
+        close(model.decoding(features, question).prefix, model.prefix(features, question))
+        assert not torch.allclose(model.decoding(features).prefix, model.prefix(features, question))
+
+
+def test_fine_tuning_for_vqa_trains_the_text_branch_too():
+    measured = measure("blip2-vit-g-opt-2.7b")
+    text = measured["vqa"] - measured["captioner"]
+    with torch.device("meta"):
+        stage1 = Blip2Qformer(VARIANTS["blip2-vit-g"]())
+    assert text == measured["qformer_stage1"] - count(stage1.head) - measured["qformer_stage2"] > 80e6
+
+
 def test_stage_2_starts_from_nothing_but_its_own_stage_1():
     state = stage1().state_dict()
     missing = {key: value for key, value in state.items() if "query_mlp.up" not in key}

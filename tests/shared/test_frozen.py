@@ -80,6 +80,28 @@ def test_sixteen_bit_stays_whatever_the_owner_is_cast_to():
     assert {p.dtype for p in model.encoder.module.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrices_alone_may_be_in_sixteen_bit_and_multiply_so_while_the_stream_stays_whole(dtype):
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 7), nn.LayerNorm(7)).requires_grad_(False)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(11, 5)
+    wanted = module(x)
+    frozen = Frozen(copy.deepcopy(module), dtype, matrices=True)
+    seen = []
+    for part in frozen.module:
+        part.register_forward_hook(lambda _module, _inputs, out: seen.append(out.dtype))
+    for _ in range(2):
+        dtypes = [p.dtype for p in frozen.module.parameters()]
+        assert dtypes == [torch.float32] * 2 + [dtype] * 2 + [torch.float32] * 2
+        found = frozen(x)
+        assert seen[-3:-1] == [torch.float32, dtype] and not found.requires_grad
+        assert 0 < (found.float() - wanted).abs().max() < 0.1 and found.shape == (11, 7)
+        nn.ModuleList([frozen]).double()  # a change that is meant for others
+    assert Frozen(copy.deepcopy(module), None, matrices=True)(x).equal(wanted)
+
+
 def test_a_move_between_devices_reaches_the_frozen_part():
     model = Head().to("meta")
     assert {p.device.type for p in model.encoder.module.parameters()} == {"meta"}

@@ -9,7 +9,7 @@ from shared.errors import UserError
 from shared.fetch import load_manifest
 from shared.frozen import Frozen
 from shared.generation import GenerationSettings, generate
-from shared.language_adapters import LanguageTokenizer, load_language_model
+from shared.language_adapters import LanguageTokenizer, half_of, load_language_model
 from shared.language_model import SmallLanguageModel, causal_mask, seen_and_positions
 
 V, W, Q, PICTURES = 37, 24, 5, 8
@@ -295,6 +295,15 @@ def test_a_conversation_is_written_out_by_the_template_and_a_template_can_do_not
     assert tokenizer.chat(messages, reply=False) == "<user>w0\n<assistant>w1\n"
     with pytest.raises(UserError, match="does not fit these messages"):
         words(template="{{ messages.__class__.__mro__ }}").chat(messages)
+
+
+def test_a_release_names_the_sixteen_bits_of_a_gpu_and_a_cpu_takes_bfloat16(monkeypatch):
+    names = {"opt-2.7b": torch.float16, "opt-6.7b": torch.float16, "flan-t5-xl": torch.bfloat16, "x": torch.bfloat16}
+    for name, dtype in names.items():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert half_of(name) == dtype
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert half_of(name) == torch.bfloat16
 
 
 def test_a_model_that_is_missing_is_told_with_the_way_to_get_it(tmp_path):

@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("report", report, "print the newest report of a paper, keep it, or write the generated tables")
     sub.add_argument("paper", nargs="?")
     sub.add_argument("--keep", action="store_true", help="copy its report.json to results/, as committed evidence")
+    sub.add_argument("--judge", action="store_true", help="take the verdicts of kept evidence anew, by today's rule")
     sub.add_argument("--tables", action="store_true", help="write the generated tables of README and cards anew")
     sub = verb("convert", convert, "published weights to ours (safetensors), or ours to published names")
     sub.add_argument("source", type=Path)
@@ -284,14 +285,18 @@ def compare(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 
 def report(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.tables import keep_result, write_tables
+    from shared.tables import judge_results, keep_result, write_tables
 
+    if options.judge:
+        for name in [options.paper] if options.paper else catalogue.names():
+            for path in judge_results(catalogue, catalogue.known(name)):
+                print(f"judged anew: {path}")
     if options.tables:
         for path in write_tables(catalogue):
             print(f"written: {path}")
-        if not options.paper:
+    if not options.paper or options.judge:
+        if options.tables or options.judge:
             return
-    if not options.paper:
         raise UserError(f"name a paper: {', '.join(catalogue.names())}")
     runs = catalogue.root / "runs" / catalogue.known(options.paper)
     found = sorted(runs.glob("*/*/report.json"), key=lambda path: path.stat().st_mtime)

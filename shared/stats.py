@@ -116,6 +116,17 @@ def verdict(effects: Sequence[float], rule: Rule, level: float = DECIDES) -> Ver
     return Verdict(word, mean, low, high, smallest, note)
 
 
+def verdict_of_interval(mean: float, low: float, high: float, seeds: int, rule: Rule, level: float = DECIDES) -> str:
+    """The word that `verdict` finds for effects whose shown interval is (low, high): kept evidence stores no effects.
+
+    Effects without spread decide as there.
+    """
+    if high - low <= 1e-9 * max(1.0, abs(mean)):
+        return "inconclusive" if 2.0 ** (1 - seeds) > 1 - level else _decided(rule, low, high)
+    half = (high - low) / 2 * _quantile(level, seeds - 1) / _quantile(SHOWN, seeds - 1)
+    return _decided(rule, mean - half, mean + half)
+
+
 def _decided(rule: Rule, low: float, high: float) -> str:
     if rule.kind == "greater":
         holds, fails = low > rule.margin, high < rule.margin

@@ -145,6 +145,31 @@ def write_tables(catalogue: Catalogue) -> list[Path]:
     return list(stale)
 
 
+JUDGED = "verdicts taken anew from the stored intervals, by the rule of today (shared/stats.py)"
+
+
+def judge_results(catalogue: Catalogue, name: str) -> list[Path]:
+    """Take the verdicts of a paper's kept evidence anew where the rule has changed since. -> the files that changed"""
+    from shared.stats import Rule, verdict_of_interval
+
+    rules = {row.id: Rule(row.direction, row.margin or 0.0) for row in catalogue.card(name).claims}
+    written = []
+    for path in results(catalogue, name):
+        found, changed = json.loads(path.read_text()), False
+        for row in found["rows"]:
+            if row["rung"] != "claims" or row["low"] is None or row["id"] not in rules:
+                continue
+            word = verdict_of_interval(row["reproduced"], row["low"], row["high"], row["seeds"], rules[row["id"]])
+            if word != row["verdict"]:
+                row["what"] += f" [{row['verdict']} by the rule of its day]"
+                row["verdict"], changed = word, True
+        if changed:
+            found["data"]["run"] = [*found["data"].get("run", []), JUDGED]
+            write_whole(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            written.append(path)
+    return written
+
+
 def keep_result(catalogue: Catalogue, report: Path) -> Path:
     """Put a report.json at results/<paper>/<scale>-<data>.json: what was measured becomes committed evidence.
 

@@ -40,7 +40,7 @@ from shared.runs import write_whole
 from shared.tokenizers import load_tokenizer
 
 CARD, VISION, LANGUAGE, TOKENIZER = "bridge.json", "vision.safetensors", "language_model.safetensors", "tokenizer.json"
-HALF = torch.bfloat16  # of released frozen parts
+HALF = torch.bfloat16  # of frozen encoders on a CPU
 SIZES = ("queries", "width", "layers", "heads", "hidden", "cross_every", "embed_width", "context")
 
 
@@ -162,8 +162,8 @@ def _of_file(weights: Path, config: Blip2Config, manifest: str | Path) -> Talker
     model = bridge_of(loaded, weights)
     encoder = loaded.encoder
     if encoder is None:
-        vision = model.config.vision
-        encoder = load_encoder(encoder_beside(weights, config, manifest), vision, HALF)
+        vision, half = model.config.vision, torch.float16 if torch.cuda.is_available() else HALF
+        encoder = load_encoder(encoder_beside(weights, config, manifest), vision, half)
     language_model, words, chat = named_language(config.language, manifest)
     return joined(model, encoder, language_model, words, chat, False)
 
@@ -185,7 +185,8 @@ def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manif
         load_weights(small, weights.with_name(LANGUAGE))
         speaks: tuple = (small, words_of(pieces, language.context), None)
     else:
-        speaks = named_language(language, manifest)
+        language_model, words, _ = named_language(language, manifest)
+        speaks = language_model, words, None  # it learned the paper's prompts, and no conversation
     dtype = HALF if card["half"] else None
     if VISION in card["sha256"]:
         encoder = encoder_with(read_tensors(weights.with_name(VISION)), vision, dtype)
@@ -204,9 +205,9 @@ def named_language(
     language: LanguageConfig, manifest: str | Path
 ) -> tuple[LanguageModel, Words, Callable[[Sequence[Mapping[str, str]]], str] | None]:
     """A language model by name, its words, and its way to write out a conversation, if it has one."""
-    from shared.language_adapters import load_language_model
+    from shared.language_adapters import half_of, load_language_model
 
-    model, tokenizer = load_language_model(language.name, manifest=manifest, dtype=HALF)
+    model, tokenizer = load_language_model(language.name, manifest=manifest, dtype=half_of(language.name))
     if model.width != language.width:
         raise UserError(f"{language.name}: a language model of width {model.width}, expected {language.width}")
     try:

@@ -1,12 +1,17 @@
-"""What `report --keep` takes for evidence: committed code and recipe, and nothing of where the data lay."""
+"""What `report --keep` takes for evidence: committed code and recipe, and nothing of where the data lay; and its
+verdicts, taken anew."""
 
 import json
+import random
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from shared.catalogue import Catalogue
 from shared.errors import UserError
-from shared.tables import keep_result
+from shared.stats import Rule, verdict, verdict_of_interval
+from shared.tables import judge_results, keep_result
 
 
 def a_report(folder, **changed):
@@ -51,3 +56,41 @@ def test_what_nobody_could_repeat_is_not_kept(tmp_path, changed, told):
     with pytest.raises(UserError, match=told):
         kept(tmp_path, **changed)
     assert not (tmp_path / "results").exists()
+
+
+# ---- verdicts by a rule that has changed
+
+
+def test_a_verdict_from_the_stored_interval_is_that_of_the_effects():
+    draw = random.Random(0)
+    words = Counter()
+    for seeds in (2, 3, 5, 9):
+        for _ in range(300):
+            effects = [draw.gauss(draw.choice((0, 2, -2)), 1.0) for _ in range(seeds)]
+            for rule in (Rule(), Rule("greater", -1.0), Rule("equal", 3.0)):
+                found = verdict(effects, rule)
+                assert verdict_of_interval(found.mean, found.low, found.high, seeds, rule) == found.word
+                words[found.word] += 1
+    assert min(words.values()) > 20 and len(words) == 3
+    for seeds in (6, 7):
+        found = verdict([0.25] * seeds, Rule())
+        assert verdict_of_interval(found.mean, found.low, found.high, seeds, Rule()) == found.word
+
+
+def test_kept_verdicts_are_taken_anew_once_and_the_file_says_so(tmp_path, monkeypatch):
+    rows = [
+        {"id": "toy.thin", "rung": "claims", "what": "thin", "reproduced": 1.0, "low": 0.1, "high": 1.9, "seeds": 5},
+        {"id": "toy.clear", "rung": "claims", "what": "clear", "reproduced": 1.0, "low": 0.9, "high": 1.1, "seeds": 5},
+        {"id": "toy.none", "rung": "claims", "what": "none", "reproduced": None, "low": None, "high": None, "seeds": 5},
+    ]
+    path = tmp_path / "results" / "toy" / "mini-emoji.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"data": {"name": "emoji"}, "rows": [row | {"verdict": "reproduced"} for row in rows]}))
+    claims = [SimpleNamespace(id=row["id"], direction="greater", margin=None) for row in rows]
+    catalogue = Catalogue(tmp_path / "papers", "papers")
+    monkeypatch.setattr(Catalogue, "card", lambda self, name: SimpleNamespace(claims=claims))
+    assert judge_results(catalogue, "toy") == [path]
+    found = json.loads(path.read_text())
+    assert [row["verdict"] for row in found["rows"]] == ["inconclusive", "reproduced", "reproduced"]
+    assert found["rows"][0]["what"] == "thin [reproduced by the rule of its day]"
+    assert len(found["data"]["run"]) == 1 and judge_results(catalogue, "toy") == []

@@ -34,6 +34,7 @@ class Claim:
     effect: Callable[[dict[str, dict]], float | None]
     need: str = ""
     shown: Callable[[list[dict[str, dict]]], str] | None = None  # what else the report should say of all seeds
+    seeds: Callable[[Recipe], int] | None = None  # of how many seeds, the first; None: of all. Dear arms leave some out
 
 
 @dataclass

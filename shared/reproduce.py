@@ -266,7 +266,8 @@ def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str
     if recipe.scale == "smoke":
         need = f"a scale that can tell: make reproduce PAPER={recipe.paper} SCALE=mini (smoke only proves that it runs)"
         return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
-    effects = [claim.effect(measured) for measured in outcomes.values()]
+    several = [outcomes[seed] for seed in sorted(outcomes)][: claim.seeds(recipe) if claim.seeds else None]
+    effects = [claim.effect(measured) for measured in several]
     if any(effect is None for effect in effects):
         need = f"{claim.need}; this run read {recipe.data}"
         return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
@@ -274,7 +275,7 @@ def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str
         found = verdict(effects, rule)
     except UserError as error:  # a diverged seed
         return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=str(error))
-    beside = claim.shown(list(outcomes.values())) if claim.shown else ""
+    beside = claim.shown(several) if claim.shown else ""
     if found.word == "inconclusive" and found.smallest_effect is not None:
         beside += f"{'; ' if beside else ''}smallest effect this run could have seen: {found.smallest_effect:.2g}"
     if found.note:
@@ -288,7 +289,7 @@ def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str
         None if found.low is None else round(found.low, 4),
         None if found.high is None else round(found.high, 4),
         f"{rule}, {row.unit}",
-        recipe.seeds,
+        len(several),
         found.word,
         row.source,
     )

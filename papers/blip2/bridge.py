@@ -4,7 +4,7 @@ seeds), Q-Formers after stage 1, and what bridges them to a language model in st
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -191,18 +191,27 @@ class Bridge:
         fresh: bool = False,
         headline: bool = False,
     ) -> tuple[Blip2, Speaker, dict]:
-        """The bridge to a language model (the small one where None), from stage 1 or, where `fresh`, without it."""
+        """The bridge to a language model (the small one where None), from stage 1 or, where `fresh`, without it.
+
+        The headline's goes on from the plain arm's, with a new projector: a bridge that speaks to one language model
+        learns another's words from far fewer samples (Zhang et al. 2023, VPGTrans, arXiv:2305.01278).
+        """
         speaker = speaker or self.speaker(half=eyes.half)
         recipe = second(self.recipe, headline)
 
+        def new() -> Blip2:
+            if headline and self.recipe.language_model == "small" and speaker.config.family != "small":
+                return self.bridge_from(without_projector(self.stage2("base")[0]), speaker, eyes, queries)
+            return self.new_bridge(speaker, eyes, queries, fresh)
+
         def make(folder: Path) -> None:
-            model = self.new_bridge(speaker, eyes, queries, fresh)
+            model = new()
             told = self.train_stage2(model, speaker, self.train_features(eyes), recipe, folder, headline)
             save_weights(model, folder / "weights.safetensors")
             write_whole(folder / "training.json", json.dumps(told))
 
         folder = self.stages.once(f"stage2-{name}", make)
-        model = self.new_bridge(speaker, eyes, queries, fresh)
+        model = new()
         load_weights(model, folder / "weights.safetensors")
         return model.eval(), speaker, json.loads((folder / "training.json").read_text())
 
@@ -210,7 +219,9 @@ class Bridge:
         start = self.new_qformer(eyes, queries) if fresh else self.stage1(eyes, queries)[0]
         return self.bridge_from(start, speaker, eyes, queries)
 
-    def bridge_from(self, start: Blip2Qformer, speaker: Speaker, eyes: Eyes = PLAIN, queries: int = 0) -> Blip2:
+    def bridge_from(
+        self, start: Blip2Qformer | Mapping[str, Tensor], speaker: Speaker, eyes: Eyes = PLAIN, queries: int = 0
+    ) -> Blip2:
         torch.manual_seed(self.context.seed)
         config = with_language(self.config(eyes, queries), speaker.config)
         return Blip2.started_from(start, config, speaker.model)
@@ -266,6 +277,11 @@ class Bridge:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         told = {"curves": curves.values, "waited": round(waited, 5), "trained_parameters": trained}
         return told | (watch.measured if frozen else {})
+
+
+def without_projector(model: Blip2) -> dict[str, Tensor]:
+    """The weights of a bridge that do not depend on whom it speaks to."""
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("projector.")}
 
 
 def warmed(recipe: Blip2Recipe, steps: int) -> Blip2Recipe:

@@ -28,7 +28,7 @@ LOSSES = {
     "loss_itm_stage1": "Stage 1: matching (ITM)",
     "loss_itg_stage1": "Stage 1: captions (ITG)",
 }
-QUERIES = ("queries_one", "base", "queries_many")
+QUERIES = ("queries_one", "no_stage1", "queries_many")
 
 
 def draw(recipe: Blip2Recipe, outcomes: dict[int, dict[str, dict]], folder: Path) -> tuple[list[Figure], list[Sample]]:

@@ -58,7 +58,8 @@ class Blip2Recipe(Recipe):
     stage2_batch: int = 32
     stage2_rate: float = 1e-3
     stage2_min_rate: float = 0.0
-    headline_steps: int = 40  # the same of the headline's stage 2
+    headline_seeds: int = 3  # of the seeds, the first: a real language model is dear
+    headline_steps: int = 40  # steps, batch and rate of the headline's stage 2
     headline_batch: int = 16
     headline_rate: float = 1e-3
     headline_asked: float = 1.0  # share of its texts that are questions, of the open kinds alone
@@ -80,9 +81,11 @@ class Blip2Recipe(Recipe):
             raise UserError(f"recipe: kinds of questions are {', '.join(KINDS)}, not {', '.join(unknown)}")
         if not self.kinds or not 0 <= self.asked <= 1 or not 0 <= self.headline_asked <= 1:
             raise UserError("recipe: kinds must name one or more, and asked and headline_asked lie in 0..1")
-        counts = ("stage2_steps", "stage2_batch", "headline_steps", "headline_batch", "headline_questions", "lm_steps",
-                  "compared_steps", "shots", "beams", "longest", "candidates", "more", "text_tokens",
-                  "asked_pictures")  # fmt: skip
+        counts = (
+            "headline_seeds", "stage2_steps", "stage2_batch", "headline_steps", "headline_batch",
+            "headline_questions", "lm_steps", "compared_steps", "shots", "beams", "longest", "candidates", "more",
+            "text_tokens", "asked_pictures",
+        )  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}, but must be at least 1")

@@ -52,7 +52,7 @@ parity: env  ## our outputs, losses and gradients against independent implementa
 	@$(PYTEST) tests/parity $(ARGS)
 
 test: env  ## all tests: no network, no GPU, under 10 minutes on 2 cores
-	@$(PYTEST) -n 2 --dist loadfile tests $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile tests $(ARGS)  # a thread each: four that spin on two cores are slow
 
 lint: env  ## format, lint, direction of imports, recipes against their schema, generated tables
 	@"$(PYTHON)" -m ruff format --check . && "$(PYTHON)" -m ruff check . && "$(PYTHON)" -c 'from importlinter.cli import lint_imports_command as main; main()' && $(RUN) check

@@ -60,7 +60,7 @@ def test_list_and_cite_answer_without_heavy_imports(verb):
         (["reproduce", "clip", "rungs=[claims]", "data=cifar10", "data_root=/nowhere"], "no /nowhere"),
         (["reproduce", "clip", "rungs=[claims]", "data=cifar11"], "no data 'cifar11': choose emoji"),
         (["reproduce", "steps=3"], "name the paper before steps=3"),
-        (["report"], "name a paper: albef, blip, clip"),
+        (["report"], "name a paper: albef, blip, blip2, clip"),
         (["cite", "blip9"], "no paper 'blip9'"),
         (["fetch", "emoji-gogle"], "did you mean emoji-google?"),
         (["zeroshot", "x.jpg", "--labels", "one"], "--labels needs at least two"),

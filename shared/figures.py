@@ -8,10 +8,14 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from shared.errors import UserError
 from shared.report import Figure
 from shared.stats import PowerLaw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Okabe and Ito 2008, without the yellow that vanishes on white
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444"]
@@ -274,3 +278,12 @@ def _array(value):
     import numpy as np
 
     return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def png(image: Tensor, size: int = 96) -> bytes:
+    """uint8 (3, H, W) -> PNG bytes, enlarged without smoothing."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size, size), Image.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -153,14 +153,5 @@ def retrieval_examples(model, lab: Lab, recipe: BlipRecipe) -> list[Sample]:
             Ranked(held.texts[i], round(float(score), 3), int(held.owner[i]) == row)
             for score, i in zip(best.values, best.indices.tolist(), strict=True)
         ]
-        samples.append(Sample(png(held.images[row]), references[row][0], ranked))
+        samples.append(Sample(figures.png(held.images[row]), references[row][0], ranked))
     return samples
-
-
-def png(image: Tensor, size: int = 96) -> bytes:
-    """uint8 (3, H, W) -> PNG bytes, enlarged without smoothing."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size, size), Image.NEAREST).save(buffer, "PNG")
-    return buffer.getvalue()

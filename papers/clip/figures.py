@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-
-from torch import Tensor
 
 from papers.clip.claims import LADDER, TEMPLATE, Lab, lab_of, ladder_points
 from papers.clip.evaluate import classifier, image_features, text_features
@@ -75,14 +72,5 @@ def retrieval_examples(model, lab: Lab) -> list[Sample]:
             Ranked(texts[i], round(float(score), 3), texts[i] == captions[row])
             for score, i in zip(best.values, best.indices.tolist(), strict=True)
         ]
-        samples.append(Sample(png(test.images[row]), captions[row], ranked))
+        samples.append(Sample(figures.png(test.images[row]), captions[row], ranked))
     return samples
-
-
-def png(image: Tensor, size: int = 96) -> bytes:
-    """uint8 (3, H, W) -> PNG bytes, enlarged without smoothing."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size, size), Image.NEAREST).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -283,6 +283,24 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields a fresh folder beside `path`, which takes its name if the block ends well, and is removed if it does not.
+    There may be an empty folder already. UserError where it cannot be written."""
+    beside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        yield beside
+        beside.chmod(0o755)  # a temporary folder is its maker's alone
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+    finally:
+        if beside:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
 def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
     """One fetch of a file at a time on this machine: waits while a living process has the lock. Yields False where
     there are no locks (no flock, or a network file system without): two fetches are merely wasteful then, not wrong."""

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from shared.errors import UserError
-from shared.report import Figure
+from shared.report import Figure, Ranked, Sample
 from shared.stats import PowerLaw
 
 if TYPE_CHECKING:
@@ -278,6 +278,31 @@ def _array(value):
     import numpy as np
 
     return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def retrieval_examples(
+    scores: Tensor,
+    images: Tensor,
+    queries: Sequence[str],
+    texts: Sequence[str],
+    right: Callable[[int, int], bool],
+    *,
+    examples: int = 6,
+    most: int = 5,
+) -> list[Sample]:
+    """Some of the pictures (I, 3, H, W), evenly spread, with the texts (T) that their rows of scores (I, T) rank first.
+
+    queries: what each picture shows; right: whether picture i and text t belong together; most: texts of a picture.
+    """
+    samples = []
+    for row in range(0, len(images), max(1, len(images) // examples))[:examples]:
+        best = scores[row].topk(min(most, scores.shape[1]))
+        ranked = [
+            Ranked(texts[i], round(float(score), 3), right(row, i))
+            for score, i in zip(best.values, best.indices.tolist(), strict=True)
+        ]
+        samples.append(Sample(png(images[row]), queries[row], ranked))
+    return samples
 
 
 def png(image: Tensor, size: int = 96) -> bytes:

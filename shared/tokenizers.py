@@ -370,6 +370,38 @@ def _in_pieces(text: str) -> str:
     return re.sub(rf"(\S{{{_LONGEST_WORD}}})(?=\S)", r"\1 ", _plain(text))
 
 
+def for_transformers(
+    words: BertTokenizer | SmallTokenizer, ids: Mapping[str, int], ends: tuple[str, str] = ("[CLS]", "[SEP]")
+) -> dict[str, Any]:
+    """The tokenizer.json from which transformers builds a tokenizer that gives our ids, between the two `ends`.
+
+    ids: of the special tokens, by the names that they have there.
+    """
+    if isinstance(words, BertTokenizer):
+        learnt = json.loads(words._pieces.to_str())
+    else:  # it keeps its special tokens outside its model
+        learnt = json.loads(words._bpe.to_str())
+        special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        learnt["added_tokens"] = [{"id": id, "content": name} | special for name, id in ids.items()]
+        white = r"[\s\x1c-\x1f\x85]+"  # what str.split takes for white space
+        learnt["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Replace", "pattern": {"Regex": white}, "content": " "},
+                {"type": "Strip", "strip_left": True, "strip_right": True},
+            ],
+        }
+    start, end = ({"SpecialToken": {"id": name, "type_id": 0}} for name in ends)
+    one, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    learnt["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [start, one, end],
+        "pair": [start, one, end, other, end],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ends},
+    }
+    return learnt
+
+
 _LOADERS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
     ClipTokenizer.kind: lambda saved: ClipTokenizer(),
     BertTokenizer.kind: lambda saved: BertTokenizer(saved["vocabulary"], saved["specials"]),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 from torch import nn
@@ -16,8 +14,8 @@ from papers.blip.pretrained import load_model
 from shared.catalogue import Catalogue
 from shared.checkpoints import save_weights
 from shared.errors import UserError
-from shared.fetch import Entry, load_manifest, sha256
-from shared.tokenizers import Tokenizer
+from shared.fetch import Entry, load_manifest, sha256, whole_folder
+from shared.tokenizers import BertTokenizer, Tokenizer, for_transformers
 
 KINDS = {  # --to: what the weights have to be able to do, transformers' class, what it is listed under
     "transformers-captioning": ("caption", "BlipForConditionalGeneration", "image-to-text"),
@@ -46,21 +44,10 @@ def export(
     model, words = load_model(variant, source, tokenizer, manifest, KINDS[to][0])
     if to == "transformers-vqa" and model.config.vision_width != model.config.text_width:
         raise UserError(f"{variant}: transformers' VQA has pictures and texts of one width; only blip-base can be one")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another place") from None
-    try:
+    with whole_folder(folder) as beside:
         write(beside, model, words, to)
         entry = next((one for one in load_manifest(manifest).values() if one.sha256 == sha256(source)), None)
         (beside / "README.md").write_text(model_card(catalogue, source, entry, variant, to), encoding="utf-8")
-        beside.chmod(0o755)  # a temporary folder is its maker's alone
-        beside.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another place") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write(folder: Path, model: nn.Module, words: Tokenizer, to: str) -> None:
@@ -129,35 +116,15 @@ def write(folder: Path, model: nn.Module, words: Tokenizer, to: str) -> None:
 def write_tokenizer(folder: Path, words: Tokenizer, config: BlipConfig) -> None:
     """From it transformers builds a tokenizer that gives our ids, [CLS] text [SEP] and padding. The first token of a
     mode is put there by whoever calls the model: transformers' generate does, its match does not."""
-    learnt = json.loads((words._pieces if hasattr(words, "_pieces") else words._bpe).to_str())
-    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "bos_token": "[DEC]"}
+    pad = "[PAD]" if isinstance(words, BertTokenizer) else "<|pad|>"
+    names = {"pad_token": pad, "cls_token": "[CLS]", "sep_token": "[SEP]", "bos_token": "[DEC]"}
     ids = {"[CLS]": words.start, "[SEP]": words.end, "[DEC]": words.decode_start, "[ENC]": words.encode_start}
-    if not hasattr(words, "_pieces"):  # the small tokenizer keeps its special tokens outside its model
-        special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        learnt["added_tokens"] = [{"id": id, "content": name} | special for name, id in ids.items()]
-        white = r"[\s\x1c-\x1f\x85]+"  # what str.split takes for white space
-        learnt["normalizer"] = {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Replace", "pattern": {"Regex": white}, "content": " "},
-                {"type": "Strip", "strip_left": True, "strip_right": True},
-            ],
-        }
-        names["pad_token"] = "<|pad|>"
-    ends = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")]
-    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    learnt["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [ends[0], texts[0], ends[1]],
-        "pair": [ends[0], texts[0], ends[1], texts[1], ends[1]],
-        "special_tokens": {n: {"id": n, "ids": [ids[n]], "tokens": [n]} for n in ("[CLS]", "[SEP]")},
-    }
-    write_json(folder / "tokenizer.json", learnt, indent=None)
+    write_json(folder / "tokenizer.json", for_transformers(words, ids), indent=None)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context,
         "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": hasattr(words, "_pieces"),
+        "clean_up_tokenization_spaces": isinstance(words, BertTokenizer),
         "additional_special_tokens": ["[ENC]"],
         "processor_class": "BlipProcessor",
     }

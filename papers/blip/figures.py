@@ -19,7 +19,7 @@ from papers.blip.recipe import BlipRecipe
 from shared import figures
 from shared.arms import seeds_of
 from shared.looking import one_line
-from shared.report import Figure, Ranked, Sample
+from shared.report import Figure, Sample
 
 EXAMPLES, RANKED = 6, 5
 LOSSES = {
@@ -145,13 +145,7 @@ def retrieval_examples(model, lab: Lab, recipe: BlipRecipe) -> list[Sample]:
     held = lab.held
     seen = encoded(model, held.images)
     scores, _ = reranked(model, seen, tokens_of(lab.tokenizer, held.texts, model.config), recipe.candidates)  # (I, T)
-    references = held.references
-    samples = []
-    for row in range(0, len(held.images), max(1, len(held.images) // EXAMPLES))[:EXAMPLES]:
-        best = scores[row].topk(min(RANKED, recipe.candidates, scores.shape[1]))
-        ranked = [
-            Ranked(held.texts[i], round(float(score), 3), int(held.owner[i]) == row)
-            for score, i in zip(best.values, best.indices.tolist(), strict=True)
-        ]
-        samples.append(Sample(figures.png(held.images[row]), references[row][0], ranked))
-    return samples
+    queries, owner = [several[0] for several in held.references], held.owner.tolist()
+    return figures.retrieval_examples(
+        scores, held.images, queries, held.texts, lambda row, i: owner[i] == row, most=min(RANKED, recipe.candidates)
+    )

@@ -117,11 +117,6 @@ def fitted(config: Blip2Config, tokenizer: Words) -> Blip2Config:
     )
 
 
-def with_vision(config: Blip2Config, vision: VisionConfig) -> Blip2Config:
-    """Another frozen encoder to look at."""
-    return replace(config, vision=vision)
-
-
 def with_language(config: Blip2Config, language: LanguageConfig | None) -> Blip2Config:
     """Another frozen language model to speak to; None: the same Q-Former in stage 1."""
     return replace(config, language=language)

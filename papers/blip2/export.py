@@ -8,8 +8,6 @@ where the authors have 1e-6 and 1e-5.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +20,8 @@ from papers.blip2.pretrained import encoder_beside, load_encoder, load_file
 from shared.catalogue import Catalogue
 from shared.checkpoints import save_weights
 from shared.errors import UserError
-from shared.fetch import Entry, cache_root, load_manifest, sha256
-from shared.tokenizers import BertTokenizer, Tokenizer, load_tokenizer
+from shared.fetch import Entry, cache_root, load_manifest, sha256, whole_folder
+from shared.tokenizers import BertTokenizer, Tokenizer, for_transformers, load_tokenizer
 
 
 class Kind(NamedTuple):
@@ -73,22 +71,11 @@ def export(
         raise UserError(f"{folder}: is there already; name a new folder")
     manifest = catalogue.root / "checkpoints_manifest.yaml"
     parts = gathered(source, VARIANTS[variant](), to, tokenizer, manifest, language)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another place") from None
-    try:
+    with whole_folder(folder) as beside:
         write(beside, parts, to)
         seal = sha256(source) if source.is_file() else None
         entry = next((one for one in load_manifest(manifest).values() if seal and one.sha256 == seal), None)
         (beside / "README.md").write_text(model_card(catalogue, source, seal, entry, variant, to), encoding="utf-8")
-        beside.chmod(0o755)  # a temporary folder is its maker's alone
-        beside.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another place") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def gathered(
@@ -237,30 +224,10 @@ def their_config(config: Blip2Config, parts: Parts, to: str) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, words: Tokenizer, config: Blip2Config) -> None:
     """The Q-Former's: [CLS] text [SEP] and padding, as ours."""
-    learnt = json.loads((words._pieces if hasattr(words, "_pieces") else words._bpe).to_str())
-    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "bos_token": "[DEC]"}
+    pad = "[PAD]" if isinstance(words, BertTokenizer) else "<|pad|>"
+    names = {"pad_token": pad, "cls_token": "[CLS]", "sep_token": "[SEP]", "bos_token": "[DEC]"}
     ids = {"[CLS]": words.start, "[SEP]": words.end, "[DEC]": words.decode_start}
-    if not hasattr(words, "_pieces"):  # the small tokenizer keeps its special tokens outside its model
-        special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        learnt["added_tokens"] = [{"id": id, "content": name} | special for name, id in ids.items()]
-        white = r"[\s\x1c-\x1f\x85]+"  # what str.split takes for white space
-        learnt["normalizer"] = {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Replace", "pattern": {"Regex": white}, "content": " "},
-                {"type": "Strip", "strip_left": True, "strip_right": True},
-            ],
-        }
-        names["pad_token"] = "<|pad|>"
-    ends = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")]
-    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    learnt["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [ends[0], texts[0], ends[1]],
-        "pair": [ends[0], texts[0], ends[1], texts[1], ends[1]],
-        "special_tokens": {n: {"id": n, "ids": [ids[n]], "tokens": [n]} for n in ("[CLS]", "[SEP]")},
-    }
-    write_json(folder / "tokenizer.json", learnt, indent=None)
+    write_json(folder / "tokenizer.json", for_transformers(words, ids), indent=None)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.context,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 from papers.clip.config import ClipConfig
@@ -13,8 +11,8 @@ from papers.clip.pretrained import load_model
 from shared.catalogue import Catalogue
 from shared.checkpoints import save_weights, to_published
 from shared.errors import UserError
-from shared.fetch import Entry, load_manifest, sha256
-from shared.tokenizers import ClipTokenizer, Tokenizer
+from shared.fetch import Entry, load_manifest, sha256, whole_folder
+from shared.tokenizers import ClipTokenizer, Tokenizer, for_transformers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -39,21 +37,10 @@ def export(
     model, words = load_model(variant, source, tokenizer, manifest)
     if to == "transformers" and model.config.patch is None:
         raise UserError(f"{variant}: transformers' CLIPModel has no ResNet; use --to open_clip")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another place") from None
-    try:
+    with whole_folder(folder) as beside:
         LAYOUTS[to](beside, model.state_dict(), model.config, words)
         text = model_card(catalogue, source, released(manifest, source), variant, to)
         (beside / "README.md").write_text(text, encoding="utf-8")
-        beside.chmod(0o755)  # a temporary folder is its maker's alone
-        beside.replace(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another place") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # ---- transformers
@@ -160,7 +147,6 @@ LAYOUTS = {"transformers": write_transformers, "open_clip": write_open_clip}
 def write_tokenizer(folder: Path, words: Tokenizer, config: ClipConfig) -> None:
     """The files from which transformers builds a tokenizer that gives our ids up to the end token, and the end token
     behind it: our padding, id 0, is an ordinary word there ("!" in the release), and what stands behind is not read."""
-    learnt = json.loads(words._bpe.to_str())
     settings = {
         "bos_token": START,
         "eos_token": END,
@@ -170,48 +156,17 @@ def write_tokenizer(folder: Path, words: Tokenizer, config: ClipConfig) -> None:
         "clean_up_tokenization_spaces": False,
     }
     if isinstance(words, ClipTokenizer):
+        learnt = json.loads(words._bpe.to_str())
         vocabulary = learnt["model"]["vocab"] | {START: words.start, END: words.end}
         write_json(folder / "vocab.json", vocabulary, indent=None)
         merges = [" ".join(pair) for pair in learnt["model"]["merges"]]
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
         settings |= {"tokenizer_class": "CLIPTokenizer"}
     else:
-        special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        whole = learnt | {
-            "added_tokens": [
-                {"id": words.start, "content": START} | special,
-                {"id": words.end, "content": END} | special,
-            ],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [
-                    # what str.split takes for white space
-                    {"type": "Replace", "pattern": {"Regex": r"[\s\x1c-\x1f\x85]+"}, "content": " "},
-                    {"type": "Strip", "strip_left": True, "strip_right": True},
-                ],
-            },
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [token(START), {"Sequence": {"id": "A", "type_id": 0}}, token(END)],
-                "pair": [
-                    token(START),
-                    {"Sequence": {"id": "A", "type_id": 0}},
-                    {"Sequence": {"id": "B", "type_id": 0}},
-                    token(END),
-                ],
-                "special_tokens": {
-                    name: {"id": name, "ids": [id], "tokens": [name]}
-                    for name, id in ((START, words.start), (END, words.end))
-                },
-            },
-        }
+        whole = for_transformers(words, {START: words.start, END: words.end}, (START, END))
         write_json(folder / "tokenizer.json", whole, indent=None)
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
     write_json(folder / "tokenizer_config.json", settings)
-
-
-def token(name: str) -> dict:
-    return {"SpecialToken": {"id": name, "type_id": 0}}
 
 
 def write_json(path: Path, content: dict, indent: int | None = 2) -> None:

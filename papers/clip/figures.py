@@ -11,10 +11,8 @@ from papers.clip.recipe import ClipRecipe
 from shared import figures
 from shared.arms import seeds_of
 from shared.metrics import confusion
-from shared.report import Figure, Ranked, Sample
+from shared.report import Figure, Sample
 from shared.stats import log_log_fit
-
-EXAMPLES, RANKED = 6, 5
 
 
 def draw(recipe: ClipRecipe, outcomes: dict[int, dict[str, dict]], folder: Path) -> tuple[list[Figure], list[Sample]]:
@@ -65,12 +63,4 @@ def retrieval_examples(model, lab: Lab) -> list[Sample]:
     captions = [several[0] for several in test.captions]
     texts = list(dict.fromkeys(captions))  # of labelled pictures many are worded alike
     scores = image_features(model, test.images) @ text_features(model, lab.tokenizer, texts).T  # (I, T)
-    samples = []
-    for row in range(0, len(captions), max(1, len(captions) // EXAMPLES))[:EXAMPLES]:
-        best = scores[row].topk(min(RANKED, len(texts)))
-        ranked = [
-            Ranked(texts[i], round(float(score), 3), texts[i] == captions[row])
-            for score, i in zip(best.values, best.indices.tolist(), strict=True)
-        ]
-        samples.append(Sample(figures.png(test.images[row]), captions[row], ranked))
-    return samples
+    return figures.retrieval_examples(scores, test.images, captions, texts, lambda row, i: texts[i] == captions[row])

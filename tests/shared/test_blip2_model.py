@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from papers.blip2 import model as blip2
-from papers.blip2.config import LANGUAGES, VARIANTS, Blip2Config, VisionConfig, at, fitted, with_language, with_vision
+from papers.blip2.config import LANGUAGES, VARIANTS, Blip2Config, VisionConfig, at, fitted, with_language
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, Prompt, vision_encoder
 from papers.blip2.structure import count, language_parameters, measure
@@ -598,7 +598,7 @@ def test_the_published_configurations_are_those_of_the_official_code():
     assert VARIANTS["blip2-vit-g-opt-6.7b"]().language.kind == "causal"
     assert VARIANTS["blip2-vit-l-flan-t5-xl"]().language.kind == "seq2seq"
     map_of = VisionConfig("efficientnet", 96, 16, width=192, layers=5, heads=0)
-    assert with_vision(TINY, map_of).vision.tokens == 36 and with_language(SPEAKING, None).language is None
+    assert map_of.tokens == 36 and with_language(SPEAKING, None).language is None
     for make, message in (
         (lambda: replace(map_of, kind="resnet"), "kind is one of clip"),
         (lambda: replace(LANGUAGES["small"], family="rnn"), "family is one of opt"),

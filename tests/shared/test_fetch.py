@@ -19,7 +19,7 @@ import pytest
 from shared import fetch as fetching
 from shared import transfer
 from shared.errors import UserError
-from shared.fetch import MANIFEST, Entry, atomic, cached, fetch, load_manifest, local_entry
+from shared.fetch import MANIFEST, Entry, atomic, cached, fetch, load_manifest, local_entry, whole_folder
 
 DATA = bytes(range(256)) * 5000  # 1,280,000 bytes: more than one chunk
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -267,6 +267,23 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert (tmp_path / "x").read_text() == "old" and visible(tmp_path) == ["x"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    place = tmp_path / "new" / "x"
+    with pytest.raises(RuntimeError), whole_folder(place) as beside:
+        (beside / "half").write_text("half")
+        raise RuntimeError
+    assert list(place.parent.iterdir()) == []
+    with whole_folder(place) as beside:
+        (beside / "y").write_text("y")
+        assert not place.exists()
+    assert place.stat().st_mode & 0o777 == 0o755
+    for taken in (place, place / "y" / "z"):
+        message = rf"{taken.name}: cannot be written \(.*\); name another place"
+        with pytest.raises(UserError, match=message), whole_folder(taken):
+            pass
+    assert list(place.parent.iterdir()) == [place] and [one.name for one in place.iterdir()] == ["y"]
 
 
 # path

@@ -416,6 +416,28 @@ def test_confusion_scaling_and_effects_are_drawn():
         figures.confusion_matrix(np.eye(3), ["a"])
 
 
+def test_pictures_are_shown_with_their_best_texts_first_and_which_of_them_are_right():
+    import torch
+
+    images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    scores = torch.arange(36.0).view(12, 3)[:, [1, 2, 0]] / 10
+    found = figures.retrieval_examples(
+        scores,
+        images,
+        [f"query {i}" for i in range(12)],
+        ["a", "b", "c"],
+        lambda row, text: row % 3 == text,
+        examples=4,
+        most=2,
+    )
+    assert [one.query for one in found] == ["query 0", "query 3", "query 6", "query 9"]
+    assert found[1].image == figures.png(images[3])
+    assert found[1].ranked == [report.Ranked("b", 1.1, False), report.Ranked("a", 1.0, True)]
+    assert (
+        len(figures.retrieval_examples(scores[:, :1], images, "q" * 12, ["a"], lambda row, text: True)[0].ranked) == 1
+    )
+
+
 def test_equal_data_give_equal_files():
     effects = {"a": (0.1, 0.0, 0.2)}
     assert figures.bars(effects).image == figures.bars(effects).image

@@ -3,6 +3,7 @@
 Rotary: Su et al. 2021 (arXiv:2104.09864), section 3.2.2. xPos: Sun et al. 2022 (arXiv:2212.10554), section 3.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,14 @@ def resample_grid(
     picture = rearrange(patches, "(h w) d -> 1 d h w", h=rows)
     resized = F.interpolate(picture, size=grid_to, mode="bicubic", antialias=antialias, align_corners=False)
     return torch.cat([kept, rearrange(resized, "1 d h w -> (h w) d").to(table.dtype)])  # (P + N', D)
+
+
+def resample_square(table: Tensor, like: Tensor, *, antialias: bool) -> Tensor:
+    """`resample_grid` from a square grid behind one class token (1 + N, D) to the square grid of another such table."""
+    if len(table) == len(like):
+        return table
+    grids = [(math.isqrt(len(one) - 1),) * 2 for one in (table, like)]
+    return resample_grid(table, *grids, antialias=antialias)
 
 
 def sincos_1d(width: int, positions: int | Tensor) -> Tensor:

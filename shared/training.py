@@ -33,6 +33,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
+def device_for(recipe: Recipe) -> torch.device:
+    """Where `fit` trains on one device; what is measured outside of it runs there too."""
+    return torch.device("cuda" if recipe.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for matrices only: not for gains, biases, scalars and single vectors (CLIP, Sec. 2.5)."""
     trained = [p for p in module.parameters() if p.requires_grad]

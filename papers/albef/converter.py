@@ -6,7 +6,6 @@ for every place that uses it. Such copies have to be equal on the way in, and ar
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from papers.albef.tasks import (
 )
 from shared.checkpoints import Rule, WeightMap, to_ours, to_published
 from shared.errors import UserError
-from shared.positions import resample_grid
+from shared.positions import resample_square
 
 PARTS = ("weight", "bias")
 
@@ -251,22 +250,20 @@ def ours_of(published: Mapping[str, Tensor], format: str, config: AlbefConfig, m
                 raise UserError(f"{copy} differs from {original}, but the model has one tensor for both")
             del tensors[copy]
     ours = to_ours(tensors, _present(FORMATS[format].weight_map(config), model))
-    expected = model.state_dict()
     if format == "pretraining":
-        ours[QUEUE_IDS] = torch.full_like(expected[QUEUE_IDS], -1)
+        ours[QUEUE_IDS] = torch.full_like(model.state_dict()[QUEUE_IDS], -1)
+    _refuse_untied(ours, model)
+    return carried(ours, model)
+
+
+def carried(ours: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Tensors under the names of `model`, positions for another picture size interpolated as the official code does,
+    without anti-aliasing (models/vit.py). UserError: other names or shapes."""
+    expected, tensors = model.state_dict(), dict(ours)
     for key, table in ours.items():
         if key.endswith("positions.position") and key in expected:
-            ours[key] = interpolated(table, expected[key])
-    _refuse_untied(ours, model)
-    return to_ours(ours, {key: key for key in ours}, {key: tensor.shape for key, tensor in expected.items()})
-
-
-def interpolated(table: Tensor, like: Tensor) -> Tensor:
-    """A position table (1 + N, D) carried to the square grid of another; bicubic, not anti-aliased (models/vit.py)."""
-    if len(table) == len(like):
-        return table
-    grids = [(math.isqrt(len(one) - 1),) * 2 for one in (table, like)]
-    return resample_grid(table, *grids, antialias=False)
+            tensors[key] = resample_square(table, expected[key], antialias=False)
+    return to_ours(tensors, {key: key for key in tensors}, {key: tensor.shape for key, tensor in expected.items()})
 
 
 def published_of(state: Mapping[str, Tensor], format: str, config: AlbefConfig, model: nn.Module) -> dict[str, Tensor]:
@@ -326,8 +323,7 @@ def refilled(tensors: Mapping[str, Tensor], kind: str, config: AlbefConfig) -> n
         model: nn.Module = Albef(config)
     else:
         model = FORMATS[kind].make(config, any(key.startswith("teacher.") for key in tensors))
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    state = to_ours(tensors, {key: key for key in tensors}, shapes)
+    state = carried(tensors, model)
     _refuse_untied(state, model)
     model.load_state_dict(state, strict=True)
     return model.eval()

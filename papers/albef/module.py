@@ -68,7 +68,8 @@ class FinetuningModule(lightning.LightningModule):
     def __init__(self, model: nn.Module, recipe: AlbefRecipe, alpha: float = 0.4):
         super().__init__()
         refuse_pieces(recipe)
-        self.model, self.recipe, self.alpha = model, recipe, alpha
+        # weights are loaded in eval mode, and Lightning leaves a module in the mode that it finds
+        self.model, self.recipe, self.alpha = model.train(), recipe, alpha
         set_recompute(model, recipe.recompute)
 
     def configure_optimizers(self) -> dict:
@@ -104,7 +105,7 @@ def leave_untrained(model: Albef, objective: Objective) -> None:
 
 
 def adamw(module: nn.Module, recipe: AlbefRecipe) -> dict:
-    """AdamW, linear warm-up from the last learning rate to the peak, cosine back to it; configure_optimizers' form."""
+    """AdamW, linear warm-up to the peak, cosine to the last learning rate; configure_optimizers' form."""
     optimizer = torch.optim.AdamW(
         slowed(decay_groups(module, recipe.weight_decay), module, recipe),
         lr=recipe.learning_rate,
@@ -112,11 +113,15 @@ def adamw(module: nn.Module, recipe: AlbefRecipe) -> dict:
         eps=recipe.eps,
         fused=True,
     )
-    last = recipe.last_learning_rate / recipe.learning_rate
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: last + (1 - last) * warmup_cosine(step, recipe)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, recipe))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def learning_rate_share(step: int, recipe: AlbefRecipe) -> float:
+    """The share of the peak learning rate at a step (0-based)."""
+    lowest = recipe.first_learning_rate if step < recipe.warmup_steps else 0.0
+    lowest = (lowest or recipe.last_learning_rate) / recipe.learning_rate
+    return lowest + (1 - lowest) * warmup_cosine(step, recipe)
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:

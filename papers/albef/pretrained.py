@@ -14,7 +14,6 @@ from papers.albef.converter import (
     bert_layer,
     detect_own,
     filled,
-    interpolated,
     refilled,
     vit,
     word_head,
@@ -23,6 +22,7 @@ from papers.albef.model import Albef, AlbefPretraining
 from shared.checkpoints import check_card, read_tensors, to_ours
 from shared.errors import UserError
 from shared.fetch import Entry, fetch
+from shared.positions import resample_square
 
 
 def card_of(config: AlbefConfig) -> dict:
@@ -87,9 +87,9 @@ def start(albef: Albef, vision: Path | None = None, text: Path | None = None) ->
 def from_deit(albef: Albef, published: Mapping[str, Tensor]) -> None:
     """timm's names (`deit_base_patch16_224`); positions are carried to the model's own picture size."""
     weight_map = vit("", "") | {f"head.{part}": None for part in ("weight", "bias")}
-    expected = albef.vision_encoder.state_dict()
+    expected, table = albef.vision_encoder.state_dict(), "positions.position"
     ours = to_ours(published, weight_map)
-    ours["positions.position"] = interpolated(ours["positions.position"], expected["positions.position"])
+    ours[table] = resample_square(ours[table], expected[table], antialias=False)
     shapes = {key: tensor.shape for key, tensor in expected.items()}
     albef.vision_encoder.load_state_dict(to_ours(ours, {key: key for key in ours}, shapes), strict=True)
 

@@ -15,7 +15,8 @@ class AlbefRecipe(Recipe):
     weight_decay: float = 0.02
     beta2: float = 0.999
     eps: float = 1e-8
-    last_learning_rate: float = 0.0  # where the warm-up begins and the cosine ends
+    last_learning_rate: float = 0.0  # where the cosine ends
+    first_learning_rate: float = 0.0  # where the warm-up begins; 0: there, too
     temperature_rate: float = 1.0  # the temperature's learning rate, as a share of the others'
     alpha_ramp_steps: int = 0  # over which distillation grows from nothing: the first epoch's; 0: at once
 
@@ -38,9 +39,11 @@ class AlbefRecipe(Recipe):
     manifest: str = "checkpoints_manifest.yaml"
 
     def __post_init__(self) -> None:
-        if self.alpha_ramp_steps < 0 or not 0 <= self.last_learning_rate <= self.learning_rate:
+        ends = self.first_learning_rate, self.last_learning_rate
+        if self.alpha_ramp_steps < 0 or not 0 <= min(ends) <= max(ends) <= self.learning_rate:
             raise UserError(
-                "recipe: alpha_ramp_steps must not be negative, last_learning_rate lies between 0 and learning_rate"
+                "recipe: alpha_ramp_steps must not be negative, first_ and last_learning_rate lie between 0 and "
+                "learning_rate"
             )
         if not 0 <= self.temperature_rate <= 1:
             raise UserError(f"recipe: temperature_rate is {self.temperature_rate}, it must lie in 0..1")

@@ -18,6 +18,7 @@ from shared.checkpoints import load_weights, save_weights
 from shared.data.scenes import COLOURS, render_many, sample_scene
 from shared.recipes import digest, of_one_arm
 from shared.stages import Stages
+from shared.training import device_for
 
 
 def new_model(context: Context, lab: Lab) -> Albef:
@@ -55,7 +56,7 @@ def labelled_pictures(lab: Lab, recipe: AlbefRecipe, seed: int) -> tuple[Tensor,
 
 def classifying_encoder(lab: Lab, recipe: AlbefRecipe, images: Tensor, labels: Tensor) -> nn.Module:
     """An image encoder that learned to tell labelled pictures apart, one linear head a kind of label."""
-    device = "cuda" if torch.cuda.is_available() and recipe.accelerator != "cpu" else "cpu"
+    device = device_for(recipe)
     model = Albef(lab.config).to(device)
     kinds = [int(kind.max()) + 1 for kind in labels.T]
     heads = nn.ModuleList(nn.Linear(lab.config.vision_width, kind) for kind in kinds).to(device)

@@ -54,6 +54,18 @@ class AlbefRetrieval(AlbefPretraining):
         super().__init__(student)
         self.student.mlm_head = self.teacher.mlm_head = None
 
+    @classmethod
+    def started_from(cls, pretrained: AlbefPretraining) -> AlbefRetrieval:
+        """Goes on from pre-training's student, momentum copy and queue, which it takes over (Retrieval.py).
+
+        Whose pictures lie in that queue is not known: they are partners of nobody.
+        """
+        model = cls(pretrained.student)
+        model.teacher, model.queue = pretrained.teacher, pretrained.queue
+        model.teacher.mlm_head = None
+        model.queue.ids.fill_(-1)
+        return model
+
     def forward(self, images: Tensor, tokens: Tensor, ids: Tensor, alpha: float = 0.0) -> RetrievalLosses:
         """images uint8 (B, 3, H, W), tokens (B, T), ids (B,) of the pictures. Moves momentum copy and queue on."""
         student = self.student
@@ -89,6 +101,13 @@ class Distilled(nn.Module):
         super().__init__()
         self.student, self.momentum = student, momentum
         self.teacher = momentum_copy(student) if distil else None
+
+    @classmethod
+    def entailment_from(cls, pretrained: AlbefPretraining) -> Distilled:
+        """SNLI-VE, going on from pre-training's student and momentum copy, which it takes over (VE.py)."""
+        model = cls(Entailment(pretrained.student), pretrained.config.momentum)
+        model.teacher.encoder = headless(pretrained.teacher)
+        return model
 
     def loss(self, images: Tensor, tokens: Tensor, labels: Tensor, alpha: float = 0.0) -> Tensor:
         """Cross-entropy to labels (B,) and, for the share alpha, to the teacher's softmax. Scalar."""
@@ -262,6 +281,10 @@ class QuestionAnswering(nn.Module):
     def __init__(self, albef: Albef):
         super().__init__()
         self.text_decoder = AnswerDecoder(albef.config)
+        self.take_over(albef)
+
+    def take_over(self, albef: Albef) -> None:
+        """The encoders themselves, and the decoder's start."""
         start = {f"embeddings.{key}": value for key, value in albef.text_encoder.embeddings.state_dict().items()}
         start |= {f"head.{key}": value for key, value in albef.mlm_head.state_dict().items()}
         start |= {f"layers.{key}": value for key, value in albef.multimodal_encoder.state_dict().items()}
@@ -298,6 +321,13 @@ class AlbefVqa(nn.Module):
         super().__init__()
         self.student, self.momentum = student, momentum
         self.teacher = momentum_copy(student) if distil else None
+
+    @classmethod
+    def started_from(cls, pretrained: AlbefPretraining) -> AlbefVqa:
+        """Goes on from pre-training's student and momentum copy, which it takes over (VQA.py)."""
+        model = cls(QuestionAnswering(pretrained.student), pretrained.config.momentum)
+        model.teacher.take_over(pretrained.teacher)
+        return model
 
     def loss(
         self, images: Tensor, questions: Tensor, answers: Tensor, weights: Tensor, owner: Tensor, alpha: float = 0.0

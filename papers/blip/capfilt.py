@@ -27,7 +27,7 @@ from shared.data.world import World
 from shared.recipes import digest, of_one_arm
 from shared.runs import write_whole
 from shared.stages import Stages
-from shared.training import Curves, fit
+from shared.training import Curves, device_for, fit
 
 TUNED = {  # from the pre-trained model, on the clean pairs
     "captioner": CAPTIONER,
@@ -182,7 +182,7 @@ def recipe_for(recipe: BlipRecipe, texts: int, steps: int | None, rate: float | 
 def classifying_encoder(lab: Lab, recipe: BlipRecipe, seed: int) -> torch.nn.Module:
     """An image encoder that learned to tell labelled pictures apart, one linear head a kind of label."""
     images, labels = lab.labelled
-    device = "cuda" if torch.cuda.is_available() and recipe.accelerator != "cpu" else "cpu"
+    device = device_for(recipe)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     encoder = vision_encoder(lab.config).to(device)

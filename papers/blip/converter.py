@@ -6,7 +6,6 @@ and are written out again on the way back.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from papers.blip.model import Blip, BlipPretraining
 from papers.blip.tasks import BlipNlvr, BlipVqa
 from shared.checkpoints import Rule, WeightMap, to_ours, to_published
 from shared.errors import UserError
-from shared.positions import resample_grid
+from shared.positions import resample_square
 
 PARTS = ("weight", "bias")
 
@@ -255,9 +254,8 @@ def ours_of(published: Mapping[str, Tensor], format: str, expected: Mapping[str,
     if not kind.ids:
         ours["queue.ids"] = torch.full((len(ours["queue.images"]),), -1)
     for key, table in ours.items():
-        if key.endswith("positions.position") and key in expected and len(table) != len(expected[key]):
-            grids = [math.isqrt(len(one) - 1) for one in (table, expected[key])]
-            ours[key] = resample_grid(table, *((side, side) for side in grids), antialias=False)
+        if key.endswith("positions.position") and key in expected:
+            ours[key] = resample_square(table, expected[key], antialias=False)
     return to_ours(ours, {key: key for key in ours}, {key: tensor.shape for key, tensor in expected.items()})
 
 

@@ -37,6 +37,7 @@ from shared.fusion_losses import (
     similarities,
 )
 from shared.momentum import FeatureQueue, follow
+from shared.positions import resample_square
 from shared.vision import VisionTransformer
 
 TEMPERATURES = 0.001, 0.5  # what the learned one is kept within (official code, models/blip_pretrain.py)
@@ -318,7 +319,8 @@ class Blip(nn.Module):
 
 
 def copied(source: nn.Module, target: nn.Module) -> nn.Module:
-    """Every tensor of `target` taken from the same path in `source`, borrowed modules followed; target, changed.
+    """Every tensor of `target` taken from the same path in `source`, borrowed modules followed, positions for another
+    picture size interpolated as the official code does (models/vit.py); target, changed.
 
     A captioner of a whole model: copied(model, Blip(config, encoder=False)).
     """
@@ -327,6 +329,8 @@ def copied(source: nn.Module, target: nn.Module) -> nn.Module:
         place = source
         for name in key.split("."):
             place = getattr(place, name)
+        if key.endswith("positions.position"):
+            place = resample_square(place, tensor, antialias=False)
         if place.shape != tensor.shape:
             raise ValueError(f"{key}: {tuple(place.shape)} for {tuple(tensor.shape)}")
         found[key] = place.detach()

@@ -43,10 +43,13 @@ class BlipVqa(nn.Module):
         initialise_bert(self.text_decoder, spread(config.text_width))
 
     @classmethod
-    def started_from(cls, blip: Blip) -> BlipVqa:
-        """With pre-trained weights. Where pictures and texts differ in width, the decoder's keys and values start anew:
-        they looked at pictures and now look at questions."""
-        model = cls(blip.config)
+    def started_from(cls, blip: Blip, config: BlipConfig | None = None) -> BlipVqa:
+        """With pre-trained weights; config: where pictures and texts are of another size, as config.vqa makes them.
+
+        Where pictures and texts differ in width, the decoder's keys and values start anew: they looked at pictures and
+        now look at questions.
+        """
+        model = cls(config or blip.config)
         for name in ("vision_encoder", "text_encoder"):
             copied(getattr(blip, name), getattr(model, name))
         decoder = model.text_decoder
@@ -157,9 +160,10 @@ class BlipNlvr(nn.Module):
         initialise_bert(self.classifier, spread(config.text_width))
 
     @classmethod
-    def started_from(cls, blip: Blip) -> BlipNlvr:
-        """With pre-trained weights, the cross-attention twice; merge layers and classifier are new."""
-        model = cls(blip.config)
+    def started_from(cls, blip: Blip, config: BlipConfig | None = None) -> BlipNlvr:
+        """With pre-trained weights, the cross-attention twice; merge layers and classifier are new. config: where
+        pictures and texts are of another size, as config.nlvr makes them."""
+        model = cls(config or blip.config)
         copied(blip.vision_encoder, model.vision_encoder)
         copied(blip.text_encoder.embeddings, model.text_encoder.embeddings)
         for theirs, ours in zip(blip.text_encoder.layers, model.text_encoder.layers, strict=True):

@@ -17,7 +17,15 @@ from papers.albef.converter import FORMATS, convert, published_of
 from papers.albef.cost import workload
 from papers.albef.losses import albef_losses
 from papers.albef.model import Albef, AlbefPretraining
-from papers.albef.module import AlbefModule, FinetuningModule, adamw, decay_groups, example, ramp
+from papers.albef.module import (
+    AlbefModule,
+    FinetuningModule,
+    adamw,
+    decay_groups,
+    example,
+    learning_rate_share,
+    ramp,
+)
 from papers.albef.pretrained import load_any, load_file, load_released, start
 from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import (
@@ -37,6 +45,7 @@ from shared.errors import UserError
 from shared.evidence import load_paper
 from shared.fetch import Entry
 from shared.footprint import count_encoders, count_objectives
+from shared.recipes import load_recipe
 from shared.tokenizers import SmallTokenizer
 
 TINY = replace(VARIANTS["albef-tiny"](), queue=8)
@@ -159,6 +168,29 @@ def test_the_learning_rate_warms_up_from_its_last_value_and_returns_to_it():
         schedule.step()
     assert rates[0] == pytest.approx(1e-5 + 0.9e-5) and max(rates) == pytest.approx(1e-4)
     assert rates[-1] == pytest.approx(1e-5) and rates[9] == pytest.approx(1e-4)
+
+
+# salesforce/ALBEF:configs/Retrieval_coco.yaml and VQA.yaml, and what overrides the paper's recipe for them
+TUNED = {
+    "retrieval": ("learning_rate=1e-5 last_learning_rate=1e-6 warmup_steps=0", 1e-5, 1e-5),
+    "vqa": ("learning_rate=2e-5 last_learning_rate=1e-6 first_learning_rate=1e-5 warmup_steps=400", 1.0025e-5, 2e-5),
+}
+
+
+@pytest.mark.parametrize("task", TUNED)
+def test_the_papers_recipe_can_say_the_schedules_of_fine_tuning(task):
+    overrides, first, peak = TUNED[task]
+    recipe = load_recipe(
+        ROOT / "recipes/albef/paper.yaml", AlbefRecipe, [*overrides.split(), "steps=1000", "batch=256"]
+    )
+    rates = [recipe.learning_rate * learning_rate_share(step, recipe) for step in range(1001)]
+    assert (rates[0], rates[recipe.warmup_steps], rates[-1]) == pytest.approx((first, peak, 1e-6))
+    assert max(rates) == pytest.approx(peak) and recipe.weight_decay == 0.02
+
+
+def test_a_learning_rate_that_warms_up_from_above_its_peak_is_refused():
+    with pytest.raises(UserError, match="between 0 and learning_rate"):
+        replace(RECIPE, first_learning_rate=1.0)
 
 
 def test_a_queue_that_batches_do_not_fill_evenly_is_refused_before_the_first_step():
@@ -370,6 +402,50 @@ def test_retrieval_fine_tuning_learns_a_batch_whose_pictures_have_two_texts():
     assert set(task.queue.ids.tolist()) == {0, 1, 2, 3}
 
 
+def pretrained_in_part():
+    """Pre-training whose momentum copy is not the student, with pictures of known owners in its queue."""
+    torch.manual_seed(0)
+    training = AlbefPretraining(model())
+    with torch.no_grad():
+        for parameter in training.teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images, tokens, ids = batch(4)
+    taught = training.teach(images, tokens)
+    training.queue.push(taught.image_features, taught.text_features, ids)
+    return training
+
+
+def test_retrieval_fine_tuning_goes_on_from_the_files_momentum_copy_and_queue(tmp_path):
+    training = pretrained_in_part()
+    published = published_of(training.state_dict(), "pretraining", TINY, training)
+    torch.save({"model": {key: value.clone() for key, value in published.items()}}, tmp_path / "albef.pth")
+    task = AlbefRetrieval.started_from(load_any(tmp_path / "albef.pth", TINY))
+    wanted = {key: value for key, value in training.state_dict().items() if ".mlm_head." not in key}
+    found = task.state_dict()
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if key != "queue.ids" and not torch.equal(found[key], wanted[key])] == []
+    assert set(AlbefRetrieval.started_from(training).queue.ids.tolist()) == {-1}  # known no more
+    assert not any(parameter.requires_grad for parameter in task.teacher.parameters())
+    images, tokens, ids = batch(4)
+    FinetuningModule(task, RECIPE)
+    assert task.training and task.student.training and task.loss(images, tokens, ids, alpha=0.4).isfinite()
+
+
+@pytest.mark.parametrize("start_from", [AlbefVqa.started_from, Distilled.entailment_from])
+def test_answers_and_entailment_go_on_from_the_momentum_copy(start_from):
+    training = pretrained_in_part()
+    expected = copy.deepcopy(training.teacher.state_dict())
+    task = start_from(training)
+    student, teacher = task.student.state_dict(), task.teacher.state_dict()
+    encoders = {key: value for key, value in teacher.items() if key.startswith("encoder.")}
+    assert encoders and all(torch.equal(value, expected[key[8:]]) for key, value in encoders.items())
+    assert not any(torch.equal(value, student[key]) for key, value in encoders.items() if value.ndim > 1)
+    head = "text_decoder.head." if "text_decoder.head.bias" in teacher else "head."
+    same = [torch.equal(value, student[key]) for key, value in teacher.items() if key.startswith(head)]
+    assert same and all(same) == (head == "head.")  # what pre-training had not is the student's
+    assert not any(parameter.requires_grad for parameter in task.teacher.parameters())
+
+
 def test_a_heat_map_is_of_the_pictures_grid_and_leaves_no_gradient():
     albef, (images, tokens, _) = model().eval(), batch()
     with torch.no_grad():
@@ -437,6 +513,17 @@ def test_a_file_under_our_own_names_loads_as_what_it_is(kind, tmp_path):
     save_weights({k: v for k, v in expected.items() if not k.endswith("mlp.up.bias")}, tmp_path / "own.safetensors", {})
     with pytest.raises(UserError, match=r"own\.safetensors: .*without a weight"):
         load_any(tmp_path / "own.safetensors", TINY)
+
+
+def test_a_file_of_our_own_loads_at_another_picture_size_in_both_copies(tmp_path):
+    training = AlbefPretraining(model())
+    save_weights(training, tmp_path / "own.safetensors", {})
+    loaded = load_any(tmp_path / "own.safetensors", replace(TINY, image_size=48))
+    for name in ("student", "teacher"):
+        before, after = (getattr(one, name).vision_encoder.positions.position for one in (training, loaded))
+        grid = before[1:].T.reshape(1, TINY.vision_width, 4, 4)
+        wanted = F.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)[0].flatten(1).T
+        torch.testing.assert_close(after, torch.cat([before[:1], wanted]))
 
 
 def test_strange_and_missing_files_are_named(tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_blip_model import TINY, moved, pictures, texts
 
-from papers.blip.model import Blip
+from papers.blip.model import Blip, BlipPretraining, copied
 from papers.blip.tasks import BlipDialogue, BlipNlvr, BlipVqa, PairAttention, frame_indices
 from shared.errors import UserError
 from shared.generation import GenerationSettings, generate
@@ -126,6 +126,29 @@ def test_a_network_of_two_pictures_starts_with_pretrained_weights_and_learns():
         assert logits.shape == (4, 2) and torch.equal(logits.argmax(1), true)
         # the two pictures have weights of their own by now, and their order tells
         assert not torch.allclose(model(images.flip(1), tokens), logits)
+
+
+@pytest.mark.parametrize("task", [BlipVqa, BlipNlvr])
+def test_fine_tuning_with_larger_pictures_starts_from_positions_interpolated_as_officially(task):
+    torch.manual_seed(0)
+    blip = moved(Blip(TINY))
+    model = task.started_from(blip, replace(TINY, image_size=48))
+    before, after = (one.vision_encoder.positions.position for one in (blip, model))
+    grid = before[1:].T.reshape(1, TINY.vision_width, 4, 4)
+    wanted = F.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)[0].flatten(1).T
+    torch.testing.assert_close(after, torch.cat([before[:1], wanted]))
+    assert model.config.image_size == 48 and blip.config.image_size == 32
+
+
+def test_retrieval_fine_tuning_goes_on_from_momentum_copies_and_queue_with_larger_pictures():
+    torch.manual_seed(0)
+    pretrained = moved(BlipPretraining(TINY))
+    tuned = copied(pretrained, BlipPretraining(replace(TINY, image_size=48), decoder=False))
+    for name, tensor in tuned.state_dict().items():
+        if name.endswith("positions.position"):
+            assert len(tensor) == 1 + 6 * 6
+        else:
+            assert torch.equal(tensor, pretrained.state_dict()[name])
 
 
 def test_a_dialogue_looks_at_picture_and_caption_and_ranks_its_candidates():

@@ -9,9 +9,9 @@ from papers.clip import claims
 from papers.clip.module import example
 from papers.clip.recipe import ClipRecipe
 from shared.arms import Job, Outcome
-from shared.data.batches import Batches
+from shared.data.batches import Batches, Rows
 from shared.recipes import digest, of_one_arm
-from shared.training import At, Curves, decay_groups, make_trainer, warmup_cosine
+from shared.training import At, Curves, decay_groups, device_for, make_trainer, warmup_cosine
 
 
 def test_every_epoch_shows_every_row_once_in_a_new_order():
@@ -28,6 +28,13 @@ def test_a_batch_does_not_depend_on_what_was_read_before():
     assert torch.equal(first[17][0], second[17][0])
 
 
+def test_rows_that_are_gathered_batch_by_batch_give_what_all_of_them_would():
+    pictures, rows = torch.randn(5, 3), torch.randint(5, (12,))
+    lazy, whole = (Batches((seen, rows), 4, 6, seed=1) for seen in (Rows(pictures, rows), pictures[rows]))
+    for step in range(6):
+        assert all(torch.equal(a, b) for a, b in zip(lazy[step], whole[step], strict=True))
+
+
 def test_ranks_share_the_global_batch_without_overlap():
     whole = Batches((torch.arange(40),), 8, 5, seed=0)[2][0]
     parts = [Batches((torch.arange(40),), 8, 5, seed=0, rank=rank, ranks=2)[2][0] for rank in range(2)]
@@ -38,6 +45,12 @@ def test_ranks_share_the_global_batch_without_overlap():
 def test_a_batch_that_cannot_be_filled_or_shared_is_refused(rows, batch, ranks):
     with pytest.raises(ValueError, match=r"do(es)? not"):
         Batches((torch.arange(rows),), batch, 1, 0, ranks=ranks)
+
+
+@pytest.mark.parametrize(("there", "wanted"), [(True, ["cuda", "cuda", "cpu"]), (False, ["cpu"] * 3)])
+def test_a_gpu_is_measured_on_where_there_is_one_and_the_recipe_lets_it(monkeypatch, there, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert [device_for(ClipRecipe(accelerator=name)).type for name in ("auto", "cuda", "cpu")] == wanted
 
 
 def test_warm_up_rises_to_the_peak_and_the_cosine_falls_to_zero():

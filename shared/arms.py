@@ -1,6 +1,7 @@
 """Runs the arms of a paper's claims: every (arm, seed) is trained once, in its own process, from (recipe, seed) alone.
 
-A paper's claims.py offers ARMS, {name: function(Context) -> measurements}, and CLAIMS, {id: Claim}.
+A paper's claims.py offers ARMS, {name: function(Context) -> measurements}, and CLAIMS, {id: Claim}. A seed's arms begin
+in the order of ARMS: put those first that make what others wait for.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def run_arms(
     package: str, recipe: Recipe, arms: list[str], folder: Path, progress: Callable[[int], None]
 ) -> Iterator[Outcome]:
     """Yield every (arm, seed) as it is finished; what stands finished in `folder` with this recipe is not run again."""
+    order = list(importlib.import_module(f"{package}.claims").ARMS)
     jobs = []
     for seed in seeds_of(recipe):
-        for arm in arms:
+        for arm in sorted(arms, key=order.index):
             job = Job(package, recipe, arm, seed, folder / f"{arm}-{seed}", seed == SEED_BASE)
             finished = job.finished()
             if finished:
@@ -131,12 +133,11 @@ class Job:
 
 
 def _processes(recipe: Recipe) -> int:
-    """Small models leave cores idle: one process a core beats one process on all of them. One process on a GPU."""
-    import torch
+    """Small models leave cores idle: one process a core beats one process on all of them. One process on a GPU, whose
+    memory is not known here to hold more."""
+    from shared.training import device_for
 
-    if recipe.accelerator == "cuda" or (recipe.accelerator == "auto" and torch.cuda.is_available()):
-        return 1
-    return cores()
+    return 1 if device_for(recipe).type == "cuda" else cores()
 
 
 def cores() -> int:
@@ -148,14 +149,22 @@ def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]
 
     # spawn, not fork: torch's thread pools do not survive a fork
     context = multiprocessing.get_context("spawn")
-    todo, done = context.Queue(), context.Queue()  # a plain pipe would hold a few hundred jobs, and putting more hang
+    done = context.Queue()  # a plain pipe would hold a few hundred jobs, and putting more hang
+    # Each worker keeps to its seeds while they have arms left, then helps with others: few make what a seed's arms
+    # share, and as few wait for its stages.
+    seeds = list(dict.fromkeys(job.seed for job in jobs))
+    todo = [context.Queue() for _ in seeds[:at_once]]
     for job in jobs:
-        todo.put(job)
+        todo[seeds.index(job.seed) % len(todo)].put(job)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for what computes beside torch, such as scikit-learn
         os.environ.setdefault(name, str(max(1, cores() // at_once)))
-    workers = [context.Process(target=_work, args=(todo, done, at_once), daemon=False) for _ in range(at_once)]
-    for _ in workers:
-        todo.put(None)
+    workers = []
+    for number in range(at_once):
+        first = number % len(todo)
+        turn = (*todo[first:], *todo[:first])
+        workers.append(context.Process(target=_work, args=(turn, done, at_once), daemon=False))
+        for queue in todo:
+            queue.put(None)
     for worker in workers:
         worker.start()
     try:
@@ -172,7 +181,8 @@ def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]
         for worker in workers:
             worker.join()
     finally:
-        todo.cancel_join_thread()
+        for queue in todo:
+            queue.cancel_join_thread()
         for worker in workers:
             worker.terminate()
 
@@ -193,7 +203,8 @@ def _next(done, workers):
 
 
 def _work(todo, done, at_once: int) -> None:
-    """A worker process: one job after the other, its share of the cores, quiet; it does not outlive its parent."""
+    """A worker process: one job after the other, queue by queue, each up to its None; its share of the cores, quiet; it
+    does not outlive its parent."""
     import multiprocessing
     import signal
     import threading
@@ -210,7 +221,7 @@ def _work(todo, done, at_once: int) -> None:
 
     quiet()
     torch.set_num_threads(max(1, cores() // at_once))
-    while (job := todo.get()) is not None:
+    for job in (job for queue in todo for job in iter(queue.get, None)):
         try:
             done.put(("done", job.run(lambda samples: done.put(("samples", samples)))))
         except UserError as error:
@@ -218,3 +229,5 @@ def _work(todo, done, at_once: int) -> None:
         except Exception:
             done.put(("failed", f"arm {job.arm}, seed {job.seed}:\n{traceback.format_exc()}"))
             return
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what this arm needed most of it, another worker may need now

@@ -119,7 +119,7 @@ def generate(
     small a vocabulary.
     """
     present = torch.ones_like(prompts, dtype=torch.bool) if present is None else present.bool()
-    histories = [row[real].tolist() for row, real in zip(prompts, present, strict=True)]
+    histories = [row[real].tolist() for row, real in zip(prompts.cpu(), present.cpu(), strict=True)]
     if [] in histories and not getattr(decoding, "prefixed", False):
         raise UserError(f"generation: prompt {histories.index([])} of the batch is empty; give at least a start token")
     if not histories:

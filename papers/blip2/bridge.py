@@ -25,7 +25,7 @@ from shared.arms import Context
 from shared.artifacts import Artifact, artifact
 from shared.bert import INIT_STD
 from shared.checkpoints import load_weights, save_weights
-from shared.data.batches import Batches
+from shared.data.batches import Batches, Rows
 from shared.data.wording import KINDS
 from shared.encoders import Encoder, efficientnet_encoder
 from shared.frozen import Frozen
@@ -33,7 +33,7 @@ from shared.language_model import SmallLanguageModel
 from shared.recipes import digest, of_one_arm
 from shared.runs import write_whole
 from shared.stages import Stages
-from shared.training import Curves, fit
+from shared.training import Curves, device_for, fit
 
 HALF = torch.bfloat16
 
@@ -85,13 +85,19 @@ class Bridge:
     def recipe(self) -> Blip2Recipe:
         return self.context.recipe
 
+    @property
+    def device(self) -> torch.device:
+        """Where every model lies that is given out here, so that what is measured runs there."""
+        return device_for(self.recipe)
+
     # ---- frozen parts
 
     def encoder(self, eyes: Eyes = PLAIN) -> Encoder:
         recipe = self.recipe
-        return frozen_encoder(
+        found = frozen_encoder(
             getattr(recipe, eyes.encoder), eyes.layer or recipe.layer, recipe.scale, recipe.manifest, eyes.half
         )
+        return found.to(self.device)
 
     def config(self, eyes: Eyes = PLAIN, queries: int = 0) -> Blip2Config:
         """Stage 1's, with the widths of the encoder at hand."""
@@ -100,8 +106,8 @@ class Bridge:
         return replace(with_language(config, None), vision=vision, queries=queries or config.queries)
 
     def features(self, eyes: Eyes, images: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """(I, 3, H, W) -> (I, S, C), computed once a seed. dtype: what they are kept in, as the encoder gives them
-        where None."""
+        """(I, 3, H, W) -> (I, S, C) on the CPU, computed once a seed. dtype: what they are kept in, as the encoder
+        gives them where None."""
         from shared.features import features_of
 
         encoder = self.encoder(eyes)
@@ -125,16 +131,19 @@ class Bridge:
         recipe = self.recipe
         name = {"headline": recipe.headline_model or recipe.language_model}.get(which, recipe.language_model)
         if name != "small":
-            return named_speaker(name, recipe.manifest)
+            speaker = named_speaker(name, recipe.manifest)
+            speaker.model.to(self.device)
+            return speaker
         return self.small_speaker(larger=which == "larger", half=half)
 
     def small_speaker(self, larger: bool = False, half: bool = False) -> Speaker:
-        recipe, tokenizer = self.recipe, self.lab.tokenizer
-        language = self.lab.config.language or LANGUAGES["small"]
-        language = replace(language, vocabulary=tokenizer.vocab_size, context=recipe.lm_context)
-        if larger:
-            width = recipe.larger_width
-            language = replace(language, width=width, layers=recipe.larger_layers, hidden=4 * width)
+        recipe, tokenizer, language = self.recipe, self.lab.tokenizer, LANGUAGES["small"]
+        kind = "larger" if larger else "small"
+        width, layers = (getattr(recipe, f"{kind}_{name}") for name in ("width", "layers"))
+        language = replace(
+            language, width=width, layers=layers, hidden=4 * width, heads=max(language.heads, width // 64),
+            vocabulary=tokenizer.vocab_size, context=recipe.lm_context,
+        )  # fmt: skip
 
         def make(folder: Path) -> None:
             told = train_language_model(model := new_language_model(language), self.lab, words, recipe)
@@ -145,7 +154,7 @@ class Bridge:
         folder = self.common.once("language-larger" if larger else "language", make)
         model = new_language_model(language)
         load_weights(model, folder / "weights.safetensors")
-        return Speaker(Frozen(model, HALF if half else None, through=True), words, language)
+        return Speaker(Frozen(model, HALF if half else None, through=True).to(self.device), words, language)
 
     # ---- stage 1
 
@@ -172,13 +181,13 @@ class Bridge:
         folder = self.stages.once(name, make)
         model = Blip2Qformer(self.config(eyes, queries))
         load_weights(model, folder / "weights.safetensors")
-        return model.eval(), json.loads((folder / "training.json").read_text())
+        return model.to(self.device).eval(), json.loads((folder / "training.json").read_text())
 
     def train_stage1(self, model: Blip2Qformer, features: Tensor, folder: Path, objectives: Objectives) -> dict:
         rows, tokens = self.lab.pairs()
         recipe = warmed(self.recipe, self.recipe.steps)
         module = Stage1Module(model, recipe, objectives=objectives).train()
-        return self.fitted(module, (features[rows], tokens, rows), recipe, folder, "stage1", [])
+        return self.fitted(module, (self.rows(features, rows), tokens, rows), recipe, folder, "stage1", [])
 
     # ---- stage 2
 
@@ -213,7 +222,7 @@ class Bridge:
         folder = self.stages.once(f"stage2-{name}", make)
         model = new()
         load_weights(model, folder / "weights.safetensors")
-        return model.eval(), speaker, json.loads((folder / "training.json").read_text())
+        return model.to(self.device).eval(), speaker, json.loads((folder / "training.json").read_text())
 
     def new_bridge(self, speaker: Speaker, eyes: Eyes = PLAIN, queries: int = 0, fresh: bool = False) -> Blip2:
         start = self.new_qformer(eyes, queries) if fresh else self.stage1(eyes, queries)[0]
@@ -231,7 +240,7 @@ class Bridge:
     ) -> dict:
         rows, texts = self.learned(speaker, headline, model.config.queries)
         module = Stage2Module(model, recipe).train()
-        return self.fitted(module, (features[rows], *texts), recipe, folder, "stage2", [speaker.model])
+        return self.fitted(module, (self.rows(features, rows), *texts), recipe, folder, "stage2", [speaker.model])
 
     def train_all(self, model: Blip2, speaker: Speaker, encoder: Encoder, recipe: Blip2Recipe, folder: Path) -> dict:
         """Encoder and language model too, end to end."""
@@ -240,8 +249,8 @@ class Bridge:
         for part in parts:
             part.requires_grad_(True).train()
         module = Stage2Module(model, recipe, encoder=parts[0], beside=parts).train()
-        images = self.lab.world.train.images
-        told = self.fitted(module, (images[rows], *texts), recipe, folder, "all", [])
+        images = self.rows(self.lab.world.train.images, rows)
+        told = self.fitted(module, (images, *texts), recipe, folder, "all", [])
         told["trained_parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
         for part in parts:
             part.requires_grad_(False).eval()
@@ -260,10 +269,14 @@ class Bridge:
         )
         return torch.tensor([row for row, _, _ in told]), tuple(texts)
 
+    def rows(self, seen: Tensor, rows: Tensor) -> Rows:
+        """Features or pictures of the samples, held where they are trained on; the loader's processes want the CPU."""
+        return Rows(seen if self.recipe.workers else seen.to(self.device), rows)
+
     def fitted(
         self,
         module: Stage1Module | Stage2Module,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[Tensor | Rows, ...],
         recipe: Blip2Recipe,
         folder: Path,
         name: str,
@@ -342,7 +355,7 @@ def new_language_model(language: Any) -> SmallLanguageModel:
 
 def train_language_model(model: SmallLanguageModel, lab: Lab, words: Words, recipe: Blip2Recipe) -> dict:
     """On the texts of scenes alone. -> its loss, mean over the last tenth of the steps."""
-    device = "cuda" if torch.cuda.is_available() and recipe.accelerator != "cpu" else "cpu"
+    device = device_for(recipe)
     tokens, present = padded([words.begun(text)[: words.context] for text in lab.said], words.pad)
     generator = torch.Generator().manual_seed(LANGUAGE_SEED)
     model.to(device).train()

@@ -35,11 +35,12 @@ from shared.artifacts import Artifact
 from shared.data.batches import Batches
 from shared.metrics import caption_scores, reranked_hits, retrieval_hits
 from shared.recipes import SEED_BASE
+from shared.training import device_for
 
 __all__ = ["ARMS", "CLAIMS", "artifacts", "load"]
 
 VISUAL_TOKENS = (4, 8, 16, 32, 64, 128, 257)  # of a picture, before the language model: 32 queries, or all patches
-TEXT_TOKENS, TIMES = 16, 3
+TEXT_TOKENS = 16
 
 
 def artifacts(recipe: Blip2Recipe) -> list[Artifact]:
@@ -53,9 +54,9 @@ def artifacts(recipe: Blip2Recipe) -> list[Artifact]:
 
 def retrieval(model: Blip2Qformer, features: Tensor, lab: Lab, recipe: Blip2Recipe) -> dict:
     """R@1 on held-out pictures in points, mean of both directions: `r1` after re-ranking, `itc_r1` without."""
-    held = lab.held
-    tokens = lab.tokens(held.texts)
-    pictures = encoded(model.eval(), features)
+    held, device = lab.held, device_for(recipe)
+    tokens = lab.tokens(held.texts).to(device)
+    pictures = encoded(model.eval(), features.to(device))  # re-ranking takes them up often
     i2t, t2i = reranked(model, pictures, tokens, recipe.candidates)
     protocol = f"itc-top{recipe.candidates}-itm+itc"
     hits = reranked_hits(i2t, t2i, held.owner, ks=(1,), protocol=protocol)
@@ -112,6 +113,8 @@ def bridged(
     def arm(context: Context) -> dict:
         work = Bridge.of(context)
         recipe, lab, count = context.recipe, work.lab, queries(work)
+        if not fresh:
+            work.stage1(eyes, count)  # first, as another process may be at work on the language model
         speaker = work.speaker(which, eyes.half)
         model, speaker, told = work.stage2(context.arm, eyes, count, speaker, fresh)
         told |= answers(work, model, speaker, eyes)
@@ -180,17 +183,17 @@ def each_step(context: Context) -> dict:
     """The same steps of stage 2 from features that were computed once and kept in 16 bit, and with the encoder run in
     each: their losses, and the times."""
     work, eyes = Bridge.of(context), Eyes("other_encoder")
-    recipe, lab = second(context.recipe), work.lab
+    recipe, images = second(context.recipe), work.lab.world.train.images
     speaker, encoder = work.speaker(), work.encoder(eyes)
     rows, texts = work.learned(speaker)
     steps = context.recipe.compared_steps
-    kept = work.features(eyes, lab.world.train.images, "train", HALF)
+    kept = work.features(eyes, images, "train", HALF)
     start = work.new_qformer(eyes)  # what it has learned makes no difference
     found = {}
-    for name, seen, runs in (("cached", kept[rows], None), ("each_step", lab.world.train.images[rows], encoder)):
+    for name, seen, runs in (("cached", kept, None), ("each_step", images, encoder)):
         module = Stage2Module(work.bridge_from(start, speaker, eyes), replace(recipe, steps=steps), runs).train()
-        batches = Batches((seen, *texts), recipe.batch, steps, context.seed)
-        losses, seconds = stepped(module, batches, FrozenWatch([speaker.model, encoder]))
+        batches = Batches((work.rows(seen, rows), *texts), recipe.batch, steps, context.seed)
+        losses, seconds = stepped(module.to(work.device), batches, FrozenWatch([speaker.model, encoder]), work.device)
         found |= {name: losses[-1], f"{name}_ms": 1000 * statistics.median(seconds)}
         found.setdefault("curves", {})[f"loss_{name}"] = [
             (recipe.batch * (step + 1), loss) for step, loss in enumerate(losses)
@@ -199,40 +202,48 @@ def each_step(context: Context) -> dict:
     return found
 
 
-def stepped(module: Stage2Module, batches: Batches, watch: FrozenWatch) -> tuple[list[float], list[float]]:
-    """Losses and seconds of plain steps, without a Trainer around them."""
+def stepped(
+    module: Stage2Module, batches: Batches, watch: FrozenWatch, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Losses and seconds of plain steps in fp32, without a Trainer around them."""
     module.log = lambda *args, **more: None
     configured = module.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     losses, seconds = [], []
     for step in range(len(batches)):
         started = time.perf_counter()
-        loss = module.training_step(batches[step], step)
+        loss = module.training_step(tuple(part.to(device) for part in batches[step]), step)
         loss.backward()
         watch.on_before_optimizer_step(None, module, optimizer)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(float(loss.detach()))  # waits for the whole step on a GPU
         seconds.append(time.perf_counter() - started)
     return losses, seconds
 
 
 def visual_tokens(context: Context) -> dict:
     """Milliseconds of the headline's language model over so many visual and 16 text tokens: the median of several
-    passes, in turn, so that a busy moment of the machine meets all alike."""
-    language = Bridge.of(context).speaker("headline").model
-    words = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
+    passes, in turn, so that a busy moment of the machine meets all alike. Before them a pass of each on a GPU, which
+    loads its kernels then."""
+    work, recipe = Bridge.of(context), context.recipe
+    language, device, rows = work.speaker("headline").model, work.device, recipe.timed_rows
+    words = torch.zeros(rows, TEXT_TOKENS, dtype=torch.long, device=device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[int, list[float]] = {count: [] for count in VISUAL_TOKENS}
     with torch.inference_mode():
-        for _ in range(TIMES):
+        for turn in range(-1 if device.type == "cuda" else 0, recipe.timed_passes):
             for count in VISUAL_TOKENS:
                 text = language.embed(words)
-                embeddings = torch.cat([text.new_zeros(1, count, language.width), text], 1)
-                present = torch.ones(embeddings.shape[:2], dtype=torch.bool)
+                embeddings = torch.cat([text.new_zeros(rows, count, language.width), text], 1)
+                present = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=device)
+                wait()
                 started = time.perf_counter()
                 language.states(embeddings, present)
-                times[count].append(1000 * (time.perf_counter() - started))
+                wait()
+                if turn >= 0:
+                    times[count].append(1000 * (time.perf_counter() - started))
     median = {count: statistics.median(several) for count, several in times.items()}
     saved = 100 * (1 - median[32] / median[VISUAL_TOKENS[-1]])
     return {"saved": saved, "curves": {"milliseconds": [(count, value) for count, value in median.items()]}}
@@ -245,6 +256,7 @@ def headline(context: Context) -> dict:
         return {}
     work = Bridge.of(context)
     lab, recipe = work.lab, context.recipe
+    work.stage1()  # first, as another process may be at work on the language model
     speaker = work.speaker("headline")
     model, speaker, told = work.stage2("headline", speaker=speaker, headline=True)
     words, how = speaker.words, answering(recipe)
@@ -307,22 +319,24 @@ def one(work: Bridge) -> int:
     return 1
 
 
+# The first two train a first stage, while the third makes the language model; from "larger_language_model" on they take
+# the headline's first stage.
 ARMS: dict[str, Callable[[Context], dict]] = {
     "headline": headline,
-    "base": bridged(),
+    "weak_encoder": bridged(Eyes("weak_encoder")),
     "no_stage1": bridged(fresh=True),
     "no_itg": no_itg,
-    "weak_encoder": bridged(Eyes("weak_encoder")),
-    "other_encoder": bridged(Eyes("other_encoder"), fresh=True),
-    "last_layer": bridged(Eyes(layer="last"), fresh=True),
-    "half": bridged(Eyes(half=True)),
-    "larger_language_model": bridged(which="larger"),
-    "queries_one": bridged(queries=one, fresh=True),
     "queries_many": bridged(queries=many, fresh=True),
-    "few_shot": few_shot,
-    "train_all": train_all,
+    "queries_one": bridged(queries=one, fresh=True),
+    "last_layer": bridged(Eyes(layer="last"), fresh=True),
+    "other_encoder": bridged(Eyes("other_encoder"), fresh=True),
     "each_step": each_step,
     "visual_tokens": visual_tokens,
+    "larger_language_model": bridged(which="larger"),
+    "train_all": train_all,
+    "half": bridged(Eyes(half=True)),
+    "base": bridged(),
+    "few_shot": few_shot,
 }
 
 

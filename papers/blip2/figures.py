@@ -80,14 +80,12 @@ def tokens_figure(measured: list[dict[str, dict]]) -> Figure | None:
     left.set_title("Cost: attention grows as (m + n)²", loc="left", fontsize=10, fontweight="bold")
     if arms:
         queries = [measured[0][arm]["queries"] for arm in arms]
-        for name, colour, label in (("accuracy", "#D55E00", "answers"), ("r1", "#009E73", "retrieval R@1")):
-            values = [[one[arm][name] for one in measured] for arm in arms]
-            right.plot(queries, [statistics.fmean(v) for v in values], "o-", color=colour, label=label)
-            right.fill_between(queries, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.18)
+        values = [[one[arm]["accuracy"] for one in measured] for arm in arms]
+        right.plot(queries, [statistics.fmean(v) for v in values], "o-", color="#D55E00")
+        right.fill_between(queries, [min(v) for v in values], [max(v) for v in values], color="#D55E00", alpha=0.18)
         right.set_xscale("log", base=2)
         right.set_xticks(queries, [str(count) for count in queries])
-        right.legend(frameon=False)
-    right.set(xlabel="queries, each a visual token", ylabel="percent")
+    right.set(xlabel="queries, each a visual token", ylabel="right answers, %")
     right.set_title("Quality", loc="left", fontsize=10, fontweight="bold")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -97,8 +95,8 @@ def tokens_figure(measured: list[dict[str, dict]]) -> Figure | None:
     figure.savefig(content, format="png", metadata={"Software": None})
     said = (
         "Left: the headline's language model over m visual tokens and 16 of text, median of passes and seeds; 32 is "
-        "the paper's number of queries, 257 that of its encoders' patches. Right: held-out accuracy and retrieval by "
-        "the number of queries, mean over seeds; the band spans the lowest and the highest."
+        "the paper's number of queries, 257 that of its encoders' patches. Right: held-out accuracy by the number of "
+        "queries, mean over seeds; the band spans the lowest and the highest."
     )
     return Figure("Visual tokens: cost and quality", said, content.getvalue())
 

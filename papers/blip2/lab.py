@@ -140,7 +140,8 @@ def lab_of(recipe: Blip2Recipe, seed: int) -> Lab:
     )
     config = fitted(base, tokenizer)
     vision = replace(config.vision, image_size=recipe.image_size)
-    config = replace(config, vision=vision, queries=recipe.queries or config.queries)
+    dropout = config.dropout if recipe.dropout < 0 else recipe.dropout
+    config = replace(config, vision=vision, queries=recipe.queries or config.queries, dropout=dropout)
     return Lab(world, tokenizer, config, texts, asked, held, said, answers)
 
 

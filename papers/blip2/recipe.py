@@ -33,6 +33,8 @@ class Blip2Recipe(Recipe):
 
     language_model: str = "small"  # of the ablations: trained here on texts of scenes, or by name
     headline_model: str = "smollm2-135m"  # of the headline; empty: the small one again
+    small_width: int = 64  # of the small one
+    small_layers: int = 2
     larger_width: int = 128  # of the larger of the two small ones
     larger_layers: int = 4
     lm_context: int = 288  # positions: of all patches of the paper's pictures, and a text
@@ -53,6 +55,7 @@ class Blip2Recipe(Recipe):
     asked: float = 0.5  # share of stage 2's texts that are questions with answers; the others are captions
 
     queries: int = 0  # 0: as the model's variant has it
+    dropout: float = -1.0  # below 0: likewise
     more: int = 4  # times so many in the arm of many queries
     stage2_steps: int = 100
     stage2_batch: int = 32
@@ -65,6 +68,8 @@ class Blip2Recipe(Recipe):
     headline_asked: float = 1.0  # share of its texts that are questions, of the open kinds alone
     headline_questions: int = 120  # held-out ones that the headline answers
     compared_steps: int = 20  # of the arm that runs encoder and cache side by side
+    timed_passes: int = 3  # through the headline's language model, of each number of visual tokens
+    timed_rows: int = 1  # pictures in a pass: as many as keep the device busy
     shots: int = 2  # answered questions before the one that is asked, in context
     beams: int = 5
     length_penalty: float = -1.0  # of answers (Sec. 4.1)
@@ -83,8 +88,8 @@ class Blip2Recipe(Recipe):
             raise UserError("recipe: kinds must name one or more, and asked and headline_asked lie in 0..1")
         counts = (
             "headline_seeds", "stage2_steps", "stage2_batch", "headline_steps", "headline_batch",
-            "headline_questions", "lm_steps", "compared_steps", "shots", "beams", "longest", "candidates", "more",
-            "text_tokens", "asked_pictures",
+            "headline_questions", "lm_steps", "compared_steps", "timed_passes", "timed_rows", "shots", "beams",
+            "longest", "candidates", "more", "text_tokens", "asked_pictures",
         )  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:

@@ -18,14 +18,15 @@ from papers.blip2.module import Stage1Module, Stage2Module
 from papers.blip2.pretrained import from_bert, read_bert
 from papers.blip2.recipe import Blip2Recipe
 from shared.checkpoints import load_weights
-from shared.data.batches import Batches
+from shared.data.batches import Batches, Rows
 from shared.encoders import Encoder
 from shared.errors import UserError
 from shared.train import Trainable
+from shared.training import device_for
 
 
 def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
-    half = recipe.accelerator != "cpu" and torch.cuda.is_available()
+    half = device_for(recipe).type == "cuda"
     encoder = frozen_encoder(recipe.encoder, recipe.layer, recipe.scale, recipe.manifest, half)
     bert = read_bert(Path(recipe.bert_weights)) if recipe.bert_weights and recipe.stage == 1 else None
     lab = lab_of(recipe, seed)  # last: of the paper's size it takes hours
@@ -39,7 +40,7 @@ def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
         if bert is not None:
             from_bert(model, bert)
         module = Stage1Module(model, recipe, runs)
-        tensors: tuple[Tensor, ...] = (seen[rows], tokens, rows)
+        tensors: tuple[Tensor | Rows, ...] = (Rows(seen, rows), tokens, rows)
     else:
         speaker = speaks(recipe)
         told = lab.learned(recipe.asked, seed)
@@ -52,7 +53,7 @@ def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
             load_weights(qformer, Path(recipe.stage1_weights))
         model = Blip2.started_from(qformer, with_language(stage1, speaker.config), speaker.model)
         module = Stage2Module(model, recipe, runs)
-        tensors = (seen[rows], *texts)
+        tensors = (Rows(seen, rows), *texts)
     ids = [lab.world.train.ids[row] for row in rows.tolist()]
 
     def batches(rank: int, ranks: int) -> Batches:

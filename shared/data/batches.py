@@ -10,6 +10,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
+class Rows:
+    """tensor[rows], gathered as it is asked for: what many samples share, such as a picture of several texts, is held
+    once, on the tensor's device."""
+
+    def __init__(self, tensor: Tensor, rows: Tensor):
+        self.tensor, self.rows = tensor, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, some: Tensor) -> Tensor:
+        return self.tensor[self.rows[some]]
+
+
 class Batches(Dataset):
     """Item i is the i-th batch: a tuple of rows of every given tensor, in order, shuffled anew every epoch.
 
@@ -20,7 +34,7 @@ class Batches(Dataset):
 
     def __init__(
         self,
-        tensors: tuple[Tensor, ...],
+        tensors: tuple[Tensor | Rows, ...],
         batch: int,
         steps: int,
         seed: int,

@@ -7,6 +7,8 @@ import pytest
 import torch
 from tests_common import CATALOGUE, ROOT
 
+from shared.plan import dry_run
+
 PAPERS = CATALOGUE.names()
 pytestmark = pytest.mark.parametrize("name", PAPERS)
 
@@ -64,11 +66,11 @@ def test_bf16_autocast_on_cpu_stays_close_to_fp32(name):
     assert float(half) == pytest.approx(float(plain), rel=0.03) and float(half) != float(plain)
 
 
-def test_every_recipe_parses_against_the_real_schema(name):
+def test_every_recipe_parses_against_the_real_schema_and_can_be_planned(name):
     paths = sorted((ROOT / "recipes" / name).glob("*.yaml"))
     assert {path.stem for path in paths} >= {"smoke", "mini", "gpu", "paper"}
     for path in paths:
-        CATALOGUE.recipe(name, path.stem, [])
+        assert "would be downloaded" in dry_run(CATALOGUE, CATALOGUE.recipe(name, path.stem, []))
 
 
 def test_every_claim_of_the_card_has_an_effect_and_every_effect_its_row(name):

@@ -54,6 +54,44 @@ def test_more_jobs_than_a_pipe_holds_are_all_done(tmp_path, monkeypatch):
     assert len({outcome.seed for outcome in found}) == 60
 
 
+STAGED = """
+import time
+from pathlib import Path
+
+def waits_for(name, context):
+    folder = Path(context.folder).parent
+    limit = time.monotonic() + 30
+    while not (folder / name).exists():
+        if time.monotonic() > limit:
+            return {"met": False}
+        time.sleep(0.05)
+    return {"met": True}
+
+def makes(context):
+    folder = Path(context.folder).parent
+    (folder / f"begun-{context.seed}").touch()
+    found = waits_for(f"begun-{2001 - context.seed}", context)
+    (folder / f"made-{context.seed}").touch()
+    return found
+
+def takes(context):
+    return waits_for(f"made-{context.seed}", context)
+
+ARMS = {"makes": makes, "takes": takes}
+"""
+
+
+def test_each_seed_has_workers_of_its_own_and_begins_with_what_others_wait_for(tmp_path, monkeypatch):
+    """Seeds 1000 and 1001 make their stage at the same time, since nobody waits for one while a seed is left alone."""
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "__init__.py").touch()
+    (tmp_path / "staged" / "claims.py").write_text(STAGED)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = ClipRecipe(**TINY | {"jobs": 2})
+    found = list(run_arms("staged", recipe, ["takes", "makes"], tmp_path / "arms", lambda samples: None))
+    assert len(found) == 4 and all(outcome.measured["met"] for outcome in found)
+
+
 def test_no_worker_outlives_a_killed_parent(tmp_path):
     code = (
         "from papers.clip.recipe import ClipRecipe; from shared.arms import run_arms; from pathlib import Path\n"

@@ -223,6 +223,16 @@ def test_published_captions_are_cleaned_before_both_stages_and_generated_ones_ar
     assert lab.texts == [(row, text) for row, several in enumerate(lab.world.train.captions) for text in several]
 
 
+def test_the_recipe_says_how_large_the_small_language_models_are_whatever_the_variant_speaks_to(tmp_path):
+    """And how much the Q-Former drops out, unless its variant is to."""
+    recipe = replace(SMALL, model="blip2-mini-smollm2", small_width=24, small_layers=1, lm_steps=1, dropout=0.25)
+    work = Bridge.of(context(tmp_path, "base", recipe))
+    small, larger = work.speaker().config, work.speaker("larger").config
+    assert (small.family, small.width, small.layers) == ("small", 24, 1)
+    assert (larger.family, larger.width, larger.layers) == ("small", 48, SMALL.larger_layers)
+    assert work.config().dropout == 0.25 and lab_of(replace(recipe, dropout=-1.0), 3).config.dropout == 0
+
+
 def test_a_period_ends_what_a_small_language_model_says(lab):
     found = words_of(lab.tokenizer, 64)
     assert lab.tokenizer.encode("red.")[-1] == found.stop[0] and found.stop[1] == lab.tokenizer.end

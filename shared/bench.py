@@ -13,6 +13,7 @@ import resource
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -214,7 +215,7 @@ def _product(rows: int, inner: int, columns: int, device: str, precision: str) -
     x = torch.randn(rows, inner, device=device).to(DTYPES[precision])
     weight = torch.randn(columns, inner, device=device).to(DTYPES[precision])
     out = torch.empty(rows, columns, device=device, dtype=DTYPES[precision])
-    calls = 20 if device == "cuda" else 1
+    calls = 1 if device != "cuda" else 3 if precision == "fp32" else 20
     times = [_timed("x", lambda: torch.mm(x, weight.mT, out=out), device, calls)[0] for _ in range(6)]
     return 2 * rows * inner * columns / min(times[1:])
 
@@ -283,29 +284,31 @@ def memory_rows(peaks: Mapping[str, int]) -> list[dict]:
 # ---- what needs no paper
 
 
-def core(device: str, precision: str, repeats: int) -> list[Sweep]:
-    """The attention seam's backends, the patch product against a convolution, and the contrastive loss in tiles."""
-    return [_attention(device, precision, repeats), _patches(device, precision, repeats), *_loss(device, repeats)]
+CORE = {
+    "attention": lambda plan: [_attention(plan.device, plan.precision, plan.repeats)],
+    "patches": lambda plan: [_patches(plan.device, plan.precision, plan.repeats)],
+    "loss": lambda plan: _loss(plan.device, plan.repeats),
+}
 
 
 def _loss(device: str, repeats: int) -> list[Sweep]:
     """Time and peak memory of the chunked loss against the plain one: two tables of the same measurement."""
     width = 512
     measured = functools.cache(_loss_on_gpu if device == "cuda" else _loss_on_cpu)
-    sizes = (8_192, 32_768, 65_536) if device == "cuda" else (8_192, 32_768)
+    sizes = (65_536, 32_768, 8_192) if device == "cuda" else (8_192, 32_768)
 
     def jobs(which: int, seconds: float) -> list[Job]:
         def run(batch: int) -> list[dict]:
             return [{"batch": batch, **row} for row in measured(batch, width, repeats)[which]]
 
         return [
-            Job(f"batch {batch:,}, width {width}", seconds * (batch / sizes[0]) ** 2, functools.partial(run, batch))
+            Job(f"batch {batch:,}, width {width}", seconds * (batch / 8_192) ** 2, functools.partial(run, batch))
             for batch in sizes
         ]
 
     title = "CONTRASTIVE LOSS in tiles, forward and backward, fp32"
     return [
-        Sweep("loss-time", title, jobs(0, 20)),
+        Sweep("loss-time", title, jobs(0, 0.3 if device == "cuda" else 20)),
         Sweep("loss-memory", f"{title}: peak memory", jobs(1, 0), verb="needs"),
     ]
 
@@ -325,7 +328,6 @@ def _loss_on_cpu(batch: int, width: int, repeats: int) -> tuple[list[dict], list
 
 
 def _loss_on_gpu(batch: int, width: int, repeats: int) -> tuple[list[dict], list[dict]]:
-    from shared.bench_loss import MATRICES
     from shared.losses import CHUNK, chunked_contrastive_loss, contrastive_loss
 
     torch.manual_seed(0)
@@ -338,18 +340,25 @@ def _loss_on_gpu(batch: int, width: int, repeats: int) -> tuple[list[dict], list
 
     losses = {
         ("chunked" if chunk == CHUNK else f"chunk {chunk:,}"): functools.partial(chunked_contrastive_loss, chunk=chunk)
-        for chunk in (CHUNK, 4 * CHUNK)
-    }
-    if MATRICES * 4 * batch**2 < 0.5 * torch.cuda.mem_get_info()[0]:
-        losses["plain"] = contrastive_loss
+        for chunk in (CHUNK, 4 * CHUNK, 16 * CHUNK)
+        if chunk <= batch
+    } | {"plain": contrastive_loss}
     calls = {name: functools.partial(call, loss) for name, loss in losses.items()}
-    times = race(calls, repeats, device="cuda", tolerance=1e-3, unit="losses/s")
-    peaks = {}
-    for name, step in calls.items():
+    peaks, not_run = {}, {}
+    for name, step in list(calls.items()):
         meter = MemoryMeter("cuda")
-        step()
-        peaks[name] = meter.peak()
-    return times, memory_rows(peaks)
+        try:
+            step()
+            peaks[name] = meter.peak()
+        except torch.OutOfMemoryError:
+            del calls[name]
+            not_run[name] = f"out of the GPU's {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB of memory"
+        torch.cuda.empty_cache()
+    times = race(calls, min(3, repeats), device="cuda", tolerance=1e-3, unit="losses/s")
+    memory = memory_rows(peaks)
+    if not_run:
+        times[0]["not_run"] = memory[0]["not_run"] = not_run
+    return times, memory
 
 
 def _attention(device: str, precision: str, repeats: int) -> Sweep:
@@ -358,7 +367,7 @@ def _attention(device: str, precision: str, repeats: int) -> Sweep:
     def documents(tokens: int, length: int) -> StructuredMask:
         return StructuredMask(lambda b, h, q, k: q // length == k // length, 1, 1, tokens, tokens)
 
-    more = 16 if device == "cuda" else 1
+    more = 64 if device == "cuda" else 1
     # (what, B, H, T, K, causal, mask)
     shapes = [
         ("pictures, ViT-B/32, 50 tokens", 8, 12, 50, 64, False, None),
@@ -468,11 +477,14 @@ def longest(batch: int, context: int, lengths: Sequence[int] = NATURAL) -> int:
 def normaliser(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
     """From bytes to what a library's model takes, in its weights' precision."""
     weight = next(model.parameters())
-    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+
+    @functools.cache
+    def parts(device: torch.device) -> list[Tensor]:
+        return [torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std)]
 
     def normalised(pixels: Tensor) -> Tensor:
-        parts = shift.to(pixels.device), scale.to(pixels.device)
-        return pixels.float().div_(255).sub_(parts[0]).div_(parts[1]).to(weight.dtype)
+        shift, scale = parts(pixels.device)
+        return pixels.float().div_(255).sub_(shift).div_(scale).to(weight.dtype)
 
     return normalised
 
@@ -505,6 +517,18 @@ def stepper(
     return step
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """The model with every layer of its stacks compiled by itself: what torch advises where layers are alike, since a
+    stack is then compiled once and not once a layer. Anybody's model: it asks for no more than an nn.ModuleList."""
+    # all layers are compiled through one function of torch, whose limit of variants is meant for one layer
+    torch._dynamo.config.recompile_limit = 64
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            for layer in stack:
+                layer.compile(dynamic=False)
+    return model
+
+
 # ---- a whole run
 
 
@@ -523,8 +547,8 @@ class Plan:
 
     def sweeps(self, name: str) -> list[Sweep]:
         if name == "core":
-            return core(self.device, self.precision, self.repeats)
-        return [getattr(self, f"_{name}")()]
+            return [sweep for part in CORE for sweep in self.sweeps(part)]
+        return CORE[name](self) if name in CORE else [getattr(self, f"_{name}")()]
 
     @property
     def peak(self) -> float:
@@ -538,7 +562,7 @@ class Plan:
     def on(self, cpu, cuda):
         return cuda if self.device == "cuda" else cpu
 
-    def race(self, calls: dict[str, Callable], **options) -> list[dict]:
+    def race(self, calls: Mapping[str, Callable], **options) -> list[dict]:
         """Looser where weights move: a rounding error in a gradient that is zero becomes a whole step of Adam."""
         training = options.pop("training", False)
         tolerance = 5e-2 if self.precision == "bf16" else 1e-3 if training else 1e-4
@@ -561,9 +585,10 @@ def run_plan(
     overrides: key=value words over DEFAULTS. sweeps: the names to choose from. known(variant) raises for a wrong one.
     """
     settings = parse(overrides, DEFAULTS)
-    chosen = sweeps if settings["sweep"] == "all" else (settings["sweep"],)
-    if unknown := set(chosen) - set(sweeps):
-        raise UserError(f"bench: no sweep '{unknown.pop()}'; choose all, {', '.join(sweeps)}")
+    chosen = sweeps if settings["sweep"] == "all" else settings["sweep"].split(",")
+    known_sweeps = (*sweeps, *CORE) if "core" in sweeps else sweeps
+    if unknown := set(chosen) - set(known_sweeps):
+        raise UserError(f"bench: no sweep '{unknown.pop()}'; choose all, {', '.join(known_sweeps)}")
     if settings["repeats"] < 1:
         raise UserError(f"bench: repeats={settings['repeats']}: give at least 1")
     if settings["variant"]:
@@ -573,7 +598,8 @@ def run_plan(
     precision = settings["precision"] or ("bf16" if device == "cuda" else "fp32")
     if precision not in DTYPES:
         raise UserError(f"bench: no precision '{precision}'; choose {', '.join(DTYPES)}")
-    peaks = [peak for peak in (matrix_peak(device, name) for name in DTYPES) if peak]
+    measured = DTYPES if device == "cpu" else (precision,)
+    peaks = [peak for peak in (matrix_peak(device, name) for name in measured) if peak]
     if precision not in {peak["precision"] for peak in peaks}:
         raise UserError(f"bench: {precision} products are slower than fp32 ones on this machine; precision=fp32")
     made = plan(device, precision, settings["repeats"], settings["seconds"], peaks, settings["variant"], batches)
@@ -611,30 +637,45 @@ def parse(overrides: Iterable[str], defaults: Mapping[str, Any]) -> dict[str, An
     return settings
 
 
-def run_sweeps(sweeps: Sequence[Sweep], settings: Mapping[str, Any], folder: Path, peaks: Sequence[dict]) -> None:
+def run_sweeps(sweeps: list[Sweep], settings: Mapping[str, Any], folder: Path, peaks: Sequence[dict]) -> None:
     """Run every job with its remaining time; after each sweep print its table, write its JSON and its figure.
 
-    Written are folder/<name>-<device>-<precision>.json and folder/figures/<name>-<device>-<precision>.png.
+    Written are folder/<name>-<device>-<precision>.json and folder/figures/<name>-<device>-<precision>.png. A job that
+    fails costs its own rows: the others still run, then its error is raised. Ctrl-C keeps what was measured before.
+    `sweeps` is emptied on the way, for a sweep that is over must not keep its models.
     """
     console = Console()
-    jobs = [job for sweep in sweeps for job in sweep.jobs]
-    total = sum(job.seconds for job in jobs)
-    console.stages(len(jobs))
-    console.say(f"{len(jobs)} measurements, about {_minutes(total)} on a quiet machine")
+    count, total = sum(len(sweep.jobs) for sweep in sweeps), sum(job.seconds for sweep in sweeps for job in sweep.jobs)
+    console.stages(count)
+    console.say(f"{count} measurements, about {_minutes(total)} on a quiet machine")
     for peak in peaks:
         shape = " x ".join(map(str, peak["shape"]))
         console.say(f"matrix product, {peak['precision']}: {peak['flops_per_second'] / 1e9:,.0f} GFLOP/s at {shape}")
-    begun, done = time.perf_counter(), 0.0
-    for sweep in sweeps:
-        rows = []
-        for job in sweep.jobs:
-            slower = (time.perf_counter() - begun) / done if done else 1.0
-            console.stage(f"{sweep.name}: {job.setting} (about {_minutes((total - done) * slower)} left)")
-            rows += [{"setting": job.setting, **row} for row in job.run()]
-            done += job.seconds
-            gc.collect()
-        path = save(sweep, rows, settings, folder, peaks)
-        print(f"\n{table(sweep, rows)}\n{path}\n", flush=True)
+    begun, done, failures = time.perf_counter(), 0.0, []
+    while sweeps:
+        sweep, rows = sweeps.pop(0), []
+        try:
+            for job in sweep.jobs:
+                slower = (time.perf_counter() - begun) / done if done else 1.0
+                console.stage(f"{sweep.name}: {job.setting} (about {_minutes((total - done) * slower)} left)")
+                gc.collect()
+                if settings["device"] == "cuda":
+                    torch.cuda.empty_cache()
+                try:
+                    rows += [{"setting": job.setting, **row} for row in job.run()]
+                except UserError as error:
+                    failures.append(f"{sweep.name}: {job.setting}: {error}")
+                except Exception as error:
+                    traceback.print_exc()
+                    told = f"{type(error).__name__}: {error}".splitlines()[0]
+                    failures.append(f"{sweep.name}: {job.setting}: {told}")
+                done += job.seconds
+        finally:
+            if rows:
+                path = save(sweep, rows, settings, folder, peaks)
+                print(f"\n{table(sweep, rows)}\n{path}\n", flush=True)
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 def _minutes(seconds: float) -> str:

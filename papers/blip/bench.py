@@ -57,11 +57,12 @@ def run(root: Path, overrides: list[str]) -> None:
 # ---- the contestants
 
 
-def pair(kind: str, config: BlipConfig) -> tuple[Blip, nn.Module]:
+def pair(kind: str, config: BlipConfig, device: str) -> tuple[Blip, nn.Module]:
     """Ours and transformers' of KINDS with equal weights: ours, since their image encoder starts with denormal ones."""
     torch.manual_seed(0)
-    ours = FORMATS[f"transformers-{kind}"].make(config)
-    return ours, theirs_of(ours, kind)
+    with torch.device(device):  # a GPU draws weights in no time
+        ours = FORMATS[f"transformers-{kind}"].make(config)
+        return ours, theirs_of(ours, kind)
 
 
 def theirs_of(blip: Blip, kind: str) -> nn.Module:
@@ -188,7 +189,7 @@ class TheirPretraining(BlipPretraining):
 
 def captioners(config: BlipConfig, device: str, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Functions of pictures and a prompt (B, P) that give new tokens (B, NEW_TOKENS), by beam search."""
-    ours, theirs = (model.to(device, dtype).eval() for model in pair("captioning", config))
+    ours, theirs = (model.to(dtype).eval() for model in pair("captioning", config, device))
     normalised = normaliser(theirs, config.mean, config.std)
     settings = GenerationSettings(
         stop=(config.end_token,), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, beams=BEAMS
@@ -215,7 +216,7 @@ def captioners(config: BlipConfig, device: str, dtype: torch.dtype) -> dict[str,
 
 def caption_steps(config: BlipConfig, device: str, precision: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """A captioner's step: functions of pictures and texts (B, T) that give the loss before it."""
-    ours, theirs = (model.to(device) for model in pair("captioning", config))
+    ours, theirs = pair("captioning", config, device)
     normalised = normaliser(theirs, config.mean, config.std)
 
     def our_loss(pixels: Tensor, tokens: Tensor) -> Tensor:
@@ -245,8 +246,9 @@ def pretraining_steps(
     Both draw their hard negatives by equal seeds.
     """
     torch.manual_seed(0)
-    ours = BlipPretraining(config)
-    models = {"ours": ours, "transformers": TheirPretraining(ours)}
+    with torch.device(device):
+        ours = BlipPretraining(config)
+        models = {"ours": ours, "transformers": TheirPretraining(ours)}
 
     def step(model: BlipPretraining) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
         seeds = itertools.count()
@@ -266,7 +268,7 @@ def matchers(config: BlipConfig, device: str, dtype: torch.dtype) -> dict[str, d
     features: pictures -> (B, E). match: pictures, a text for each (B, T) -> ITM logits (B, 2). rank: one picture, texts
     (R, T) -> (R, 2).
     """
-    ours, theirs = (model.to(device, dtype).eval() for model in pair("retrieval", config))
+    ours, theirs = (model.to(dtype).eval() for model in pair("retrieval", config, device))
     normalised = normaliser(theirs, config.mean, config.std)
 
     def our_rank(pixels: Tensor, tokens: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ A_PHOTO_OF = (2, 102, 1345, 9)  # OPT's start token and some three words; their 
 VISUAL_TOKENS = (32, 1, 8, 64, 128, 257)  # the paper's queries first, last all tokens of its encoders
 TEXT_TOKENS = 16
 
+PUBLISHED = "blip2-vit-g-opt-2.7b"  # what a GPU is given
 OPT_125M = LanguageConfig("opt-125m", "opt", 768, 50_272, layers=12, heads=12, hidden=3072, context=2048)
 # To OPT-125m what ViT-g is to OPT-2.7B: 37 % of its parameters, and as many picture tokens.
 EVA_SMALL = VisionConfig("eva", 224, 14, width=512, layers=14, heads=8, mlp_ratio=4.3637)
@@ -153,12 +154,13 @@ def their_config(config: Blip2Config) -> Any:
     )  # fmt: skip
 
 
-def pair(config: Blip2Config) -> tuple[Encoder, Blip2, nn.Module]:
+def pair(config: Blip2Config, device: str) -> tuple[Encoder, Blip2, nn.Module]:
     """Our image encoder and bridge, and transformers' model with the same weights."""
     torch.manual_seed(0)
-    vit = vision_encoder(config.vision)
-    theirs = their_model(config)
-    ours = Blip2(config, CausalAdapter(copy.deepcopy(theirs.language_model)))
+    with torch.device(device):  # a GPU draws weights in no time
+        vit = vision_encoder(config.vision)
+        theirs = their_model(config)
+        ours = Blip2(config, CausalAdapter(copy.deepcopy(theirs.language_model)))
     state = {**ours.state_dict(), **{f"{VISION}{key}": tensor for key, tensor in vit.state_dict().items()}}
     published = published_of(state, "transformers-generation", config.vision.kind)
     theirs.load_state_dict(with_language(published, theirs.language_model.state_dict()))
@@ -242,14 +244,15 @@ class Repeated(Blip2Qformer):
         return output._replace(logits=self._logits(states)[learned], next_tokens=targets[learned])
 
 
-def stage1_models(config: Blip2Config, kind: str) -> dict[str, Blip2Qformer]:
+def stage1_models(config: Blip2Config, kind: str, device: str = "cpu") -> dict[str, Blip2Qformer]:
     """Ours, and with equal weights `transformers` or `repeated`."""
     torch.manual_seed(0)
-    ours = Blip2Qformer(config)
-    other = Repeated(config)
-    other.load_state_dict(ours.state_dict())
-    if kind == "transformers":
-        other.qformer = TheirQFormer(ours)
+    with torch.device(device):
+        ours = Blip2Qformer(config)
+        other = Repeated(config)
+        other.load_state_dict(ours.state_dict())
+        if kind == "transformers":
+            other.qformer = TheirQFormer(ours)
     return {"ours": ours, kind: other}
 
 
@@ -259,14 +262,13 @@ def stage1_models(config: Blip2Config, kind: str) -> dict[str, Blip2Qformer]:
 def writers(config: Blip2Config, device: str, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Functions of pictures and a prompt (B, P) that give new tokens (B, NEW_TOKENS), by beam search. Frozen parts are
     of `dtype`; the Q-Former stays in fp32 on both sides, as published."""
-    encoder, ours, theirs = pair(config)
-    encoder, ours = encoder.to(device, dtype), ours.to(device)
+    encoder, ours, theirs = pair(config, device)
+    encoder.to(dtype)
     ours.language_model.to(dtype)
     for part in (encoder.module, ours, ours.language_model.module):
         pack(part)
     for part in (theirs.vision_model, theirs.language_projection, theirs.language_model):
         part.to(dtype)
-    theirs = theirs.to(device)
     normalised = normaliser(theirs.vision_model, config.vision.mean, config.vision.std)
     settings = GenerationSettings((2,), NEW_TOKENS, NEW_TOKENS, beams=BEAMS)
     image_token = theirs.config.image_token_index
@@ -297,17 +299,18 @@ def stage2_steps(
     """Stage 2's step on the features of `pixels`, computed before, and with the encoder run in it: functions of tokens
     (B, T) and present (B, T) that give the loss before it."""
     torch.manual_seed(0)
-    encoder = frozen_encoder(config.vision).to(device)
-    speaker = language_model(config.language)
+    with torch.device(device):
+        encoder, speaker = frozen_encoder(config.vision), language_model(config.language)
     for parameter in speaker.parameters():  # a new one says anything of anything: its loss would compare nothing
         if parameter.ndim == 2:
             parameter.data.mul_(5)
     if precision == "bf16":
         encoder, speaker = encoder.to(torch.bfloat16), speaker.to(torch.bfloat16)
-    first = Blip2(config, speaker)
-    second = Blip2(config, speaker)
+    with torch.device(device):
+        first, second = Blip2(config, speaker), Blip2(config, speaker)
     second.load_state_dict(first.state_dict())
-    cached = encoder(pixels)
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):  # as in a step
+        cached = encoder(pixels)
 
     def step(model: Blip2, features: Callable[[], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(tokens: Tensor, present: Tensor) -> Tensor:
@@ -316,8 +319,8 @@ def stage2_steps(
         return stepper(model, loss, model.parameters(), precision)
 
     return {
-        "cached features": step(first.to(device), lambda: cached),
-        "encoder in each step": step(second.to(device), lambda: encoder(pixels)),
+        "cached features": step(first, lambda: cached),
+        "encoder in each step": step(second, lambda: encoder(pixels)),
     }
 
 
@@ -339,7 +342,7 @@ def stage1_steps(
         trained = [p for p in model.parameters() if p.requires_grad]
         return stepper(model, losses, trained, precision)
 
-    return {name: step(model.to(device)) for name, model in stage1_models(config, kind).items()}
+    return {name: step(model) for name, model in stage1_models(config, kind, device).items()}
 
 
 # ---- what they are given
@@ -417,7 +420,7 @@ class Blip2Plan(Plan):
     """BLIP-2's sweeps."""
 
     def _generate(self) -> Sweep:
-        config = self._config("opt-125m")
+        config = self._config(self.on("opt-125m", PUBLISHED))
         if config.language.family != "opt" or config.vision.kind != "eva":
             raise UserError(f"bench: transformers' side writes by OPT of what EVA sees, {self.variant} has other parts")
         models = functools.lru_cache(maxsize=1)(lambda name: writers(config, self.device, DTYPES[name]))
@@ -444,14 +447,15 @@ class Blip2Plan(Plan):
             reading = NEW_TOKENS * self.on(0.06, 0.02)  # a token reads all weights from memory
             return Job(f"{precision}, batch {batch}", 5 + self.expected(read) + 2.5 * (self.repeats + 1) * reading, run)
 
-        what = f"GENERATION, beam {BEAMS}, {config.queries} queries, {NEW_TOKENS} new tokens: {self._name('opt-125m')}"
+        name = self._name(self.on("opt-125m", PUBLISHED))
+        what = f"GENERATION, beam {BEAMS}, {config.queries} queries, {NEW_TOKENS} new tokens: {name}"
         precisions = [peak["precision"] for peak in self.peaks]
         jobs = [job(name, batch) for name in precisions for batch in self._batches((1, 8), (1, 64))]
         return Sweep("blip2-generate", what, jobs)
 
     def _step(self) -> Sweep:
         sizes = {"vit-l-smollm2-135m": 2, "opt-125m": 2, "blip2-mini": 32}  # batches that two cores can bear
-        names = [self.variant] if self.variant else list(sizes)
+        names = [self.variant] if self.variant else self.on(list(sizes), [PUBLISHED])
 
         def job(name: str, batch: int) -> Job:
             config = self._config(name)
@@ -462,7 +466,8 @@ class Blip2Plan(Plan):
                 pixels, _ = given(config, batch, self.device)
                 data = spoken(config, batch, self.device)
                 steps = stage2_steps(config, self.device, self.precision, pixels)
-                calls = {name: functools.partial(step, *data) for name, step in steps.items()}
+                # called `name`, it would take the outer one away from below: a fault of Python 3.12 and 3.13
+                calls = {side: functools.partial(step, *data) for side, step in steps.items()}
                 at_least = self.on(0.05, 0.1)
                 rows = self.race(calls, items=batch, unit="pictures/s", flops=step, training=True, at_least=at_least)
                 return [{"variant": name, "batch": batch, **row} for row in rows]
@@ -474,7 +479,8 @@ class Blip2Plan(Plan):
         return Sweep("blip2-step", f"STAGE 2, a training step, {self.precision}", jobs)
 
     def _stage1(self) -> Sweep:
-        config = replace(self._config("vit-l-smollm2-135m"), language=None)
+        name = self.on("vit-l-smollm2-135m", PUBLISHED)
+        config = replace(self._config(name), language=None)
         kinds = {
             "transformers": ("ITC and ITM", Objectives(itg=False)),
             "repeated": ("ITC, ITM and ITG", Objectives()),
@@ -498,7 +504,7 @@ class Blip2Plan(Plan):
             return Job(f"{what}, batch {batch}", 15 + self.expected(2.5 * total), run)
 
         jobs = [job(kind, batch) for kind in kinds for batch in self._batches((3,), (64,))]
-        title = f"STAGE 1, a training step, cached features, {self.precision}: {self._name('vit-l')}"
+        title = f"STAGE 1, a training step, cached features, {self.precision}: {self._name(self.on('vit-l', name))}"
         return Sweep("blip2-stage1", title, jobs)
 
     def _tokens(self) -> Sweep:

@@ -50,6 +50,19 @@ def test_quick_gelu_and_its_gradient_are_those_of_the_formula():
     assert torch.autograd.gradcheck(QuickGELU(), x)
 
 
+def test_a_compiled_block_has_the_values_and_gradients_of_the_block():
+    torch.manual_seed(0)
+    plain = Block(24, 3, activation="quick_gelu")
+    compiled, x = copy.deepcopy(plain), torch.randn(2, 5, 24)
+    compiled.compile(backend="aot_eager")
+    found = []
+    for block in (plain, compiled):
+        y = block(x)
+        y.square().sum().backward()
+        found.append({"y": y.detach()} | {name: p.grad for name, p in block.named_parameters()})
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 def test_a_block_named_quick_gelu_has_it():
     block = Block(8, 2, activation="quick_gelu")
     x = torch.randn(2, 3, 8)

@@ -67,7 +67,8 @@ def dry_run(catalogue: Catalogue, recipe: Recipe) -> str:
         wanted, arms = claims_and_arms(catalogue, recipe)
         lines += ["", f"claims that would be tested ({recipe.seeds} paired seeds, {len(arms)} arms: {', '.join(arms)})"]
         lines += [f"  {row.id}: {row.statement}" for row in wanted]
-        lines += ["", f"estimate, to a factor of two, if every arm trains in full: {estimate(recipe, measured, len(arms))}"]
+        found = estimate(recipe, measured, len(arms))
+        lines += ["", f"estimate, to a factor of two, if every arm trains in full: {found}"]
     return "\n".join(lines)
 
 

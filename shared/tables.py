@@ -13,7 +13,7 @@ from shared.recipes import SCALES
 from shared.runs import write_whole
 
 # What may differ from the committed recipe in a run that is kept: where its data lies, how it was spread, its seeds.
-OPEN_TO_CHOICE = {"PAPER", "SCALE", "SEEDS", "ARGS", "data", "data_root", "jobs"}
+OPEN_TO_CHOICE = {"PAPER", "SCALE", "SEEDS", "ARGS", "data", "data_root", "jobs", "rungs"}
 
 
 def papers_table(catalogue: Catalogue) -> str:
@@ -92,10 +92,12 @@ def speed_table(catalogue: Catalogue) -> str:
     lines = ["| what | setting | ours | " + " | ".join(f"{name} takes" for name in others) + " |"]
     lines.append("| --- | --- | --- |" + " --- |" * len(others))
     for race in races:
+        gpus = race["machine"]["gpus"] if race["settings"]["device"] == "cuda" else []
+        what = ", ".join([race["title"].lower(), *gpus])
         for setting, group in by_setting(race["rows"]).items():
             ours = f"{group['ours']['value']:,g} {group['ours']['unit']}"
             cells = [ratio_text(group[name]) if name in group else "-" for name in others]
-            lines.append(f"| {race['title'].lower()} | {setting} | {ours} | " + " | ".join(cells) + " |")
+            lines.append(f"| {what} | {setting} | {ours} | " + " | ".join(cells) + " |")
     machines = dict.fromkeys(f"{machine_line(race['machine'])}, {race['date']}" for race in races)
     how = "Ratios are medians over the rounds of one run, quartiles in brackets; above 1, ours is ahead."
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", how])

@@ -40,13 +40,19 @@ def catalogue(tmp_path):
 def test_a_race_is_one_line_a_setting_with_its_spread_and_memory_is_no_race(tmp_path):
     folder = tmp_path / "results" / "bench"
     folder.mkdir(parents=True)
-    race = {"title": "STEP", "machine": MACHINE, "date": "2026-01-02", "rows": [row("ours", 1.0), row("theirs", 1.5)]}
+    race = {
+        "title": "STEP", "settings": {"device": "cpu"}, "machine": MACHINE, "date": "2026-01-02",
+        "rows": [row("ours", 1.0), row("theirs", 1.5)],
+    }  # fmt: skip
     (folder / "a.json").write_text(json.dumps(race))
     memory = [{"setting": "x", "name": "ours", "value": 3, "unit": "MiB", "ratio": 1.0}]
     (folder / "b.json").write_text(json.dumps(race | {"rows": memory}))
+    there = {"settings": {"device": "cuda"}, "machine": MACHINE | {"gpus": ["a GPU, 80 GiB"]}}
+    (folder / "c.json").write_text(json.dumps(race | there))
     lines = speed_table(Catalogue(tmp_path / "papers", "papers")).splitlines()
-    assert lines[2] == "| step | batch 4 | 7.5 pictures/s | 1.50 x [1.40, 1.60] |" and lines[3] == ""
-    assert "a CPU" in lines[4] and "2026-01-02" in lines[4]
+    assert lines[2] == "| step | batch 4 | 7.5 pictures/s | 1.50 x [1.40, 1.60] |" and lines[4] == ""
+    assert lines[3] == "| step, a GPU, 80 GiB | batch 4 | 7.5 pictures/s | 1.50 x [1.40, 1.60] |"
+    assert "a CPU" in lines[5] and "2026-01-02" in lines[5]
 
 
 def test_without_results_the_parts_say_so(tmp_path):

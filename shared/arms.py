@@ -1,4 +1,4 @@
-"""Runs the arms of a paper's claims: every (arm, seed) is trained once, in its own process, from (recipe, seed) alone.
+"""Runs the arms of a paper's claims: every (arm, seed) is trained once, from (recipe, seed) alone, several at once.
 
 A paper's claims.py offers ARMS, {name: function(Context) -> measurements}, and CLAIMS, {id: Claim}. A seed's arms begin
 in the order of ARMS: put those first that make what others wait for.
@@ -6,6 +6,7 @@ in the order of ARMS: put those first that make what others wait for.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -188,18 +189,20 @@ def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]
 
 
 def _next(done, workers):
+    """The next message of a worker. UserError where one has died."""
     import queue
 
-    while True:
-        try:
-            return done.get(timeout=2)
-        except queue.Empty:
-            dead = [w for w in workers if w.exitcode not in (None, 0)]
-            if dead:
-                raise UserError(
-                    f"a training process ended with code {dead[0].exitcode} (killed, or out of memory?); "
-                    "run again with ARGS=jobs=1 to use less memory"
-                ) from None
+    message = None
+    while message is None:
+        with contextlib.suppress(queue.Empty):
+            message = done.get(timeout=2)
+        dead = [w for w in workers if w.exitcode not in (None, 0)]
+        if dead and (message is None or message[0] == "samples"):  # the others' may come for a long time
+            raise UserError(
+                f"a training process ended with code {dead[0].exitcode} (killed, or out of memory?); "
+                "run again with ARGS=jobs=1 to use less memory"
+            )
+    return message
 
 
 def _work(todo, done, at_once: int) -> None:

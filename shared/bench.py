@@ -658,10 +658,10 @@ def run_sweeps(sweeps: list[Sweep], settings: Mapping[str, Any], folder: Path, p
             for job in sweep.jobs:
                 slower = (time.perf_counter() - begun) / done if done else 1.0
                 console.stage(f"{sweep.name}: {job.setting} (about {_minutes((total - done) * slower)} left)")
-                gc.collect()
-                if settings["device"] == "cuda":
-                    torch.cuda.empty_cache()
                 try:
+                    gc.collect()
+                    if settings["device"] == "cuda":
+                        torch.cuda.empty_cache()
                     rows += [{"setting": job.setting, **row} for row in job.run()]
                 except UserError as error:
                     failures.append(f"{sweep.name}: {job.setting}: {error}")

@@ -43,8 +43,9 @@ def chunked_contrastive_loss(
     products of B x D x B in all, where the plain loss needs six. Under R ranks each holds its own B rows against all
     R·B texts; only texts and the statistics of columns travel. The value on each rank and the gradients of the
     features are those of `contrastive_loss`; logit_scale's gradient is so after averaging over ranks, as data-parallel
-    training does (a rank's share counts its rows only). A second derivative is refused. A GPU wants larger tiles: an
-    H200 takes a third of the time in tiles of 4,096 (results/bench/loss-time-cuda-bf16.json), the plain loss's time.
+    training does (a rank's share counts its rows only). A second derivative is refused. A GPU wants larger tiles: of
+    65,536 pairs an H200 takes in tiles of 4,096 a third of the time, about the plain loss's
+    (results/bench/loss-time-cuda-bf16.json).
     """
     if chunk < 1:
         raise UserError(f"chunked_contrastive_loss: chunk is {chunk}, but a tile has at least one row")

@@ -102,7 +102,7 @@ class Estimate:
 
 def estimate(recipe: Recipe, measured: dict[str, float], arms: int) -> Estimate:
     """measured: what the paper's structure.py measures of the recipe's model."""
-    on_gpu = recipe.scale in ("gpu", "paper")
+    on_gpu = recipe.accelerator == "cuda"
     samples = arms * recipe.seeds * recipe.steps * recipe.batch
     flops = 3.0 * measured["flops_total"] * samples  # one forward, two for the backward
     pixels = recipe.pairs * 3 * recipe.image_size**2

@@ -66,6 +66,7 @@ def own_randomness(seed: int, name: str) -> Iterator[None]:
     import torch
 
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     drawn = random.Random(f"{seed} {name}").getrandbits(32)
     random.seed(drawn)
     numpy.random.seed(drawn)
@@ -76,3 +77,5 @@ def own_randomness(seed: int, name: str) -> Iterator[None]:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)

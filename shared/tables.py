@@ -12,7 +12,7 @@ from shared.errors import UserError
 from shared.recipes import SCALES
 from shared.runs import write_whole
 
-# What may differ from the committed recipe in a run that is kept: where its data lies, how it was spread, its seeds.
+# What may differ from the committed recipe in a run that is kept: seeds, rungs, where its data lies, how it was spread.
 OPEN_TO_CHOICE = {"PAPER", "SCALE", "SEEDS", "ARGS", "data", "data_root", "jobs", "rungs"}
 
 
@@ -98,7 +98,10 @@ def speed_table(catalogue: Catalogue) -> str:
             ours = f"{group['ours']['value']:,g} {group['ours']['unit']}"
             cells = [ratio_text(group[name]) if name in group else "-" for name in others]
             lines.append(f"| {what} | {setting} | {ours} | " + " | ".join(cells) + " |")
-    machines = dict.fromkeys(f"{machine_line(race['machine'])}, {race['date']}" for race in races)
+    machines = dict.fromkeys(
+        f"{machine_line(race['machine'])}, {race['date']}{', sources not committed yet' if race.get('dirty') else ''}"
+        for race in races
+    )
     how = "Ratios are medians over the rounds of one run, quartiles in brackets; above 1, ours is ahead."
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", how])
 
@@ -186,6 +189,11 @@ def keep_result(catalogue: Catalogue, report: Path) -> Path:
         why = f"a changed recipe ({', '.join(sorted(changed))})" if changed else "smoke proves only that it runs"
         raise UserError(f"{report}: not kept as evidence: {why}; run the recipe as it is committed")
     target = catalogue.root / "results" / found["paper"] / f"{found['scale']}-{found['data']['name']}.json"
+    if target.is_file():
+        lost = {row["rung"] for row in json.loads(target.read_text())["rows"]} - {row["rung"] for row in found["rows"]}
+        if lost:
+            have = ", ".join(sorted(lost))
+            raise UserError(f"{report}: not kept as evidence: {target} also has {have}; climb these too")
     target.parent.mkdir(parents=True, exist_ok=True)
     place = re.search(r'data_root=(/[^\s"]+)', found["command"])
     write_whole(target, text.replace(json.dumps(place[1].rstrip("/"))[1:-1], "PATH") if place else text)

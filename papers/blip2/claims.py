@@ -224,9 +224,9 @@ def stepped(
 
 
 def visual_tokens(context: Context) -> dict:
-    """Milliseconds of the headline's language model over so many visual and 16 text tokens: the median of several
-    passes, in turn, so that a busy moment of the machine meets all alike. Before them a pass of each on a GPU, which
-    loads its kernels then."""
+    """Milliseconds of the headline's language model over so many visual and 16 text tokens, of recipe.timed_rows
+    pictures at once: the median of several passes, in turn, so that a busy moment of the machine meets all alike. On a
+    GPU a pass of each before them loads its kernels."""
     work, recipe = Bridge.of(context), context.recipe
     language, device, rows = work.speaker("headline").model, work.device, recipe.timed_rows
     words = torch.zeros(rows, TEXT_TOKENS, dtype=torch.long, device=device)
@@ -319,8 +319,8 @@ def one(work: Bridge) -> int:
     return 1
 
 
-# The first two train a first stage, while the third makes the language model; from "larger_language_model" on they take
-# the headline's first stage.
+# The first two train a first stage, while the third makes the language model; from "base" on they take the headline's
+# first stage.
 ARMS: dict[str, Callable[[Context], dict]] = {
     "headline": headline,
     "weak_encoder": bridged(Eyes("weak_encoder")),
@@ -332,10 +332,10 @@ ARMS: dict[str, Callable[[Context], dict]] = {
     "other_encoder": bridged(Eyes("other_encoder"), fresh=True),
     "each_step": each_step,
     "visual_tokens": visual_tokens,
+    "base": bridged(),
     "larger_language_model": bridged(which="larger"),
     "train_all": train_all,
     "half": bridged(Eyes(half=True)),
-    "base": bridged(),
     "few_shot": few_shot,
 }
 

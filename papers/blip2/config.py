@@ -218,7 +218,7 @@ def mini_smollm2() -> Blip2Config:
 
 
 def small() -> Blip2Config:
-    """The model of the gpu scale: 96 px pictures, minutes on one GPU."""
+    """The model of the gpu and field scales, whose recipes set picture size, queries and dropout."""
     config = _small(_seen(96, 384, 7, 6), 32, 256, 6, 4, 4_096, 32)
     return replace(config, dropout=0.1, language=LANGUAGES["smollm2-135m"])
 

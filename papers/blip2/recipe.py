@@ -89,10 +89,13 @@ class Blip2Recipe(Recipe):
         counts = (
             "headline_seeds", "stage2_steps", "stage2_batch", "headline_steps", "headline_batch",
             "headline_questions", "lm_steps", "compared_steps", "timed_passes", "timed_rows", "shots", "beams",
-            "longest", "candidates", "more", "text_tokens", "asked_pictures",
+            "longest", "candidates", "more", "text_tokens", "asked_pictures", "small_width", "small_layers",
+            "larger_width", "larger_layers", "lm_texts", "lm_batch", "lm_context",
         )  # fmt: skip
         for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}, but must be at least 1")
+        if self.dropout >= 1:
+            raise UserError(f"recipe: dropout is {self.dropout}, but must lie below 1 (below 0: the model's own)")
         if self.queries < 0:
             raise UserError("recipe: queries must not be negative")

@@ -7,7 +7,7 @@ import torch
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.path.parent.name:
+            if item.path.parent.name == "gpu":
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 

@@ -143,7 +143,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one_in_fp64(c
     assert gap(outputs(contrastive_loss, GPU, torch.float32), expected) < 1e-4
 
 
-def test_beams_write_the_same_words_as_on_the_cpu_and_as_transformers():
+def test_beams_write_the_same_words_as_transformers_on_either_device():
     pytest.importorskip("transformers")
     config = blip2_bench.opt_tiny()
     written = []
@@ -209,7 +209,7 @@ def test_lightning_trains_on_the_gpu_and_keeps_the_curve(tmp_path, precision):
 
 def test_the_matrix_peak_and_the_memory_meter_measure_the_gpu():
     peak = bench.matrix_peak(GPU, "bf16")
-    assert peak is None or peak["flops_per_second"] > 1e12
+    assert peak["flops_per_second"] > 1e12
     meter = bench.MemoryMeter(GPU)
     block = torch.empty(64, 2**20, dtype=torch.uint8, device=GPU)
     assert meter.peak() == block.numel()

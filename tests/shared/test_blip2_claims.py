@@ -118,6 +118,9 @@ def test_the_small_language_model_reads_the_same_texts_whatever_the_seed(lab):
         {"asked": 1.5},
         {"shots": 0},
         {"queries": -1},
+        {"small_width": 0},
+        {"larger_layers": 0},
+        {"dropout": 1.0},
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(changed):

@@ -17,7 +17,7 @@ from shared.tables import judge_results, keep_result
 def a_report(folder, **changed):
     found = {
         "paper": "toy", "scale": "field", "dirty": False, "commit": "abc", "data": {"name": "karpathy"},
-        "recipe": "data_root: /home/someone/set\n", "rows": [{"need": "files in /home/someone/set/coco, PATH/other"}],
+        "recipe": "data_root: /home/someone/set\n", "rows": [{"rung": "metrics", "need": "files in /home/someone/set/coco, PATH/other"}],
     }  # fmt: skip
     found["command"] = 'make reproduce PAPER=toy SCALE=field ARGS="data_root=/home/someone/set"'
     path = folder / "report.json"
@@ -35,7 +35,7 @@ def test_where_the_data_lay_is_left_out_and_all_else_stays(tmp_path):
     found = json.loads(path.read_text())
     assert "someone" not in path.read_text()
     assert found["command"].endswith('ARGS="data_root=PATH"') and found["recipe"] == "data_root: PATH\n"
-    assert found["rows"] == [{"need": "files in PATH/coco, PATH/other"}] and found["paper"] == "toy"
+    assert found["rows"] == [{"rung": "metrics", "need": "files in PATH/coco, PATH/other"}] and found["paper"] == "toy"
 
 
 def test_without_such_a_place_the_file_is_the_report(tmp_path):
@@ -56,6 +56,16 @@ def test_what_nobody_could_repeat_is_not_kept(tmp_path, changed, told):
     with pytest.raises(UserError, match=told):
         kept(tmp_path, **changed)
     assert not (tmp_path / "results").exists()
+
+
+def test_evidence_of_fewer_rungs_does_not_take_the_place_of_more(tmp_path):
+    path = kept(tmp_path, rows=[{"rung": "claims"}, {"rung": "metrics"}])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"also has metrics; climb these too"):
+        kept(tmp_path, rows=[{"rung": "claims"}, {"rung": "structure"}])
+    assert path.read_bytes() == before
+    kept(tmp_path, rows=[{"rung": "claims"}, {"rung": "metrics"}, {"rung": "structure"}])
+    assert path.read_bytes() != before
 
 
 # ---- verdicts by a rule that has changed

@@ -332,3 +332,11 @@ def test_the_estimate_counts_the_cores_that_this_process_may_use(monkeypatch):
     assert one.processes == 1 and four.processes == 4
     assert four.seconds == one.seconds / 4 and four.memory == 4 * one.memory
     assert str(one).startswith(f"{10 * 5 * 400 * 32:,} samples")
+
+
+@pytest.mark.parametrize(("scale", "rate"), [("mini", "CORE_FLOPS"), ("field", "GPU_FLOPS"), ("gpu", "GPU_FLOPS")])
+def test_the_estimate_is_for_the_device_of_the_recipe(monkeypatch, scale, rate):
+    monkeypatch.setattr(shared.plan, "cores", lambda: 1)
+    recipe = CATALOGUE.recipe("blip2", scale, [])
+    found = estimate(recipe, {"flops_total": 1.0, "total": 1}, 1)
+    assert found.rate == getattr(shared.plan, rate)

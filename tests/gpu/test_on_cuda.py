@@ -20,6 +20,7 @@ from shared.attention import StructuredMask, attention, use_backend
 from shared.bench import compiled
 from shared.data.batches import Batches
 from shared.losses import chunked_contrastive_loss, contrastive_loss
+from shared.stages import own_randomness
 from shared.training import Curves, make_trainer
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry
@@ -223,3 +224,12 @@ def test_a_backend_chosen_for_all_reaches_the_gpu():
         expected = model(*data)
         with use_backend("reference"):
             assert gap(model(*data), expected) < 1e-4
+
+
+def test_a_stage_leaves_the_generator_of_the_gpu_where_it_was():
+    torch.manual_seed(0)
+    expected = torch.rand(3, device=GPU)
+    torch.manual_seed(0)
+    with own_randomness(1, "a stage"):
+        torch.rand(5, device=GPU)
+    assert torch.equal(torch.rand(3, device=GPU), expected)

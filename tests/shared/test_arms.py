@@ -1,17 +1,19 @@
 """Arms in processes of their own: what one process gives, a dead worker is told, and no worker outlives its parent."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests_common import ROOT
 
 from papers.clip.recipe import ClipRecipe
-from shared.arms import run_arms
+from shared.arms import _next, run_arms
 from shared.errors import UserError
 
 TINY = {
@@ -57,6 +59,7 @@ def test_more_jobs_than_a_pipe_holds_are_all_done(tmp_path, monkeypatch):
 STAGED = """
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 def waits_for(name, context):
     folder = Path(context.folder).parent
@@ -139,3 +142,14 @@ def wait_for(condition, seconds):
             return found
         time.sleep(0.2)
     return None
+
+
+def test_a_dead_worker_is_told_of_while_the_others_report_samples_but_no_result_is_lost():
+    alive, dead = SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=-9)
+    done = queue.Queue()
+    for message in [("samples", 8), ("done", "an outcome"), ("samples", 8)]:
+        done.put(message)
+    assert _next(done, [alive, alive]) == ("samples", 8)
+    assert _next(done, [alive, dead]) == ("done", "an outcome")
+    with pytest.raises(UserError, match=r"ended with code -9"):
+        _next(done, [alive, dead])

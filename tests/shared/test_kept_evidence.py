@@ -17,7 +17,8 @@ from shared.tables import judge_results, keep_result
 def a_report(folder, **changed):
     found = {
         "paper": "toy", "scale": "field", "dirty": False, "commit": "abc", "data": {"name": "karpathy"},
-        "recipe": "data_root: /home/someone/set\n", "rows": [{"rung": "metrics", "need": "files in /home/someone/set/coco, PATH/other"}],
+        "recipe": "data_root: /home/someone/set\n",
+        "rows": [{"rung": "metrics", "need": "files in /home/someone/set/coco, PATH/other"}],
     }  # fmt: skip
     found["command"] = 'make reproduce PAPER=toy SCALE=field ARGS="data_root=/home/someone/set"'
     path = folder / "report.json"

@@ -319,13 +319,13 @@ def one(work: Bridge) -> int:
     return 1
 
 
-# The first two train a first stage, while the third makes the language model; from "base" on they take the headline's
+# The first two train a first stage, while a third makes the language model; from "base" on they take the headline's
 # first stage.
 ARMS: dict[str, Callable[[Context], dict]] = {
     "headline": headline,
-    "weak_encoder": bridged(Eyes("weak_encoder")),
-    "no_stage1": bridged(fresh=True),
     "no_itg": no_itg,
+    "no_stage1": bridged(fresh=True),
+    "weak_encoder": bridged(Eyes("weak_encoder")),
     "queries_many": bridged(queries=many, fresh=True),
     "queries_one": bridged(queries=one, fresh=True),
     "last_layer": bridged(Eyes(layer="last"), fresh=True),

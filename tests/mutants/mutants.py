@@ -212,7 +212,9 @@ MUTANTS = (
     _stats("normal-interval-for-few-seeds", "t.ppf(0.5 + level / 2, freedom)", "t.ppf(0.5 + level / 2, 1e9)"),
     _stats("deviation-of-a-whole-population", "statistics.stdev(values)", "statistics.pstdev(values)"),
     _stats("verdict-upside-down", "low > rule.margin, high < rule.margin", "high < rule.margin, low > rule.margin"),
-    _stats("verdict-by-the-mean", "holds, fails = low > rule.margin,", "holds, fails = mean > rule.margin,"),
+    _stats(
+        "verdict-by-the-mean", "holds, fails = low > rule.margin,", "holds, fails = (low + high) / 2 > rule.margin,"
+    ),
     _stats(
         "equal-if-either-bound-is",
         "-rule.margin < low and high < rule.margin",

@@ -80,7 +80,7 @@ def makes(context):
 def takes(context):
     return waits_for(f"made-{context.seed}", context)
 
-ARMS = {"makes": makes, "takes": takes}
+ARMS = {"makes": makes} | {f"takes{number}": takes for number in range(4)}
 """
 
 
@@ -90,9 +90,10 @@ def test_each_seed_has_workers_of_its_own_and_begins_with_what_others_wait_for(t
     (tmp_path / "staged" / "__init__.py").touch()
     (tmp_path / "staged" / "claims.py").write_text(STAGED)
     monkeypatch.syspath_prepend(tmp_path)
-    recipe = ClipRecipe(**TINY | {"jobs": 2})
-    found = list(run_arms("staged", recipe, ["takes", "makes"], tmp_path / "arms", lambda samples: None))
-    assert len(found) == 4 and all(outcome.measured["met"] for outcome in found)
+    recipe = ClipRecipe(**TINY | {"jobs": 4})
+    arms = ["takes0", "takes1", "makes", "takes2", "takes3"]
+    found = list(run_arms("staged", recipe, arms, tmp_path / "arms", lambda samples: None))
+    assert len(found) == 10 and all(outcome.measured["met"] for outcome in found)
 
 
 def test_no_worker_outlives_a_killed_parent(tmp_path):

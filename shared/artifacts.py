@@ -23,7 +23,7 @@ from shared.errors import UserError
 from shared.fetch import cache_root, load_manifest, sha256
 from shared.recipes import Recipe, digest, of_one_arm
 from shared.runs import code_digest, write_whole
-from shared.stages import Stages, locked, made
+from shared.stages import Stages, locked, made, own_randomness
 
 SEAL = "artifact.json"
 
@@ -90,7 +90,8 @@ def artifact(
     def make(folder: Path) -> None:
         (say or (lambda text: None))(f"{name}: not in the cache, it is being trained")
         clock = time.perf_counter()
-        known = module.build(part, recipe, seed, folder)
+        with own_randomness(seed, name):  # not the stage's, whose name changes with every line of code
+            known = module.build(part, recipe, seed, folder)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
         seconds = round(time.perf_counter() - clock, 1)
         write_whole(folder / SEAL, json.dumps({"files": files, "seconds": seconds, "known": known}, indent=1))

@@ -50,13 +50,14 @@ def test_it_loads_as_an_encoder_of_the_layer_asked_for(made):
     assert encoders[0].digest != encoders[1].digest == one.load(layer="last").digest
 
 
-def test_another_recipe_seed_or_code_makes_another(made, monkeypatch):
+def test_another_recipe_seed_or_code_makes_another_but_code_draws_no_other_numbers(made, monkeypatch):
     cache, first, _ = made
-    names = {first.folder.name, clip(cache, "steps=1").folder.name}
-    names.add(artifact("clip:vision", "smoke", FEW, 8, cache=cache).folder.name)
+    other_seed = artifact("clip:vision", "smoke", FEW, 8, cache=cache)
     monkeypatch.setattr(artifacts, "code_digest", lambda root, folders: "changed")
-    names.add(clip(cache).folder.name)
+    other_code = clip(cache)
+    names = {one.folder.name for one in (first, clip(cache, "steps=1"), other_seed, other_code)}
     assert len(names) == 4
+    assert other_code.fresh and other_code.digest == first.digest != other_seed.digest
 
 
 def test_what_does_not_change_a_training_does_not_make_another(made):

@@ -23,7 +23,7 @@ from shared.errors import UserError
 from shared.fetch import cache_root, load_manifest, sha256
 from shared.recipes import Recipe, digest, of_one_arm
 from shared.runs import code_digest, write_whole
-from shared.stages import Stages, locked, made, own_randomness
+from shared.stages import Stages, locked, made
 
 SEAL = "artifact.json"
 
@@ -90,8 +90,7 @@ def artifact(
     def make(folder: Path) -> None:
         (say or (lambda text: None))(f"{name}: not in the cache, it is being trained")
         clock = time.perf_counter()
-        with own_randomness(seed, name):  # not the stage's, whose name changes with every line of code
-            known = module.build(part, recipe, seed, folder)
+        known = module.build(part, recipe, seed, folder)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
         seconds = round(time.perf_counter() - clock, 1)
         write_whole(folder / SEAL, json.dumps({"files": files, "seconds": seconds, "known": known}, indent=1))
@@ -103,7 +102,7 @@ def artifact(
             if final.is_dir() and _sealed(final) is None:
                 print(f"{final}: damaged; {name} is made anew", file=sys.stderr, flush=True)
                 shutil.rmtree(final)
-    folder = stages.once(stage, make)
+    folder = stages.once(stage, make, draws=name)  # the stage's own name changes with every line of code
     seal = _sealed(folder)
     if seal is None:
         raise UserError(f"{folder}: damaged while it was read; remove it and run again")

@@ -25,10 +25,11 @@ class Stages:
     folder: Path
     seed: int
 
-    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+    def once(self, name: str, make: Callable[[Path], None], draws: str = "") -> Path:
         """The folder of stage `name`, filled by `make(folder)` where it is not there yet.
 
         What `make` leaves half done stays in that folder: it is given the same one again and may go on from there.
+        draws: what names its random numbers beside the seed, where not the stage's name.
         """
         final, partial = self.folder / name, self.folder / f"{name}.partial"
         if final.is_dir():
@@ -37,7 +38,7 @@ class Stages:
         with locked(self.folder / f"{name}.lock"):
             if not final.is_dir():  # another process may have made it while this one waited
                 made(partial)
-                with own_randomness(self.seed, name):
+                with own_randomness(self.seed, draws or name):
                     make(partial)
                 shutil.rmtree(partial / "checkpoints", ignore_errors=True)  # nothing is left to go on with
                 os.replace(partial, final)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from shared.archives import Limits, SafeArchive, shown
 from shared.errors import UserError
 from shared.fetch import Entry, atomic
+from shared.positions import resample_square
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,17 @@ def to_published(ours: Mapping[str, Tensor], weight_map: WeightMap) -> dict[str,
     ]
     _refuse("weights do not fit the map", problems)
     return published
+
+
+def carried_to(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under our names that fit `expected`, a state dict: positions for another picture size are interpolated,
+    without anti-aliasing, as the official code of ALBEF and BLIP does (models/vit.py). UserError: other names or
+    shapes."""
+    fitting = dict(tensors)
+    for key, table in tensors.items():
+        if key.endswith("positions.position") and key in expected:
+            fitting[key] = resample_square(table, expected[key], antialias=False)
+    return to_ours(fitting, {key: key for key in fitting}, {key: tensor.shape for key, tensor in expected.items()})
 
 
 def _rows(weight_map: WeightMap) -> list[tuple[tuple[str, ...], Rule | None]]:

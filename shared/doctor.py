@@ -293,8 +293,9 @@ def _estimate(catalogue: Catalogue, name: str, scale: str) -> Finding:
     if "claims" not in settings.rungs:
         return Finding("ok", f"{name} {scale} trains nothing; for a training past this machine: python -m papers plan")
     _, arms = claims_and_arms(catalogue, settings)
-    measured = catalogue.module(name, "structure").measure(settings.model)
-    wanted, free = estimate(settings, measured, len(arms)), available_memory()
+    structure = catalogue.module(name, "structure")
+    parameters, forward = structure.measure(settings.model)["total"], structure.forward_flops(settings.model)
+    wanted, free = estimate(settings, parameters, forward, len(arms)), available_memory()
     what = f"{name} {scale}, estimated to a factor of two: {wanted}"
     if free and wanted.memory > free:
         return Finding("problem", f"{what}, more than is free", "ARGS=jobs=1 takes less")

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
@@ -98,12 +98,6 @@ def assert_only_trained(optimizer: torch.optim.Optimizer, module: nn.Module) -> 
 
 def _given(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     return (p for group in optimizer.param_groups for p in group["params"])
-
-
-def saved_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without parameters that take no gradient; what `Frozen` holds is in no state dict anyway."""
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
 def weights_digest(module: nn.Module, *settings: object) -> str:

@@ -1,12 +1,19 @@
-"""GPUs as their makers' data sheets describe them, for plans past the machines at hand; and how quick bf16 is here."""
+"""GPUs as their makers' data sheets describe them, for plans past the machines at hand; the GPU of this one, and how
+quick bf16 is here."""
 
 from __future__ import annotations
 
 import difflib
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from shared.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_M = TypeVar("_M", bound="nn.Module")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,13 @@ def find_gpu(name: str) -> Gpu:
         near = difflib.get_close_matches(name.lower(), GPUS, n=1)
         raise UserError(f"no GPU '{name}'; {f'did you mean {near[0]}?' if near else 'there are: ' + ', '.join(GPUS)}")
     return GPUS[name.lower()]
+
+
+def on_gpu_if_any(module: _M) -> _M:
+    """On the GPU where there is one, else as it is. For what has no recipe, which may say otherwise (device_for)."""
+    import torch
+
+    return module.cuda() if torch.cuda.is_available() else module
 
 
 def bf16_slowdown(device: str) -> float:

@@ -45,10 +45,11 @@ def dry_run(catalogue: Catalogue, recipe: Recipe) -> str:
     from shared.fetch import cached, load_manifest
 
     card = catalogue.card(recipe.paper)
-    measured = catalogue.module(recipe.paper, "structure").measure(recipe.model)
+    structure = catalogue.module(recipe.paper, "structure")
+    parameters = structure.measure(recipe.model)["total"]
     lines = [f"{recipe.paper} at scale {recipe.scale}: {card.paper.title}", "", "recipe (resolved)"]
     lines += [f"  {line}" for line in to_yaml(recipe).splitlines()]
-    lines += ["", f"model {recipe.model}: {measured['total']:,} parameters"]
+    lines += ["", f"model {recipe.model}: {parameters:,} parameters"]
 
     lines += ["", "would be downloaded"]
     manifest = load_manifest(catalogue.root / "checkpoints_manifest.yaml")
@@ -67,7 +68,7 @@ def dry_run(catalogue: Catalogue, recipe: Recipe) -> str:
         wanted, arms = claims_and_arms(catalogue, recipe)
         lines += ["", f"claims that would be tested ({recipe.seeds} paired seeds, {len(arms)} arms: {', '.join(arms)})"]
         lines += [f"  {row.id}: {row.statement}" for row in wanted]
-        found = estimate(recipe, measured, len(arms))
+        found = estimate(recipe, parameters, structure.forward_flops(recipe.model), len(arms))
         lines += ["", f"estimate, to a factor of two, if every arm trains in full: {found}"]
     return "\n".join(lines)
 
@@ -100,13 +101,13 @@ class Estimate:
         )
 
 
-def estimate(recipe: Recipe, measured: dict[str, float], arms: int) -> Estimate:
-    """measured: what the paper's structure.py measures of the recipe's model."""
+def estimate(recipe: Recipe, parameters: int, forward: int, arms: int) -> Estimate:
+    """parameters: of the recipe's model; forward: FLOPs of its forward pass of one sample."""
     on_gpu = recipe.accelerator == "cuda"
     samples = arms * recipe.seeds * recipe.steps * recipe.batch
-    flops = 3.0 * measured["flops_total"] * samples  # one forward, two for the backward
+    flops = 3.0 * forward * samples  # one forward, two for the backward
     pixels = recipe.pairs * 3 * recipe.image_size**2
-    state = 16 * measured["total"]  # fp32 weights, gradients, two Adam moments
+    state = 16 * parameters  # fp32 weights, gradients, two Adam moments
     processes = recipe.jobs or (1 if on_gpu else cores())
     memory = processes * (1.2e9 + 2 * pixels + 2 * state)  # 1.2 GB a process: the libraries
     return Estimate(samples, flops, GPU_FLOPS if on_gpu else CORE_FLOPS * cores(), memory, processes)

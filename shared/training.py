@@ -68,6 +68,12 @@ def warmup_cosine(step: int, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def warmup_cosine_between(step: int, recipe: Recipe, first: float, last: float) -> float:
+    """As `warmup_cosine`, but the warm-up begins at the learning rate `first` and the cosine ends at `last`."""
+    lowest = (first if step < recipe.warmup_steps else last) / recipe.learning_rate
+    return lowest + (1 - lowest) * warmup_cosine(step, recipe)
+
+
 class Curves(Callback):
     """Keeps what the module logs as {name: [(samples seen, value)]} and reports every finished step to `progress`."""
 

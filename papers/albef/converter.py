@@ -26,9 +26,8 @@ from papers.albef.tasks import (
     QuestionAnswering,
     TextAssignment,
 )
-from shared.checkpoints import Rule, WeightMap, to_ours, to_published
+from shared.checkpoints import Rule, WeightMap, carried_to, to_ours, to_published
 from shared.errors import UserError
-from shared.positions import resample_square
 
 PARTS = ("weight", "bias")
 
@@ -253,17 +252,7 @@ def ours_of(published: Mapping[str, Tensor], format: str, config: AlbefConfig, m
     if format == "pretraining":
         ours[QUEUE_IDS] = torch.full_like(model.state_dict()[QUEUE_IDS], -1)
     _refuse_untied(ours, model)
-    return carried(ours, model)
-
-
-def carried(ours: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Tensors under the names of `model`, positions for another picture size interpolated as the official code does,
-    without anti-aliasing (models/vit.py). UserError: other names or shapes."""
-    expected, tensors = model.state_dict(), dict(ours)
-    for key, table in ours.items():
-        if key.endswith("positions.position") and key in expected:
-            tensors[key] = resample_square(table, expected[key], antialias=False)
-    return to_ours(tensors, {key: key for key in tensors}, {key: tensor.shape for key, tensor in expected.items()})
+    return carried_to(model.state_dict(), ours)
 
 
 def published_of(state: Mapping[str, Tensor], format: str, config: AlbefConfig, model: nn.Module) -> dict[str, Tensor]:
@@ -323,7 +312,7 @@ def refilled(tensors: Mapping[str, Tensor], kind: str, config: AlbefConfig) -> n
         model: nn.Module = Albef(config)
     else:
         model = FORMATS[kind].make(config, any(key.startswith("teacher.") for key in tensors))
-    state = carried(tensors, model)
+    state = carried_to(model.state_dict(), tensors)
     _refuse_untied(state, model)
     model.load_state_dict(state, strict=True)
     return model.eval()

@@ -34,6 +34,7 @@ from shared.data.vqa_sets import (
 from shared.errors import UserError
 from shared.evidence import MetricRow
 from shared.fetch import Entry, cached, load_manifest
+from shared.hardware import on_gpu_if_any
 from shared.metrics import nlvr2 as nlvr2_scores
 from shared.metrics import nlvr2_statement
 from shared.tokenizers import BertTokenizer
@@ -158,7 +159,7 @@ def model_of(weights: Weights, task: str) -> nn.Module:
         raise UserError(
             f"{weights.place}: holds {type(model).__name__}, but {task} takes {kind.__name__}; give its weights"
         )
-    return model.cuda() if torch.cuda.is_available() else model
+    return on_gpu_if_any(model)
 
 
 @lru_cache(maxsize=1)

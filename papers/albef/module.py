@@ -16,7 +16,7 @@ from papers.albef.recipe import AlbefRecipe
 from shared.blocks import set_recompute
 from shared.errors import UserError
 from shared.strategies import whole
-from shared.training import warmup_cosine
+from shared.training import warmup_cosine_between
 
 
 class AlbefModule(lightning.LightningModule):
@@ -119,9 +119,8 @@ def adamw(module: nn.Module, recipe: AlbefRecipe) -> dict:
 
 def learning_rate_share(step: int, recipe: AlbefRecipe) -> float:
     """The share of the peak learning rate at a step (0-based)."""
-    lowest = recipe.first_learning_rate if step < recipe.warmup_steps else 0.0
-    lowest = (lowest or recipe.last_learning_rate) / recipe.learning_rate
-    return lowest + (1 - lowest) * warmup_cosine(step, recipe)
+    last = recipe.last_learning_rate
+    return warmup_cosine_between(step, recipe, recipe.first_learning_rate or last, last)
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:

@@ -15,6 +15,7 @@ from papers.blip.pretrained import load_model
 from papers.blip.words import clean_question
 from shared.errors import UserError
 from shared.fetch import MANIFEST
+from shared.hardware import on_gpu_if_any
 from shared.looking import Task
 
 LONGEST_QUESTION = 50  # words, as the release keeps
@@ -34,7 +35,7 @@ def captioner(
 ) -> Task:
     """Captions behind the prompt, by beam search or sampled from the nucleus."""
     model, words = load_model(variant, weights, tokenizer, manifest, "caption")
-    model = on_device(model)
+    model = on_gpu_if_any(model)
     how = Writing(PROMPT if prompt is None else prompt, beams, nucleus, seed=seed)
     given = len(how.prompt_tokens(words))
     how = replace(how, longest=min(given + LONGEST_CAPTION, model.config.positions))
@@ -61,7 +62,7 @@ def answerer(
     if not question.strip():
         raise UserError("the question is empty; ask something, in quotes")
     model, words = load_model(variant, weights, tokenizer, manifest, "ask")
-    model = on_device(model)
+    model = on_gpu_if_any(model)
     asked = clean_question(question, LONGEST_QUESTION)
     words([asked], model.config.context, truncate=False)  # a cut question is another question
     ranked = tokens_of(words, answers, model.config) if answers else None
@@ -73,7 +74,3 @@ def answerer(
         return [answers[place] for place in rank_answers(model, words, images, asks, ranked)]
 
     return Task(answer, model.config.image_size, whole=True)
-
-
-def on_device(model: torch.nn.Module) -> torch.nn.Module:
-    return model.cuda() if torch.cuda.is_available() else model

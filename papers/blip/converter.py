@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from papers.blip.config import BlipConfig
 from papers.blip.model import Blip, BlipPretraining
 from papers.blip.tasks import BlipNlvr, BlipVqa
-from shared.checkpoints import Rule, WeightMap, to_ours, to_published
+from shared.checkpoints import Rule, WeightMap, carried_to, to_ours, to_published
 from shared.errors import UserError
-from shared.positions import resample_square
 
 PARTS = ("weight", "bias")
 
@@ -253,10 +252,7 @@ def ours_of(published: Mapping[str, Tensor], format: str, expected: Mapping[str,
     ours = to_ours(tensors, kind.weight_map)
     if not kind.ids:
         ours["queue.ids"] = torch.full((len(ours["queue.images"]),), -1)
-    for key, table in ours.items():
-        if key.endswith("positions.position") and key in expected:
-            ours[key] = resample_square(table, expected[key], antialias=False)
-    return to_ours(ours, {key: key for key in ours}, {key: tensor.shape for key, tensor in expected.items()})
+    return carried_to(expected, ours)
 
 
 def published_of(state: Mapping[str, Tensor], format: str) -> dict[str, Tensor]:

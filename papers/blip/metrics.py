@@ -39,6 +39,7 @@ from shared.data.vqa_sets import answer_list, nlvr2_pairs, vqa_questions, write_
 from shared.errors import UserError
 from shared.evidence import MetricRow
 from shared.fetch import Entry, cached, load_manifest
+from shared.hardware import on_gpu_if_any
 from shared.metrics import caption_scores, dialogue_ranking, exact_match, reranked_hits
 from shared.runs import write_whole
 from shared.tokenizers import BertTokenizer, Tokenizer
@@ -134,7 +135,7 @@ def model_of(place: Path, task: str) -> tuple[nn.Module, Tokenizer]:
         model = model.blip
     if task == "dialog" and not isinstance(model, BlipDialogue):
         model = BlipDialogue.started_from(model)
-    return (model.cuda() if torch.cuda.is_available() else model), tokenizer_of(model.config)
+    return on_gpu_if_any(model), tokenizer_of(model.config)
 
 
 def tokenizer_of(config: BlipConfig) -> Tokenizer:

@@ -30,11 +30,9 @@ def measure(variant: str) -> dict[str, float]:
             "vqa_blip2": count(answerer) + answerer.text_decoder.embeddings.word.weight.numel(),
         }
         whole = BlipPretraining(config)
-        flops = pretraining_flops(whole)
     blip = retriever.blip
     sizes = {
         "total": count(whole.blip),
-        "flops_total": flops,
         "embed_width": retriever.queue.images.shape[1],
         "queue": retriever.queue.images.shape[0],
         "vocabulary": blip.text_encoder.embeddings.word.num_embeddings,
@@ -45,13 +43,14 @@ def measure(variant: str) -> dict[str, float]:
     return shared | counts | sizes
 
 
-def pretraining_flops(model: BlipPretraining) -> int:
+def forward_flops(variant: str) -> int:
     """Of the forward pass of one picture with one text of full context, and one false picture and text for it: two for
     each multiply-add of matrix products and attention; the momentum copies are not counted."""
-    blip, config = model.blip, model.config
-    pixels = torch.zeros(1, 3, config.image_size, config.image_size)
-    tokens = torch.zeros(1, config.context, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
+    config = VARIANTS[variant]()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        blip = Blip(config)
+        pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+        tokens = torch.zeros(1, config.context, dtype=torch.long)
         image_tokens = blip.encode_image(pixels)
         blip.text_features(tokens)
         blip.match(tokens.expand(3, -1), image_tokens)

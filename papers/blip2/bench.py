@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from papers.blip2.config import CLIP_VIT_L, LANGUAGES, VARIANTS, Blip2Config, LanguageConfig, VisionConfig
 from papers.blip2.converter import VISION, published_of, transformers_qformer, with_language
+from papers.blip2.cost import stage1_flops
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, vision_encoder
 from papers.blip2.module import narrowed
@@ -379,8 +380,8 @@ def prompts_of(config: Blip2Config, batch: int, device: str) -> Tensor:
 
 @functools.cache
 def work(config: Blip2Config, tokens: int) -> dict[str, int]:
-    """FLOPs of one picture's forward pass: `encoder`, `bridge` (Q-Former and projector), `language` (over queries and
-    so many tokens, scored at each), and `stage1` (the Q-Former's three passes, of three pairs in matching)."""
+    """FLOPs of one picture's forward pass: `encoder`, `bridge` (Q-Former and projector) and `language` (over queries
+    and so many tokens, scored at each)."""
     with shapes_only():
         vit = vision_encoder(config.vision)
         pixels = torch.empty(1, 3, config.vision.image_size, config.vision.image_size, dtype=torch.uint8)
@@ -393,23 +394,11 @@ def work(config: Blip2Config, tokens: int) -> dict[str, int]:
             return out
 
         features = counted("encoder", lambda: vit.tokens(pixels))
-        model, stage1 = Blip2(config, language_model(config.language)), Blip2Qformer(config)
+        model = Blip2(config, language_model(config.language))
         prefix = counted("bridge", lambda: model.prefix(features))
         speaker = model.language_model
         x = torch.cat([prefix, torch.empty(1, tokens, speaker.width)], dim=1)
         counted("language", lambda: speaker.logits(speaker.states(x, None)[:, config.queries :]))
-        ids = torch.ones(1, tokens, dtype=torch.long)
-        three = ids.expand(3, -1)
-
-        def passes() -> None:
-            seen, caches = stage1.qformer.look_at(features), stage1.qformer.caches()
-            stage1.qformer.look(seen, caches=caches)
-            stage1.text_features(ids)
-            rows = torch.zeros(3, dtype=torch.long)
-            stage1._match([one and one.of(rows) for one in seen], three)
-            stage1._logits(stage1.qformer.layers(stage1.qformer.embeddings(ids), 0, causal=True, caches=caches))
-
-        counted("stage1", passes)
     return found
 
 
@@ -488,7 +477,7 @@ class Blip2Plan(Plan):
 
         def job(kind: str, batch: int) -> Job:
             tokens = longest(batch, config.context)
-            total = 3 * batch * work(replace(config, language=LANGUAGES["small"]), tokens)["stage1"]
+            total = 3 * batch * stage1_flops(config, tokens)
             what, objectives = kinds[kind]
 
             def run() -> list[dict]:

@@ -34,6 +34,7 @@ from shared.encoders import Encoder
 from shared.errors import UserError
 from shared.fetch import fetch, load_manifest, sha256
 from shared.frozen import Frozen
+from shared.hardware import on_gpu_if_any
 from shared.language_model import LanguageModel, SmallLanguageModel
 from shared.packed import pack
 from shared.runs import write_whole
@@ -227,9 +228,8 @@ def joined(
             f"{language_model.width}: another variant's"
         )
     model.language_model = Frozen(language_model, through=True)
-    if torch.cuda.is_available():
-        model, encoder = model.cuda(), encoder.cuda()
-    else:
+    model, encoder = on_gpu_if_any(model), on_gpu_if_any(encoder)
+    if not torch.cuda.is_available():
         for part in (model, encoder.module, language_model):
             pack(part)
     return Talker(model.eval(), encoder, words, chat, trained_here)

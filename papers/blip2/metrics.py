@@ -28,6 +28,7 @@ from shared.encoders import Encoder
 from shared.errors import UserError
 from shared.evidence import MetricRow
 from shared.fetch import Entry, cached, load_manifest
+from shared.hardware import on_gpu_if_any
 from shared.metrics import caption_scores, reranked_hits, vqa_accuracy
 from shared.metrics.vqa import normalise
 from shared.runs import write_whole
@@ -208,9 +209,7 @@ def seeing(places: Places, id: str, variant: Blip2Config) -> Seeing:
     if isinstance(model, Blip2) != (variant.language is not None):
         raise UserError(f"{places.weights}: weights of another stage than {id}'s")
     words = tokenizer_of(model.config) if variant.language is None else speaking(model, places.language, variant)
-    if torch.cuda.is_available():
-        model, encoder = model.cuda(), encoder.cuda()
-    return Seeing(model.eval(), encoder, words)
+    return Seeing(on_gpu_if_any(model).eval(), on_gpu_if_any(encoder), words)
 
 
 def speaking(model: Blip2, folder: Path, variant: Blip2Config) -> Words:

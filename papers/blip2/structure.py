@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from papers.blip2.config import VARIANTS, Blip2Config, LanguageConfig
+from papers.blip2.cost import stage1_flops
 from papers.blip2.model import Blip2, Blip2Qformer, vision_encoder
-from shared.footprint import shapes_only
 
 NAMED_SIZES = {"opt-2.7b": 2.7e9, "opt-6.7b": 6.7e9, "flan-t5-xl": 3e9, "flan-t5-xxl": 11e9}  # as they are called
 
@@ -20,10 +19,10 @@ def measure(variant: str) -> dict[str, float]:
     trained_stage1 and trained_stage2 (all that is trained: Table 1 and 2), vision, language, total (of the variant's
     own stage). Of stage-2 variants alone: trained_stage2, language, share_trained (of the total), total_by_name (the
     language model as large as it is called, which is how Table 2 adds), and what fine-tuning trains: captioner (image
-    encoder too) and vqa (and the Q-Former's text branch). flops_total: of a forward pass of stage 1. Sizes: queries,
-    query_width, layers, heads, hidden, cross_attention_layers, embed_width, vocabulary, context, image_tokens,
-    image_width, vision_layers, output_tokens (what stage 2 hands over), output_values and image_values (numbers that
-    stand for a picture behind and before the Q-Former).
+    encoder too) and vqa (and the Q-Former's text branch). Sizes: queries, query_width, layers, heads, hidden,
+    cross_attention_layers, embed_width, vocabulary, context, image_tokens, image_width, vision_layers, output_tokens
+    (what stage 2 hands over), output_values and image_values (numbers that stand for a picture behind and before the
+    Q-Former).
     """
     config = VARIANTS[variant]()
     with torch.device("meta"):
@@ -35,7 +34,6 @@ def measure(variant: str) -> dict[str, float]:
         "trained_stage1": count(stage1),
         "vision": vision,
         "total": vision + count(stage1),
-        "flops_total": stage1_flops(config),
     }
     if config.language is not None:
         counts |= stage2_counts(config, vision)
@@ -60,19 +58,10 @@ def measure(variant: str) -> dict[str, float]:
     return counts | sizes
 
 
-def stage1_flops(config: Blip2Config) -> int:
-    """Of stage 1's forward pass for the features of one picture with one text of full context, and one false picture
-    and text for it: two for each multiply-add of matrix products and attention."""
-    with shapes_only(), FlopCounterMode(display=False) as counter:
-        model = Blip2Qformer(config)
-        features = torch.zeros(1, config.vision.tokens, config.vision.width)
-        tokens = torch.zeros(1, config.context, dtype=torch.long)
-        model.image_features(features)
-        model.text_features(tokens)
-        model.match(features.expand(3, -1, -1), tokens.expand(3, -1))
-        states = model.qformer.joint_causal(tokens, tokens == 0, model.vision_norm(features))
-        model.head(states[:, config.queries :], model.qformer.embeddings.word.weight)
-    return counter.get_total_flops()
+def forward_flops(variant: str) -> int:
+    """Of stage 1's forward pass for one picture's features and one text of full context."""
+    config = VARIANTS[variant]()
+    return stage1_flops(config, config.context)
 
 
 def stage2_counts(config: Blip2Config, vision: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from shared.data.adapters import Record, folder_records, karpathy_records, parqu
 from shared.errors import UserError
 from shared.evidence import MetricRow
 from shared.fetch import cached, load_manifest
+from shared.hardware import on_gpu_if_any
 from shared.metrics import linear_probe, retrieval_hits_from_features, topk_accuracy
 from shared.tokenizers import ClipTokenizer, imagenet_classes, imagenet_templates
 
@@ -58,7 +59,7 @@ def measure(row: MetricRow, recipe: ClipRecipe) -> float:
 @lru_cache(maxsize=1)
 def model_of(variant: str, weights: str, manifest: str) -> Clip:
     model = load_released(variant, load_manifest(manifest)[weights])
-    return model.cuda() if torch.cuda.is_available() else model
+    return on_gpu_if_any(model)
 
 
 @lru_cache(maxsize=2)

@@ -52,6 +52,11 @@ def measure(variant: str) -> dict[str, float]:
     }
 
 
+def forward_flops(variant: str) -> int:
+    """Of one picture and one text of full context."""
+    return measure(variant)["flops_total"]
+
+
 def flops(run) -> int:
     """Two for each multiply-add of convolutions, matrix products and attention."""
     with FlopCounterMode(display=False) as counter:

@@ -12,6 +12,7 @@ from torch import nn
 
 from shared.checkpoints import (
     Rule,
+    carried_to,
     check_card,
     load_weights,
     read_header,
@@ -22,6 +23,7 @@ from shared.checkpoints import (
 )
 from shared.errors import UserError
 from shared.fetch import Entry
+from shared.positions import resample_square
 
 MAP = {
     "embed.weight": "embedding.weight",
@@ -110,6 +112,22 @@ def test_the_way_back_is_as_strict():
 def test_a_long_list_of_keys_is_cut_to_eight_and_counted():
     with pytest.raises(UserError, match=r"k0, k1, k2, k3, k4, k5, k6, k7, \.\.\. \(30 in all\)"):
         to_ours({f"k{i}": torch.ones(1) for i in range(30)}, {})
+
+
+def test_positions_are_carried_to_another_grid_and_all_else_has_to_fit():
+    expected = {"vision.positions.position": torch.zeros(1 + 16, 5), "norm.weight": torch.zeros(3)}
+    given = {"vision.positions.position": torch.randn(1 + 9, 5), "norm.weight": torch.ones(3)}
+    found = carried_to(expected, given)
+    wanted = resample_square(given["vision.positions.position"], torch.zeros(1 + 16, 5), antialias=False)
+    assert torch.equal(found["vision.positions.position"], wanted) and torch.equal(found["norm.weight"], torch.ones(3))
+    assert len(given["vision.positions.position"]) == 1 + 9, "what was given stays as it was"
+    for wrong in (
+        {"norm.weight": torch.ones(4)},
+        {"norm.bias": torch.ones(3)},
+        {"vision.positions.rows": torch.ones(10, 5)},
+    ):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            carried_to(expected, given | wrong)
 
 
 @pytest.mark.parametrize(

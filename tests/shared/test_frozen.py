@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.frozen import Frozen, assert_only_trained, saved_state, trainable, weights_digest
+from shared.frozen import Frozen, assert_only_trained, trainable, weights_digest
 
 
 class Head(nn.Module):
@@ -48,10 +48,8 @@ def test_training_mode_does_not_reach_the_frozen_part():
 
 def test_the_state_dict_holds_the_trained_part_alone_and_loads_strictly():
     model = Head()
-    assert set(model.state_dict()) == {"head.weight", "head.bias"} == set(saved_state(model))
+    assert set(model.state_dict()) == {"head.weight", "head.bias"}
     model.load_state_dict(model.state_dict(), strict=True)
-    model.head.bias.requires_grad_(False)
-    assert set(saved_state(model)) == {"head.weight"}
 
 
 def test_asking_the_owner_for_gradients_does_not_unfreeze():

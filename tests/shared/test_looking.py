@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from tests_common import CATALOGUE
 
-from papers.blip import ask
 from papers.blip.config import SPECIALS, VARIANTS, fitted
 from papers.blip.model import Blip
 from papers.blip.tasks import BlipVqa
@@ -16,6 +15,7 @@ from shared.checkpoints import save_weights
 from shared.cli import main
 from shared.console import Console
 from shared.errors import UserError
+from shared.hardware import on_gpu_if_any
 from shared.looking import Task, look, one_line, picture_files
 from shared.tokenizers import SmallTokenizer
 
@@ -171,5 +171,8 @@ def test_a_device_is_used_where_there_is_one(monkeypatch):
             return self
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ask.on_device(Model())
+    on_gpu_if_any(Model())
+    assert moved == [1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_gpu_if_any(Model())
     assert moved == [1]

@@ -15,7 +15,7 @@ import shared.plan
 from papers.clip.cost import workload
 from papers.clip.losses import clip_loss
 from papers.clip.model import ClipOutput
-from papers.clip.structure import measure
+from papers.clip.structure import forward_flops, measure
 from shared.blocks import set_recompute
 from shared.errors import UserError
 from shared.footprint import count_encoders, count_objectives, free_gradients, run_pass, shapes_only
@@ -95,7 +95,7 @@ def test_flops_are_those_of_torchs_own_counter_on_real_tensors_and_of_the_struct
     counted = count_encoders(functools.partial(workload, "clip-tiny"))
     assert counted.forward(3) == forward.get_total_flops()
     assert counted.backward(3) == backward.get_total_flops()
-    assert counted.forward(1) == measure("clip-tiny")["flops_total"]
+    assert counted.forward(1) == forward_flops("clip-tiny")
 
 
 def test_weights_gradients_and_moments_are_exactly_those_of_a_real_optimizer():
@@ -271,7 +271,7 @@ def test_the_stated_efficiency_gives_the_printed_durations_of_clip():
     pass, two for the backward, and the forward once more."""
     samples = 32_768 * 390_625
     for variant, gpus, printed in (("clip-vit-l-14", 256, 12), ("clip-rn50x64", 592, 18)):
-        flops = 4 * measure(variant)["flops_total"] * samples
+        flops = 4 * forward_flops(variant) * samples
         days = flops / (gpus * GPUS["v100"].peak("16-mixed") * EFFICIENCY) / 86_400
         assert days == pytest.approx(printed, rel=0.1), variant
 
@@ -326,9 +326,9 @@ def test_data_sheet_rates_are_dense_and_one_way():
 def test_the_estimate_counts_the_cores_that_this_process_may_use(monkeypatch):
     recipe = CATALOGUE.recipe("clip", "mini", [])
     monkeypatch.setattr(shared.plan, "cores", lambda: 1)
-    one = estimate(recipe, measure("clip-mini"), 10)
+    one = estimate(recipe, measure("clip-mini")["total"], forward_flops("clip-mini"), 10)
     monkeypatch.setattr(shared.plan, "cores", lambda: 4)
-    four = estimate(recipe, measure("clip-mini"), 10)
+    four = estimate(recipe, measure("clip-mini")["total"], forward_flops("clip-mini"), 10)
     assert one.processes == 1 and four.processes == 4
     assert four.seconds == one.seconds / 4 and four.memory == 4 * one.memory
     assert str(one).startswith(f"{10 * 5 * 400 * 32:,} samples")
@@ -338,5 +338,5 @@ def test_the_estimate_counts_the_cores_that_this_process_may_use(monkeypatch):
 def test_the_estimate_is_for_the_device_of_the_recipe(monkeypatch, scale, rate):
     monkeypatch.setattr(shared.plan, "cores", lambda: 1)
     recipe = CATALOGUE.recipe("blip2", scale, [])
-    found = estimate(recipe, {"flops_total": 1.0, "total": 1}, 1)
+    found = estimate(recipe, 1, 1, 1)
     assert found.rate == getattr(shared.plan, rate)

@@ -11,7 +11,7 @@ from papers.clip.recipe import ClipRecipe
 from shared.arms import Job, Outcome
 from shared.data.batches import Batches, Rows
 from shared.recipes import digest, of_one_arm
-from shared.training import At, Curves, decay_groups, device_for, make_trainer, warmup_cosine
+from shared.training import At, Curves, decay_groups, device_for, make_trainer, warmup_cosine, warmup_cosine_between
 
 
 def test_every_epoch_shows_every_row_once_in_a_new_order():
@@ -58,6 +58,15 @@ def test_warm_up_rises_to_the_peak_and_the_cosine_falls_to_zero():
     shares = [warmup_cosine(step, recipe) for step in range(101)]
     assert shares[0] == pytest.approx(0.1) and shares[9] == shares[10] == 1.0
     assert shares[55] == pytest.approx(0.5) and shares[100] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_warm_up_begins_and_a_cosine_ends_where_told():
+    recipe = ClipRecipe(steps=100, warmup_steps=10, learning_rate=1e-3)
+    shares = [warmup_cosine_between(step, recipe, 2e-4, 1e-4) for step in range(101)]
+    assert shares[0] == pytest.approx(0.2 + 0.8 * 0.1) and shares[9] == shares[10] == 1.0
+    assert shares[55] == pytest.approx((1 + 0.1) / 2) and shares[100] == pytest.approx(0.1)
+    plain = [warmup_cosine(step, recipe) for step in range(101)]
+    assert [warmup_cosine_between(step, recipe, 0.0, 0.0) for step in range(101)] == plain
 
 
 def test_gains_biases_and_the_logit_scale_do_not_decay():

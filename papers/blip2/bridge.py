@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from papers.blip2.config import LANGUAGES, Blip2Config, with_language
 from papers.blip2.lab import LANGUAGE_SEED, OPEN, Lab, make_lab
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, spread
-from papers.blip2.module import EVERYTHING, FrozenWatch, Stage1Module, Stage2Module, held
+from papers.blip2.module import EVERYTHING, BridgeModule, FrozenWatch, Stage1Module, Stage2Module, WordsModule, held
 from papers.blip2.pretrained import PUBLISHED_ENCODERS, published_encoder
 from papers.blip2.recipe import Blip2Recipe
 from papers.blip2.words import Words, named_words, padded, words_of
@@ -200,18 +200,12 @@ class Bridge:
         fresh: bool = False,
         headline: bool = False,
     ) -> tuple[Blip2, Speaker, dict]:
-        """The bridge to a language model (the small one where None), from stage 1 or, where `fresh`, without it.
-
-        The headline's goes on from the plain arm's, with a new projector: a bridge that speaks to one language model
-        learns another's words from far fewer samples (Zhang et al. 2023, VPGTrans, arXiv:2305.01278).
-        """
+        """The bridge to a language model (the small one where None), from stage 1 or, where `fresh`, without it."""
         speaker = speaker or self.speaker(half=eyes.half)
         recipe = second(self.recipe, headline)
 
         def new() -> Blip2:
-            if headline and self.recipe.language_model == "small" and speaker.config.family != "small":
-                return self.bridge_from(without_projector(self.stage2("base")[0]), speaker, eyes, queries)
-            return self.new_bridge(speaker, eyes, queries, fresh)
+            return self.headline_start(speaker) if headline else self.new_bridge(speaker, eyes, queries, fresh)
 
         def make(folder: Path) -> None:
             model = new()
@@ -223,6 +217,37 @@ class Bridge:
         model = new()
         load_weights(model, folder / "weights.safetensors")
         return model.to(self.device).eval(), speaker, json.loads((folder / "training.json").read_text())
+
+    def headline_start(self, speaker: Speaker) -> Blip2:
+        """What the headline's stage 2 begins from: the plain arm's bridge, with a new projector. One that speaks to one
+        language model learns another's words from far fewer samples (Zhang et al. 2023, VPGTrans, arXiv:2305.01278).
+
+        Where the recipe has `headline_word_steps` the visual words begin as words: query q of a picture says the q-th
+        answer to the open questions about it, again from the first on, as the language model's table has it. The
+        projector begins as the linear map that does so best; then the whole bridge trains for these steps, which take
+        milliseconds, as no language model runs.
+        """
+        if self.recipe.language_model == "small" and speaker.config.family != "small":
+            model = self.bridge_from(without_projector(self.stage2("base")[0]), speaker)
+        else:
+            model = self.new_bridge(speaker)
+        steps, shown = self.recipe.headline_word_steps, self.lab.shown()
+        if not steps or not all(shown):
+            return model
+
+        def make(folder: Path) -> None:
+            features, recipe = self.train_features(), warmed(second(self.recipe), steps)
+            targets, rows = word_targets(speaker, shown, model.config.queries), torch.arange(len(features))
+            fit_projector(model.to(self.device), features, targets)
+            module = WordsModule(model, recipe, float(targets.var())).train()
+            told = self.fitted(
+                module, (self.rows(features, rows), self.rows(targets, rows)), recipe, folder, "words", [speaker.model]
+            )
+            save_weights(model, folder / "weights.safetensors")
+            write_whole(folder / "training.json", json.dumps(told))
+
+        load_weights(model, self.stages.once("headline-words", make) / "weights.safetensors")
+        return model
 
     def new_bridge(self, speaker: Speaker, eyes: Eyes = PLAIN, queries: int = 0, fresh: bool = False) -> Blip2:
         start = self.new_qformer(eyes, queries) if fresh else self.stage1(eyes, queries)[0]
@@ -275,7 +300,7 @@ class Bridge:
 
     def fitted(
         self,
-        module: Stage1Module | Stage2Module,
+        module: BridgeModule,
         tensors: tuple[Tensor | Rows, ...],
         recipe: Blip2Recipe,
         folder: Path,
@@ -290,6 +315,37 @@ class Bridge:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         told = {"curves": curves.values, "waited": round(waited, 5), "trained_parameters": trained}
         return told | (watch.measured if frozen else {})
+
+
+@torch.no_grad()
+def word_targets(speaker: Speaker, shown: Sequence[Sequence[str]], queries: int) -> Tensor:
+    """Words of each picture -> embeddings (I, Q, W) for its queries, the words in turn; of a word of several tokens
+    their mean."""
+    language, words = speaker.model, speaker.words
+    device = next(held(language).parameters()).device
+    tables = {
+        word: language.embed(torch.tensor(words.encode(f" {word}"), device=device)).float().mean(0).cpu()
+        for word in {word for several in shown for word in several}
+    }
+    return torch.stack(
+        [torch.stack([tables[several[query % len(several)]] for query in range(queries)]) for several in shown]
+    )
+
+
+@torch.no_grad()
+def fit_projector(model: Blip2, features: Tensor, targets: Tensor, ridge: float = 1e-5) -> None:
+    """Set the projector to the least squares from the queries' states (I, Q, D), of features (I, S, C), to targets
+    (I, Q, W). ridge: of the mean square of a state's channels, added so that a channel which never changes is none."""
+    model.eval()
+    device = model.projector.weight.device
+    states = torch.cat(
+        [model.qformer.look(model.vision_norm(some.to(device))).double().cpu() for some in features.split(128)]
+    ).flatten(0, 1)
+    x, y = F.pad(states, (0, 1), value=1.0), targets.double().flatten(0, 1)  # (I·Q, D + 1), (I·Q, W)
+    slack = ridge * len(x) * states.square().mean() * torch.eye(x.shape[1], dtype=x.dtype)
+    found = torch.linalg.solve(x.T @ x + slack, x.T @ y)  # (D + 1, W)
+    model.projector.weight.copy_(found[:-1].T)
+    model.projector.bias.copy_(found[-1])
 
 
 def without_projector(model: Blip2) -> dict[str, Tensor]:

@@ -269,6 +269,10 @@ def headline(context: Context) -> dict:
     strangers = other_pictures(asked, len(features))
     said = answer(model, words, features[rows], questions, how)
     told |= by_kind(said, asked)
+    if recipe.headline_word_steps:  # what the language model's loss began with
+        start, some = work.headline_start(speaker).to(work.device).eval(), slice(len(asked) // 2)
+        said = answer(start, words, features[rows[some]], questions[some], how)
+        told["before_stage2"] = accuracy(said, right[some])
     told["other_picture"] = accuracy(answer(model, words, features[strangers], questions, how), right)
     told["blind_writing"] = accuracy(answer(model, words, None, questions, how), right)
     fewer = spread(asked, len(asked) // 2)  # every answer of the world is weighed for each
@@ -389,6 +393,7 @@ CLAIMS: dict[str, Claim] = {
                 "accuracy",
                 "accuracy_what",
                 "accuracy_colour",
+                "before_stage2",
                 "blind_writing",
                 "blind_choosing",
                 "other_picture",

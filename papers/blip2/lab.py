@@ -84,6 +84,14 @@ class Lab:
         """Stage 1's pairs: rows of world.train's pictures (P,), and their tokens (P, L)."""
         return torch.tensor([row for row, _ in self.texts]), self.tokens([text for _, text in self.texts])
 
+    def shown(self) -> list[list[str]]:
+        """Of each training picture the answers to the open questions about it, in the order of their kinds."""
+        found: list[list[str]] = [[] for _ in self.world.train.images]
+        for one in self.asked:
+            if one.kind in OPEN:
+                found[one.picture].append(one.answer)
+        return found
+
     def learned(self, share: float, seed: int, kinds: Sequence[str] = KINDS) -> list[tuple[int, str, str]]:
         """Stage 2's texts: (picture, prompt, text behind it); `share` of them questions, of these kinds."""
         captions = [(row, "", text) for row, text in self.texts]

@@ -18,7 +18,7 @@ from papers.blip2.recipe import Blip2Recipe
 from shared.blocks import set_recompute
 from shared.errors import UserError
 from shared.frozen import assert_only_trained
-from shared.training import decay_groups, warmup_cosine
+from shared.training import decay_groups, warmup_cosine_between
 
 EVERYTHING = Objectives()
 WITHOUT_ITG = Objectives(itg=False)
@@ -127,6 +127,23 @@ class Stage2Module(BridgeModule):
         return loss
 
 
+class WordsModule(BridgeModule):
+    """Trains on (features (B, S, C), targets (B, Q, W)) batches: the visual words become those of the targets, which
+    the language model's own table of embeddings holds. Mean squared error over the targets' variance."""
+
+    model: Blip2
+
+    def __init__(self, model: Blip2, recipe: Blip2Recipe, variance: float):
+        super().__init__(model, recipe)
+        self.variance = variance
+
+    def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
+        seen, targets = batch
+        loss = (self.model.prefix(seen).float() - targets).square().mean() / self.variance
+        self.log("loss", loss.detach())
+        return loss
+
+
 class FrozenWatch(Callback):
     """Counts what frozen parts cost beside their weights, after every backward pass: bytes of gradients and of
     optimizer state. ValueError where it is not nothing."""
@@ -168,11 +185,7 @@ def within(tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 def learning_rate_share(step: int, recipe: Blip2Recipe) -> float:
     """The share of the peak learning rate at a step (0-based): linear warm-up, then a cosine that ends at
     min_learning_rate (Sec. 3.4)."""
-    share = warmup_cosine(step, recipe)
-    if step < recipe.warmup_steps:
-        return share
-    lowest = recipe.min_learning_rate / recipe.learning_rate
-    return lowest + (1 - lowest) * share
+    return warmup_cosine_between(step, recipe, 0.0, recipe.min_learning_rate)
 
 
 def example(pictures: int) -> tuple[Stage1Module, tuple[Tensor, ...]]:

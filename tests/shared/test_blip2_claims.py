@@ -34,8 +34,8 @@ SMALL = Blip2Recipe(
     paper="blip2", model="blip2-tiny", data="shapes", pairs=48, test_pairs=16, asked_pictures=12, classes=6, batch=8,
     steps=3, warmup_steps=1, encoder="strong", weak_encoder="weak", other_encoder="other", headline_model="",
     larger_width=48, lm_texts=60, lm_steps=3, lm_batch=8, stage2_steps=3, stage2_batch=8, headline_steps=2,
-    headline_batch=8, headline_questions=8, compared_steps=2, beams=2, longest=4, candidates=4, shots=1, more=2,
-    text_tokens=64, accelerator="cpu",
+    headline_word_steps=4, headline_batch=8, headline_questions=8, compared_steps=2, beams=2, longest=4, candidates=4,
+    shots=1, more=2, text_tokens=64, accelerator="cpu",
 )  # fmt: skip
 
 
@@ -373,6 +373,69 @@ def test_arms_of_a_seed_begin_alike(tmp_path):
     one, other = work.new_bridge(speaker).state_dict(), work.new_bridge(speaker, fresh=True).state_dict()
     assert torch.equal(one["projector.weight"], other["projector.weight"])
     assert not torch.equal(one["qformer.query_tokens"], other["qformer.query_tokens"]), "one has been through stage 1"
+
+
+# ---- visual words that begin as words
+
+
+def test_the_projector_begins_as_the_linear_map_that_was_asked_for():
+    module, _, (features, *_) = stage2(pictures=5)
+    features = torch.randn(40, *features.shape[1:])
+    model = module.model.eval()
+    with torch.no_grad():
+        targets = model.prefix(features)  # so there is a linear map, and one alone
+        right = model.projector.weight.clone(), model.projector.bias.clone()
+        model.projector.reset_parameters()
+        bridge.fit_projector(model, features, targets, ridge=1e-10)
+        assert (model.prefix(features) - targets).abs().max() < 1e-4 * targets.abs().max()
+    assert not torch.equal(right[0], torch.zeros_like(right[0]))
+    bridge.fit_projector(model, features, targets, ridge=1e10)
+    assert model.projector.weight.abs().max() < 1e-3, "the ridge draws towards nothing"
+
+
+def test_a_query_says_a_word_of_the_picture_in_turn_and_one_of_several_tokens_by_their_mean(lab):
+    words = words_of(lab.tokenizer, 64)
+    speaker = bridge.Speaker(Frozen(SmallLanguageModel(lab.tokenizer.vocab_size, 64, 32, 1, 2)), words, None)
+    table = speaker.model.embed(torch.arange(lab.tokenizer.vocab_size))
+    targets = bridge.word_targets(speaker, [["zzz", "red"], ["red"]], 3)  # unknown to its vocabulary: in pieces
+    assert len(words.encode("zzz")) > 1
+    first, red = table[torch.tensor(words.encode("zzz"))].mean(0), table[torch.tensor(words.encode("red"))].mean(0)
+    for query, word in enumerate((first, red, first)):
+        assert torch.allclose(targets[0, query], word) and torch.allclose(targets[1, query], red)
+
+
+def test_what_a_picture_shows_is_what_its_open_questions_are_answered_with(lab):
+    shown = lab.shown()
+    assert len(shown) == SMALL.pairs
+    for row, answers in enumerate(shown):
+        assert answers == [one.answer for kind in ("what", "colour") for one in lab.asked
+                           if (one.picture, one.kind) == (row, kind)]  # fmt: skip
+
+
+def test_the_headline_begins_with_words_and_without_word_steps_with_a_random_projector(tmp_path):
+    recipe = replace(SMALL, headline_word_steps=2, stage2_rate=1e-5, dropout=0.0)
+    work = Bridge.of(context(tmp_path, "headline", recipe))
+    speaker = work.speaker("headline")
+    targets = bridge.word_targets(speaker, work.lab.shown(), work.lab.config.queries)
+
+    def unexplained(model):
+        with torch.no_grad():
+            return float((model.eval().prefix(work.train_features()) - targets).square().mean() / targets.var())
+
+    random, fitted, start = work.new_bridge(speaker), work.new_bridge(speaker), work.headline_start(speaker)
+    bridge.fit_projector(fitted, work.train_features(), targets)
+    assert unexplained(fitted) < 0.6 < 1 < unexplained(random)
+    assert unexplained(start) == pytest.approx(unexplained(fitted), rel=0.01), "two steps of a low rate behind it"
+    moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), fitted.parameters(), strict=True)]
+    assert all(moved), "the whole bridge trains"
+    none = Bridge.of(context(tmp_path, "headline", replace(recipe, headline_word_steps=0)))
+    begun, random = none.headline_start(speaker).state_dict(), none.new_bridge(speaker).state_dict()
+    assert all(torch.equal(begun[key], random[key]) for key in random)
+
+
+def test_word_steps_below_none_are_refused():
+    with pytest.raises(UserError, match="headline_word_steps"):
+        replace(SMALL, headline_word_steps=-1)
 
 
 # ---- evaluation

@@ -274,7 +274,9 @@ def headline(context: Context) -> dict:
         said = answer(start, words, features[rows[some]], questions[some], how)
         told["before_stage2"] = accuracy(said, right[some])
     told["other_picture"] = accuracy(answer(model, words, features[strangers], questions, how), right)
-    told["blind_writing"] = accuracy(answer(model, words, None, questions, how), right)
+    distinct = list(dict.fromkeys(questions))  # a blind model answers alike what is asked alike
+    blind = dict(zip(distinct, answer(model, words, None, distinct, how), strict=True))
+    told["blind_writing"] = accuracy([blind[question] for question in questions], right)
     fewer = spread(asked, len(asked) // 2)  # every answer of the world is weighed for each
     told["blind_choosing"] = accuracy(
         chosen(model, words, None, questions_of(fewer), lab.answers), [one.answer for one in fewer]

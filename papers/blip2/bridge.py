@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from papers.blip2.config import LANGUAGES, Blip2Config, with_language
-from papers.blip2.lab import LANGUAGE_SEED, OPEN, Lab, make_lab
+from papers.blip2.lab import LANGUAGE_SEED, Lab, make_lab
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, spread
 from papers.blip2.module import EVERYTHING, BridgeModule, FrozenWatch, Stage1Module, Stage2Module, WordsModule, held
 from papers.blip2.pretrained import PUBLISHED_ENCODERS, published_encoder
-from papers.blip2.recipe import Blip2Recipe
+from papers.blip2.recipe import OPEN, Blip2Recipe
 from papers.blip2.words import Words, named_words, padded, words_of
 from shared.arms import Context
 from shared.artifacts import Artifact, artifact
@@ -222,22 +222,23 @@ class Bridge:
         """What the headline's stage 2 begins from: the plain arm's bridge, with a new projector. One that speaks to one
         language model learns another's words from far fewer samples (Zhang et al. 2023, VPGTrans, arXiv:2305.01278).
 
-        Where the recipe has `headline_word_steps` the visual words begin as words: query q of a picture says the q-th
-        answer to the open questions about it, again from the first on, as the language model's table has it. The
-        projector begins as the linear map that does so best; then the whole bridge trains for these steps, which take
-        milliseconds, as no language model runs.
+        Where the recipe has `headline_word_steps`, the visual words are fitted to words first: the queries say the
+        answers to the open questions about a picture in turn, as the language model's table has them. The projector
+        begins as the linear map that does so best; then the whole bridge trains for these steps. No language model
+        runs, so a step takes milliseconds. It stays as it was where no questions are at hand.
         """
         if self.recipe.language_model == "small" and speaker.config.family != "small":
             model = self.bridge_from(without_projector(self.stage2("base")[0]), speaker)
         else:
             model = self.new_bridge(speaker)
-        steps, shown = self.recipe.headline_word_steps, self.lab.shown()
-        if not steps or not all(shown):
+        steps = self.recipe.headline_word_steps
+        if not steps or not self.lab.generated:
             return model
 
         def make(folder: Path) -> None:
             features, recipe = self.train_features(), warmed(second(self.recipe), steps)
-            targets, rows = word_targets(speaker, shown, model.config.queries), torch.arange(len(features))
+            targets = word_targets(speaker, self.lab.shown(), model.config.queries)
+            rows = torch.arange(len(features))
             fit_projector(model.to(self.device), features, targets)
             module = WordsModule(model, recipe, float(targets.var())).train()
             told = self.fitted(
@@ -319,31 +320,42 @@ class Bridge:
 
 @torch.no_grad()
 def word_targets(speaker: Speaker, shown: Sequence[Sequence[str]], queries: int) -> Tensor:
-    """Words of each picture -> embeddings (I, Q, W) for its queries, the words in turn; of a word of several tokens
-    their mean."""
-    language, words = speaker.model, speaker.words
+    """Words of each picture -> what its queries are to say, the words in turn: embeddings (I, Q, W) in fp32 on the CPU,
+    of a word of several tokens their mean."""
+    language, encode = speaker.model, speaker.words.encode
     device = next(held(language).parameters()).device
-    tables = {
-        word: language.embed(torch.tensor(words.encode(f" {word}"), device=device)).float().mean(0).cpu()
-        for word in {word for several in shown for word in several}
+    embedding = {
+        word: language.embed(torch.tensor(encode(f" {word}"), device=device)).float().mean(0).cpu()
+        for word in dict.fromkeys(word for words in shown for word in words)
     }
     return torch.stack(
-        [torch.stack([tables[several[query % len(several)]] for query in range(queries)]) for several in shown]
+        [torch.stack([embedding[words[query % len(words)]] for query in range(queries)]) for words in shown]
     )
+
+
+@torch.no_grad()
+def nearest_words(model: Blip2, speaker: Speaker, features: Tensor, names: Sequence[str]) -> list[list[str]]:
+    """Features of pictures (I, S, C) -> which of these words each query (Q) of each says, by Euclidean distance."""
+    table = word_targets(speaker, [[name] for name in names], 1)[:, 0]  # (A, W)
+    said = model.prefix(features.to(model.projector.weight.device)).float().cpu()  # (I, Q, W)
+    return [[names[place] for place in row] for row in torch.cdist(said, table).argmin(-1).tolist()]
 
 
 @torch.no_grad()
 def fit_projector(model: Blip2, features: Tensor, targets: Tensor, ridge: float = 1e-5) -> None:
     """Set the projector to the least squares from the queries' states (I, Q, D), of features (I, S, C), to targets
-    (I, Q, W). ridge: of the mean square of a state's channels, added so that a channel which never changes is none."""
+    (I, Q, W). ridge: times the mean square of a channel, added so that a constant channel leaves it solvable."""
     model.eval()
-    device = model.projector.weight.device
-    states = torch.cat(
-        [model.qformer.look(model.vision_norm(some.to(device))).double().cpu() for some in features.split(128)]
-    ).flatten(0, 1)
-    x, y = F.pad(states, (0, 1), value=1.0), targets.double().flatten(0, 1)  # (I·Q, D + 1), (I·Q, W)
-    slack = ridge * len(x) * states.square().mean() * torch.eye(x.shape[1], dtype=x.dtype)
-    found = torch.linalg.solve(x.T @ x + slack, x.T @ y)  # (D + 1, W)
+    device, width = model.projector.weight.device, model.projector.in_features
+    inner = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+    across = torch.zeros(width + 1, targets.shape[-1], dtype=torch.float64)
+    for some, wanted in zip(features.split(128), targets.split(128), strict=True):
+        states = model.qformer.look(model.vision_norm(some.to(device))).double().cpu().flatten(0, 1)
+        x = F.pad(states, (0, 1), value=1.0)  # (128 Q, D + 1)
+        inner += x.T @ x
+        across += x.T @ wanted.double().flatten(0, 1)
+    inner += ridge * inner.diagonal()[:-1].mean() * torch.eye(width + 1, dtype=inner.dtype)
+    found = torch.linalg.solve(inner, across)  # (D + 1, W)
     model.projector.weight.copy_(found[:-1].T)
     model.projector.bias.copy_(found[-1])
 

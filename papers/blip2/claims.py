@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from papers.blip2.bridge import HALF, PLAIN, Bridge, Eyes, Speaker, artifact_of, second
+from papers.blip2.bridge import HALF, PLAIN, Bridge, Eyes, Speaker, artifact_of, nearest_words, second
 from papers.blip2.evaluate import (
     CAPTIONING,
     Writing,
@@ -263,26 +263,27 @@ def headline(context: Context) -> dict:
     told |= {"language_parameters": size_of(speaker), "language_model": recipe.headline_model or "small"}
     if not lab.generated:
         return told | answers(work, model, speaker)
-    features, asked = work.asked_features(), spread(lab.held.asked, recipe.headline_questions)
+    features, asked = work.asked_features(), first(lab.held.asked, recipe.headline_questions)
     rows, questions = rows_of(asked), questions_of(asked)
     right = [one.answer for one in asked]
     strangers = other_pictures(asked, len(features))
     said = answer(model, words, features[rows], questions, how)
     told |= by_kind(said, asked)
-    if recipe.headline_word_steps:  # what the language model's loss began with
-        start, some = work.headline_start(speaker).to(work.device).eval(), slice(len(asked) // 2)
-        said = answer(start, words, features[rows[some]], questions[some], how)
-        told["before_stage2"] = accuracy(said, right[some])
+    if recipe.headline_word_steps:  # what stage 2 begins with: what the words say, and what the model makes of them
+        start = work.headline_start(speaker).to(work.device).eval()
+        said = nearest_words(start, speaker, features, lab.answers)  # (A, Q)
+        told["words_right"] = accuracy([said[one.picture][lab.open_kinds.index(one.kind)] for one in asked], right)
+        told["before_stage2"] = accuracy(chosen(start, words, features[rows], questions, lab.answers), right)
     told["other_picture"] = accuracy(answer(model, words, features[strangers], questions, how), right)
     distinct = list(dict.fromkeys(questions))  # a blind model answers alike what is asked alike
     blind = dict(zip(distinct, answer(model, words, None, distinct, how), strict=True))
     told["blind_writing"] = accuracy([blind[question] for question in questions], right)
-    fewer = spread(asked, len(asked) // 2)  # every answer of the world is weighed for each
+    fewer = first(asked, len(asked) // 2)  # every answer of the world is weighed for each
     told["blind_choosing"] = accuracy(
         chosen(model, words, None, questions_of(fewer), lab.answers), [one.answer for one in fewer]
     )
     told["blind"] = max(told["blind_writing"], told["blind_choosing"])
-    pope = spread(lab.held.pope, recipe.headline_questions // 2)
+    pope = first(lab.held.pope, recipe.headline_questions // 2)
     told |= pope_scores(
         answer(model, words, features[rows_of(pope)], questions_of(pope), how), [p.answer for p in pope]
     )
@@ -291,16 +292,16 @@ def headline(context: Context) -> dict:
     return told
 
 
-def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
-    """So many of them, evenly from the whole list, in pairs that follow each other: kinds and answers stay balanced."""
-    pairs = [asked[place : place + 2] for place in range(0, len(asked), 2)]
-    wanted = min(len(pairs), max(1, count // 2))
-    return [one for place in range(wanted) for one in pairs[place * len(pairs) // wanted]]
+def first(asked: Sequence[Asked], count: int) -> list[Asked]:
+    """So many from the list's begin on, a whole number of pairs: things come there in turn, so that all are asked
+    about, and kinds and answers stay balanced."""
+    return list(asked[: max(2, count - count % 2)])
 
 
 def other_pictures(asked: Sequence[Asked], pictures: int) -> Tensor:
-    """For each question a picture half the set away from its own."""
-    return (rows_of(asked) + pictures // 2) % pictures
+    """For each question any of the set's pictures but its own. (N,)"""
+    generator = torch.Generator().manual_seed(0)
+    return (rows_of(asked) + torch.randint(1, pictures, (len(asked),), generator=generator)) % pictures
 
 
 def keep_model(work: Bridge, model: Blip2, speaker: Speaker, eyes: Eyes = PLAIN) -> None:
@@ -395,6 +396,7 @@ CLAIMS: dict[str, Claim] = {
                 "accuracy",
                 "accuracy_what",
                 "accuracy_colour",
+                "words_right",
                 "before_stage2",
                 "blind_writing",
                 "blind_choosing",

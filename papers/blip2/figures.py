@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from papers.blip2.bridge import Bridge
-from papers.blip2.claims import answering, other_pictures, rows_of, spread
+from papers.blip2.claims import answering, first, other_pictures, rows_of
 from papers.blip2.evaluate import answer, caption, encoded, reranked
 from papers.blip2.lab import Lab
 from papers.blip2.recipe import Blip2Recipe
@@ -111,7 +111,7 @@ def answers_figure(work: Bridge, recipe: Blip2Recipe, arm: str) -> Figure:
     features = work.asked_features() if lab.generated else work.held_features()
     lines: dict[int, list[tuple[str, bool | None]]] = {}
     if lab.generated:
-        how, asked = answering(recipe), spread(lab.held.asked, 4 * EXAMPLES)[::3]
+        how, asked = answering(recipe), first(lab.held.asked, 4 * EXAMPLES)[::3]
         questions = [one.question for one in asked]
         seen, strange = rows_of(asked), other_pictures(asked, len(features))
         ways: list[tuple[str, Tensor | None]] = [

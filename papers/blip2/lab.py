@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config, fitted
-from papers.blip2.recipe import Blip2Recipe
+from papers.blip2.recipe import OPEN, Blip2Recipe
 from papers.blip2.words import clean_caption
 from shared.arms import once_a_seed
 from shared.data.distractors import distractors
@@ -23,7 +23,6 @@ from shared.data.world import World, load_world, packs
 from shared.tokenizers import BertTokenizer, SmallTokenizer, Tokenizer, trim
 
 QUESTION = "Question: {} Answer:"  # as the paper puts it to OPT (Sec. 4.1)
-OPEN = ("what", "colour")  # kinds whose answers are words of the world, not a choice of two
 LANGUAGE_SEED = 0  # the small language model's texts, which no seed of the claims changes
 
 
@@ -84,9 +83,14 @@ class Lab:
         """Stage 1's pairs: rows of world.train's pictures (P,), and their tokens (P, L)."""
         return torch.tensor([row for row, _ in self.texts]), self.tokens([text for _, text in self.texts])
 
+    @property
+    def open_kinds(self) -> list[str]:
+        """Of the questions that are asked, in the recipe's order."""
+        return [kind for kind in dict.fromkeys(one.kind for one in self.asked) if kind in OPEN]
+
     def shown(self) -> list[list[str]]:
-        """Of each training picture the answers to the open questions about it, in the order of their kinds."""
-        found: list[list[str]] = [[] for _ in self.world.train.images]
+        """Of each training picture the answers to the open questions about it, as `open_kinds` has them."""
+        found: list[list[str]] = [[] for _ in range(len(self.world.train.images))]
         for one in self.asked:
             if one.kind in OPEN:
                 found[one.picture].append(one.answer)

@@ -9,6 +9,7 @@ from shared.errors import UserError
 from shared.recipes import Recipe
 
 LAYERS = ("second-last", "last")
+OPEN = ("what", "colour")  # kinds whose answers are words of the world, not a choice of two
 
 
 @dataclass
@@ -65,8 +66,7 @@ class Blip2Recipe(Recipe):
     headline_steps: int = 40  # steps, batch and rate of the headline's stage 2
     headline_batch: int = 16
     headline_rate: float = 1e-3
-    headline_word_steps: int = 0  # before it, of fitting the visual words to embeddings of answers, by stage 2's batch
-    # and rate; 0: the projector begins at random, as in the paper
+    headline_word_steps: int = 0  # of fitting its visual words to answers' embeddings first; 0: none, as in the paper
     headline_asked: float = 1.0  # share of its texts that are questions, of the open kinds alone
     headline_questions: int = 120  # held-out ones that the headline answers
     compared_steps: int = 20  # of the arm that runs encoder and cache side by side
@@ -99,6 +99,8 @@ class Blip2Recipe(Recipe):
                 raise UserError(f"recipe: {name} is {getattr(self, name)}, but must be at least 1")
         if self.headline_word_steps < 0:
             raise UserError("recipe: headline_word_steps must not be negative")
+        if self.headline_word_steps and not set(self.kinds) & set(OPEN):
+            raise UserError(f"recipe: headline_word_steps needs kinds of questions with answers: {', '.join(OPEN)}")
         if self.dropout >= 1:
             raise UserError(f"recipe: dropout is {self.dropout}, but must lie below 1 (below 0: the model's own)")
         if self.queries < 0:

@@ -88,3 +88,4 @@ def test_every_structure_row_is_measured(name):
     assert [row.part for row in rows if row.variant == variant and row.part not in measured] == []
     shown = {row.part for row in rows}  # counting FLOPs takes seconds: what no row shows is left to forward_flops
     assert {part for part in measured if "flops" in part} <= shown
+    assert CATALOGUE.module(name, "structure").forward_flops(variant) > 0

@@ -9,7 +9,7 @@ from torch import nn
 
 from papers.blip2 import bridge, claims, evaluate
 from papers.blip2.bridge import Bridge, second
-from papers.blip2.config import VARIANTS, LanguageConfig
+from papers.blip2.config import LANGUAGES, VARIANTS, LanguageConfig
 from papers.blip2.lab import QUESTION, Asked, lab_of
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import (
@@ -380,15 +380,14 @@ def test_arms_of_a_seed_begin_alike(tmp_path):
 
 def test_the_projector_begins_as_the_linear_map_that_was_asked_for():
     module, _, (features, *_) = stage2(pictures=5)
-    features = torch.randn(40, *features.shape[1:])
+    features = torch.randn(140, *features.shape[1:], generator=torch.Generator().manual_seed(1))
     model = module.model.eval()
     with torch.no_grad():
         targets = model.prefix(features)  # so there is a linear map, and one alone
-        right = model.projector.weight.clone(), model.projector.bias.clone()
         model.projector.reset_parameters()
+        assert (model.prefix(features) - targets).abs().max() > 0.1 * targets.abs().max()
         bridge.fit_projector(model, features, targets, ridge=1e-10)
         assert (model.prefix(features) - targets).abs().max() < 1e-4 * targets.abs().max()
-    assert not torch.equal(right[0], torch.zeros_like(right[0]))
     bridge.fit_projector(model, features, targets, ridge=1e10)
     assert model.projector.weight.abs().max() < 1e-3, "the ridge draws towards nothing"
 
@@ -433,9 +432,54 @@ def test_the_headline_begins_with_words_and_without_word_steps_with_a_random_pro
     assert all(torch.equal(begun[key], random[key]) for key in random)
 
 
-def test_word_steps_below_none_are_refused():
-    with pytest.raises(UserError, match="headline_word_steps"):
-        replace(SMALL, headline_word_steps=-1)
+def test_word_steps_below_none_or_without_open_questions_are_refused():
+    for wrong in ({"headline_word_steps": -1}, {"headline_word_steps": 1, "kinds": ["yes/no"]}):
+        with pytest.raises(UserError, match="headline_word_steps"):
+            replace(SMALL, **wrong)
+
+
+@pytest.fixture
+def smollm2(monkeypatch, lab):
+    """A language model by name, in 16 bit and of another family than the small one, in SmolLM2's place."""
+    torch.manual_seed(5)
+    model = Frozen(SmallLanguageModel(lab.tokenizer.vocab_size, 128, 40, 2, 2), torch.bfloat16, through=True)
+    language = replace(LANGUAGES["smollm2-135m"], width=40, vocabulary=lab.tokenizer.vocab_size, context=128)
+    speaker = bridge.Speaker(model, words_of(lab.tokenizer, 128), language)
+    monkeypatch.setattr(bridge, "named_speaker", lambda name, manifest: speaker)
+    return replace(SMALL, headline_model="smollm2-135m", headline_seeds=9, headline_word_steps=30, stage2_rate=3e-3)
+
+
+def test_through_another_language_model_it_goes_on_from_the_plain_arm_and_says_what_the_words_are_worth(
+    tmp_path, smollm2
+):
+    found = claims.ARMS["headline"](context(tmp_path, "headline", smollm2))
+    assert set(found) >= {"accuracy", "words_right", "before_stage2", "blind"} and found["trained_parameters"]
+    work = Bridge.of(context(tmp_path, "headline", smollm2))
+    start, base = work.headline_start(work.speaker("headline")), work.stage2("base")[0]
+    assert start.projector.out_features == 40 != base.projector.out_features
+    assert start.qformer.query_tokens.shape == base.qformer.query_tokens.shape
+    kinds, features, names = work.lab.open_kinds, work.asked_features(), work.lab.answers
+    said = bridge.nearest_words(start.eval(), work.speaker("headline"), features, names)
+    right = [said[one.picture][kinds.index(one.kind)] == one.answer for one in claims.first(work.lab.held.asked, 8)]
+    assert found["words_right"] == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_stopped_between_its_words_and_its_second_stage_the_headline_goes_on_to_the_same_numbers(
+    tmp_path, smollm2, monkeypatch
+):
+    whole = claims.ARMS["headline"](context(tmp_path / "whole", "headline", smollm2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Bridge, "train_stage2", lambda self, *args: 1 / 0)
+        for stage in ("base", "headline"):  # the first is trained before the words, the second after them
+            with pytest.raises(ZeroDivisionError):
+                claims.ARMS["headline"](context(tmp_path / "cut", "headline", smollm2))
+            if stage == "base":
+                patch.undo()
+                Bridge.of(context(tmp_path / "cut", "headline", smollm2)).stage2("base")
+                patch.setattr(Bridge, "train_stage2", lambda self, *args: 1 / 0)
+    assert list((tmp_path / "cut").glob("arms/stages/*/headline-words"))
+    again = claims.ARMS["headline"](context(tmp_path / "cut", "headline", smollm2))
+    assert {k: v for k, v in again.items() if k != "waited"} == {k: v for k, v in whole.items() if k != "waited"}
 
 
 # ---- evaluation
@@ -590,11 +634,18 @@ def test_data_without_questions_gives_no_effect_and_says_what_would():
     assert claims.CLAIMS["blip2.itg_helps_retrieval"].effect(found) == 0
 
 
-def test_another_picture_is_never_the_own_one_and_chosen_questions_keep_their_kinds():
+def test_another_picture_is_never_the_own_one_and_may_show_the_same_thing():
     asked = [Asked(row, f"{kind} {row}?", "", kind) for row in range(10) for kind in ("what", "colour")]
-    assert not (claims.other_pictures(asked, 10) == claims.rows_of(asked)).any()
-    some = claims.spread(asked, 8)
-    assert [one.kind for one in some] == ["what", "colour"] * 4 and len({one.picture for one in some}) == 4
+    strangers, own = claims.other_pictures(asked, 10), claims.rows_of(asked)
+    assert not (strangers == own).any() and len(set(((strangers - own) % 10).tolist())) > 4
+    assert torch.equal(strangers, claims.other_pictures(asked, 10)), "the same in every arm and figure"
+
+
+def test_chosen_questions_keep_their_kinds_and_ask_about_all_things(lab):
+    some = claims.first(lab.held.asked, 13)
+    assert [one.kind for one in some] == ["what", "colour"] * 6
+    assert {one.answer for one in some if one.kind == "what"} == {one.answer for one in lab.asked if one.kind == "what"}
+    assert len(claims.first(lab.held.asked, 1)) == 2
 
 
 def test_what_is_shown_beside_an_effect_is_the_mean_over_seeds():

@@ -92,7 +92,8 @@ def chatter(
     where the weights are released ones and it has one, else as the paper asks; its oldest turns go where the context is
     full."""
     talker = load_talker(variant, weights, tokenizer, manifest)
-    settings = replace(TALKING, beams=beams).settings(talker.words.stop, talker.model.language_model.kind)
+    how = ANSWERING if talker.trained_here else TALKING  # what was trained here learned short answers
+    settings = replace(how, beams=beams).settings(talker.words.stop, talker.model.language_model.kind)
 
     def begin(image: Tensor) -> Callable[[str], Reply]:
         prefix = prefix_of(talker, image)  # (1, Q, W)
@@ -105,6 +106,8 @@ def chatter(
                 turns.pop(0)
             check_room(talker, asked, settings)  # a question that is too long by itself ends nothing
             [text] = written(talker, prefix, asked, settings)
+            if talker.trained_here:  # it never saw an answer behind another, as TURN writes them: the first is its own
+                text = text.split(". ")[0]
             dropped = len(said) - len(turns)
             said[:] = [*turns, (question, tidy(text))]
             return Reply(said[-1][1], dropped)

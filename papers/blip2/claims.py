@@ -122,9 +122,9 @@ def bridged(
         if not fresh:
             stage1, before = work.stage1(eyes, count)
             told |= retrieval(stage1, work.held_features(eyes), lab, recipe)
-            told["curves"] |= {f"{name}_stage1": curve for name, curve in before["curves"].items()}
+            told["curves"] |= of_stage1(before["curves"])
         if context.first:
-            keep_model(work, model, speaker, eyes)
+            keep_model(work, model, speaker, recipe.asked, eyes)
         return told
 
     return arm
@@ -138,7 +138,13 @@ def no_itg(context: Context) -> dict:
     """Stage 1 with contrast and matching alone (Table 6)."""
     work = Bridge.of(context)
     model, told = work.stage1(objectives=WITHOUT_ITG)
+    told["curves"] = of_stage1(told["curves"])
     return told | retrieval(model, work.held_features(), work.lab, context.recipe)
+
+
+def of_stage1(curves: dict) -> dict:
+    """Curves under the names that figures have for the first stage."""
+    return {f"{name}_stage1": curve for name, curve in curves.items()}
 
 
 def few_shot(context: Context) -> dict:
@@ -288,7 +294,7 @@ def headline(context: Context) -> dict:
         answer(model, words, features[rows_of(pope)], questions_of(pope), how), [p.answer for p in pope]
     )
     if context.first:
-        keep_model(work, model, speaker)
+        keep_model(work, model, speaker, recipe.headline_asked)
     return told
 
 
@@ -304,9 +310,9 @@ def other_pictures(asked: Sequence[Asked], pictures: int) -> Tensor:
     return (rows_of(asked) + torch.randint(1, pictures, (len(asked),), generator=generator)) % pictures
 
 
-def keep_model(work: Bridge, model: Blip2, speaker: Speaker, eyes: Eyes = PLAIN) -> None:
+def keep_model(work: Bridge, model: Blip2, speaker: Speaker, asked: float, eyes: Eyes = PLAIN) -> None:
     """The first seed's bridge stays with the run, and what it needs beside it: figures are drawn from it, and
-    `python -m papers ask` and `chat` load it."""
+    `python -m papers ask` and `chat` load it. asked: the share of questions among the texts that it learned."""
     from papers.blip2.kept import keep_frozen
     from shared.checkpoints import save_weights
 
@@ -315,7 +321,8 @@ def keep_model(work: Bridge, model: Blip2, speaker: Speaker, eyes: Eyes = PLAIN)
     tokenizer.save(folder / "tokenizer.json")
     encoder, layer = work.encoder(eyes), eyes.layer or recipe.layer
     named = getattr(recipe, eyes.encoder)
-    keep_frozen(folder, model.config, recipe.model, encoder, named, layer, speaker.model, tokenizer)
+    captions = asked < 1 or not work.lab.generated
+    keep_frozen(folder, model.config, recipe.model, encoder, named, layer, speaker.model, tokenizer, captions)
 
 
 def many(work: Bridge) -> int:

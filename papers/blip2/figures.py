@@ -77,7 +77,7 @@ def tokens_figure(measured: list[dict[str, dict]]) -> Figure | None:
     left, right = figure.subplots(1, 2)
     left.plot(counts, cost, "o-", color="#0072B2")
     left.set(xlabel="visual tokens m (and 16 of text, n)", ylabel="milliseconds a pass")
-    left.set_title("Cost: attention grows as (m + n)²", loc="left", fontsize=10, fontweight="bold")
+    left.set_title("Cost of a pass over m + n tokens", loc="left", fontsize=10, fontweight="bold")
     if arms:
         queries = [measured[0][arm]["queries"] for arm in arms]
         values = [[one[arm]["accuracy"] for one in measured] for arm in arms]
@@ -95,8 +95,9 @@ def tokens_figure(measured: list[dict[str, dict]]) -> Figure | None:
     figure.savefig(content, format="png", metadata={"Software": None})
     said = (
         "Left: the headline's language model over m visual tokens and 16 of text, median of passes and seeds; 32 is "
-        "the paper's number of queries, 257 that of its encoders' patches. Right: held-out accuracy by the number of "
-        "queries, mean over seeds; the band spans the lowest and the highest."
+        "the paper's number of queries, 257 that of its encoders' patches; attention grows as (m + n)², the layers "
+        "around it as m + n. Right: held-out accuracy by the number of queries, from a second stage without a first, "
+        "mean over seeds; the band spans the lowest and the highest."
     )
     return Figure("Visual tokens: cost and quality", said, content.getvalue())
 

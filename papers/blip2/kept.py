@@ -69,10 +69,12 @@ def keep_frozen(
     layer: str,
     language_model: nn.Module,
     tokenizer: Any,
+    captions: bool,
 ) -> None:
     """Write what model.safetensors, of this configuration and in this folder, needs beside it.
 
-    encoder_name, layer: as in the recipe. tokenizer: of a small language model; None for one by name.
+    encoder_name, layer: as in the recipe. tokenizer: of a small language model; None for one by name. captions: whether
+    it learned any, beside answers.
     """
     seals, vision = {}, config.vision
     if ":" in encoder_name:  # an artifact of another paper; others come by name
@@ -92,6 +94,7 @@ def keep_frozen(
         "vision": asdict(vision),
         "language": asdict(config.language),
         "sha256": seals,
+        "captions": captions,
     }
     write_whole(folder / CARD, json.dumps(card, indent=1) + "\n")
 
@@ -135,7 +138,12 @@ def load_talker(
         raise UserError(f"{weights}: no such file; --weights takes a safetensors file or a published .pth")
     card = weights.with_name(CARD)
     if card.is_file():
-        return _kept(variant, weights, tokenizer, read_card(card), manifest)
+        about = read_card(card)
+        if use == "caption" and not about.get("captions", True):
+            raise UserError(f"{weights}: learned answers to questions and no captions: ask it, or give other weights")
+        return _kept(variant, weights, tokenizer, about, manifest)
+    if (weights / CARD).is_file():
+        raise UserError(f"{weights}: a folder; give the model.safetensors in it")
     config = VARIANTS[variant]()
     if config.language.family == "small" or config.vision.kind not in ("eva", "clip") or not published(variant):
         raise UserError(f"{card}: no such file; runs write it beside their weights, it says what they stand between")

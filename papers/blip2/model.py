@@ -33,11 +33,16 @@ if TYPE_CHECKING:
 
 
 class VisionNorm(nn.LayerNorm):
-    """The trained norm over frozen features, in place of the encoder's own; in fp32. (B, S, C) -> (B, S, C)."""
+    """The trained norm over frozen features, in place of the encoder's own. (B, S, C) -> (B, S, C).
+
+    In fp32 inside. It gives what its weights are in: fp32 under autocast, 16 bit where ZeRO keeps them so.
+    """
 
     def forward(self, features: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
         with torch.autocast(features.device.type, enabled=False):
-            return super().forward(features.float())
+            normed = F.layer_norm(features.float(), self.normalized_shape, weight, bias, self.eps)
+        return normed.to(self.weight.dtype)
 
 
 def spread(width: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from papers.blip2.config import LANGUAGES
 from shared.data.wording import KINDS
 from shared.errors import UserError
 from shared.recipes import Recipe
@@ -82,6 +83,9 @@ class Blip2Recipe(Recipe):
     def __post_init__(self) -> None:
         if self.stage not in (1, 2):
             raise UserError(f"recipe: stage is {self.stage}, but there are 1 and 2")
+        for name in ("language_model", "headline_model"):
+            if (named := getattr(self, name)) not in LANGUAGES and (named or name == "language_model"):
+                raise UserError(f"recipe: {name} is one of {', '.join(LANGUAGES)}, not '{named}'")
         if self.layer not in LAYERS:
             raise UserError(f"recipe: layer is one of {', '.join(LAYERS)}, not '{self.layer}'")
         if unknown := sorted(set(self.kinds) - set(KINDS)):

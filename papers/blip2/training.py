@@ -64,7 +64,10 @@ def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
         lab.tokenizer.save(path)
         if recipe.stage == 2:
             config = module.model.config
-            keep_frozen(path.parent, config, recipe.model, encoder, recipe.encoder, recipe.layer, speaker.model, None)
+            captions = recipe.asked < 1 or not lab.generated
+            keep_frozen(
+                path.parent, config, recipe.model, encoder, recipe.encoder, recipe.layer, speaker.model, None, captions
+            )
 
     return Trainable(module, batches, lab.world.digest, keep)
 

@@ -320,8 +320,8 @@ MUTANTS = (
     ),
     _bridge(
         "vision-norm-in-half-precision",
-        "return super().forward(features.float())",
-        "return super().forward(features.float()).to(features.dtype)",
+        "return normed.to(self.weight.dtype)",
+        "return normed.to(features.dtype)",
     ),
     _bridge("stage-2-from-any-weights", '"missing": sorted(set(wanted) - set(found)),', '"missing": [],'),
     _objectives(

@@ -54,7 +54,7 @@ class Kept:
         save_weights(self.model, self.weights)
         kept.keep_frozen(
             folder, self.config, "blip2-tiny-small", self.encoder, "clip:vision", "second-last",
-            self.model.language_model, self.pieces,
+            self.model.language_model, self.pieces, True,
         )  # fmt: skip
 
 
@@ -154,6 +154,33 @@ def test_a_dialogue_stands_before_the_next_question(monkeypatch, trained, talker
     assert prompts[-1] == [trained.pieces.start, *trained.pieces.encode(whole)]
 
 
+def test_of_weights_that_learned_single_answers_a_second_one_behind_the_first_is_not_said(monkeypatch, talker):
+    recorded(monkeypatch, ["no. The answer is no. The answer", "red"])
+    language = SmallLanguageModel(talker.model.language_model.vocabulary, 400, 40, 2, 2)
+    reply = begin(monkeypatch, talker, model=Blip2(talker.model.config, language))
+    assert (reply("is there a frog?").text, reply("what colour is it?").text) == ("no", "red")
+    recorded(monkeypatch, ["It is a cat. It sits."])
+    released = begin(monkeypatch, talker, model=Blip2(talker.model.config, language), trained_here=False)
+    assert released("what is it?").text == "It is a cat. It sits"
+
+
+def test_weights_that_learned_no_captions_write_none_and_a_folder_is_not_taken_for_weights(trained, tmp_path):
+    import shutil
+
+    copied = tmp_path / "run"
+    shutil.copytree(trained.folder, copied)
+    card = json.loads((copied / kept.CARD).read_text())
+    (copied / kept.CARD).write_text(json.dumps(card | {"captions": False}))
+    weights = copied / "model.safetensors"
+    with pytest.raises(UserError, match="answers to questions and no captions"):
+        ask.captioner("blip2-tiny-small", weights)
+    assert ask.answerer("blip2-tiny-small", "what is it?", weights).answer(images(1))
+    (copied / kept.CARD).write_text(json.dumps({key: value for key, value in card.items() if key != "captions"}))
+    assert ask.captioner("blip2-tiny-small", weights).answer(images(1)), "of a card from before it said so"
+    with pytest.raises(UserError, match=r"a folder; give the model\.safetensors"):
+        ask.answerer("blip2-tiny-small", "what is it?", copied)
+
+
 def test_a_chat_template_writes_the_dialogue_out_where_there_is_one(monkeypatch, trained, talker):
     language = SmallLanguageModel(talker.model.language_model.vocabulary, 400, 40, 2, 2)
     prompts = recorded(monkeypatch, ["red", "yes"])
@@ -167,11 +194,11 @@ def test_a_chat_template_writes_the_dialogue_out_where_there_is_one(monkeypatch,
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so_once(monkeypatch, talker, tmp_path, capsys):
-    language = SmallLanguageModel(talker.model.language_model.vocabulary, 90, 40, 2, 2)
+    language = SmallLanguageModel(talker.model.language_model.vocabulary, 70, 40, 2, 2)
     prompts = recorded(monkeypatch, ["red"] * 9)
     talker = replace(talker, model=Blip2(talker.model.config, language))
     monkeypatch.setattr(ask, "load_talker", lambda *given: talker)
-    settings = GenerationSettings((0,), 30)
+    settings = GenerationSettings((0,), 10)
     task = ask.chatter("blip2-tiny-small")
     lines = io.StringIO("what colour is it?\n" * 4 + f"{'why? ' * 60}\n" + "is there a cat?\n" * 3)
     assert talk(picture(tmp_path / "p.png"), task, lines) == 1
@@ -180,7 +207,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so_once(monkeypatch, t
     first, second = said.err.splitlines()
     assert "from here on the oldest turns are forgotten" in first and "shorten it" in second
     assert all(len(prompt) <= ask.room(talker, settings) for prompt in prompts)
-    assert ask.room(talker, settings) == 90 - 5 - 30 and len(prompts[2]) == len(prompts[3]) > len(prompts[0])
+    assert ask.room(talker, settings) == 70 - 5 - 10 and len(prompts[2]) == len(prompts[3]) > len(prompts[0])
     assert "cat" in talker.words.decode(prompts[-1]) and "colour" not in talker.words.decode(prompts[-1])
 
 

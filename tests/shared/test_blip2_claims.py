@@ -432,6 +432,14 @@ def test_the_headline_begins_with_words_and_without_word_steps_with_a_random_pro
     assert all(torch.equal(begun[key], random[key]) for key in random)
 
 
+def test_a_language_model_that_is_none_is_refused_by_its_name():
+    for name in ("language_model", "headline_model"):
+        with pytest.raises(UserError, match=f"{name} is one of .*smollm2-135m"):
+            replace(SMALL, **{name: "foo"})
+    with pytest.raises(UserError, match="language_model"):
+        replace(SMALL, language_model="")
+
+
 def test_word_steps_below_none_or_without_open_questions_are_refused():
     for wrong in ({"headline_word_steps": -1}, {"headline_word_steps": 1, "kinds": ["yes/no"]}):
         with pytest.raises(UserError, match="headline_word_steps"):

@@ -313,6 +313,12 @@ def test_a_plan_that_cannot_be_made_says_why(settings, message):
         make_plan(CATALOGUE, **{"variant": "clip-tiny", **settings})
 
 
+@pytest.mark.parametrize("variant", ["albef-tiny", "blip-tiny", "blip2-tiny", "blip2-tiny-small"])
+def test_every_paper_is_planned_at_every_precision(variant):
+    for given in ([], ["precision=bf16-mixed"], ["precision=32-true"]):
+        assert make_plan(CATALOGUE, variant, gpus=16, gpu="a100", overrides=given).rows
+
+
 def test_data_sheet_rates_are_dense_and_one_way():
     assert find_gpu("H100") is GPUS["h100"]
     for name, gpu in GPUS.items():

@@ -30,6 +30,7 @@ from shared.data.wording import KINDS
 from shared.encoders import Encoder, efficientnet_encoder
 from shared.frozen import Frozen
 from shared.language_model import SmallLanguageModel
+from shared.packed import pack
 from shared.recipes import digest, of_one_arm
 from shared.runs import write_whole
 from shared.stages import Stages
@@ -133,6 +134,7 @@ class Bridge:
         if name != "small":
             speaker = named_speaker(name, recipe.manifest)
             speaker.model.to(self.device)
+            pack(held(speaker.model), through=True)  # on a CPU alone
             return speaker
         return self.small_speaker(larger=which == "larger", half=half)
 

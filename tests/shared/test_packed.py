@@ -41,6 +41,33 @@ def test_a_whole_model_is_packed_and_speaks_as_before():
         torch.testing.assert_close(other.states(x, None), model.states(x, None), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_through_a_frozen_packed_model_as_through_the_plain_one(dtype):
+    if not packed.can_pack(dtype):
+        pytest.skip("not on this machine")
+    torch.manual_seed(0)
+    model = SmallLanguageModel(97, 64, 48, 2, 4, kv_heads=2, hidden=80).to(dtype).requires_grad_(False)
+    other = copy.deepcopy(model)
+    pack(other, through=True)
+    count = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in other.parameters()) == count and set(other.state_dict()) == set(model.state_dict())
+    x = torch.randn(3, 11, 48)
+    gradients = []
+    for one in (model, other):
+        given = x.clone().requires_grad_()
+        one.logits(one.states(given, None)).square().mean().backward()
+        gradients.append(given.grad)
+        assert not any(p.requires_grad or p.grad is not None for p in one.parameters())
+    gap = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert gap < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_through_packs_no_layer_that_is_trained():
+    both = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4, bias=False))
+    pack(both, through=True)
+    assert isinstance(both[0], PackedLinear) and type(both[1]) is nn.Linear
+
+
 def test_a_layer_that_two_hold_is_packed_once_and_other_kinds_are_left(monkeypatch):
     class Other(nn.Linear):
         pass

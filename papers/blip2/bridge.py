@@ -149,8 +149,7 @@ class Bridge:
 
         def make(folder: Path) -> None:
             told = train_language_model(model := new_language_model(language), self.lab, words, recipe)
-            save_weights(model, folder / "weights.safetensors")
-            write_whole(folder / "training.json", json.dumps(told))
+            leave(folder, model, told)
 
         words = words_of(tokenizer, language.context)
         folder = self.common.once("language-larger" if larger else "language", make)
@@ -176,8 +175,7 @@ class Bridge:
         def make(folder: Path) -> None:
             model = self.new_qformer(eyes, queries)
             told = self.train_stage1(model, self.train_features(eyes), folder, objectives)
-            save_weights(model, folder / "weights.safetensors")
-            write_whole(folder / "training.json", json.dumps(told))
+            leave(folder, model, told)
 
         name = f"stage1-{eyes.name}-{queries or self.lab.config.queries}-{parts}"
         folder = self.stages.once(name, make)
@@ -212,8 +210,7 @@ class Bridge:
         def make(folder: Path) -> None:
             model = new()
             told = self.train_stage2(model, speaker, self.train_features(eyes), recipe, folder, headline)
-            save_weights(model, folder / "weights.safetensors")
-            write_whole(folder / "training.json", json.dumps(told))
+            leave(folder, model, told)
 
         folder = self.stages.once(f"stage2-{name}", make)
         model = new()
@@ -246,8 +243,7 @@ class Bridge:
             told = self.fitted(
                 module, (self.rows(features, rows), self.rows(targets, rows)), recipe, folder, "words", [speaker.model]
             )
-            save_weights(model, folder / "weights.safetensors")
-            write_whole(folder / "training.json", json.dumps(told))
+            leave(folder, model, told)
 
         load_weights(model, self.stages.once("headline-words", make) / "weights.safetensors")
         return model
@@ -360,6 +356,12 @@ def fit_projector(model: Blip2, features: Tensor, targets: Tensor, ridge: float 
     found = torch.linalg.solve(inner, across)  # (D + 1, W)
     model.projector.weight.copy_(found[:-1].T)
     model.projector.bias.copy_(found[-1])
+
+
+def leave(folder: Path, model: nn.Module, told: Mapping[str, Any]) -> None:
+    """What a stage is: a model's weights, and how its training went."""
+    save_weights(model, folder / "weights.safetensors")
+    write_whole(folder / "training.json", json.dumps(told))
 
 
 def without_projector(model: Blip2) -> dict[str, Tensor]:

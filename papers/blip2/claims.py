@@ -321,7 +321,7 @@ def keep_model(work: Bridge, model: Blip2, speaker: Speaker, asked: float, eyes:
     tokenizer.save(folder / "tokenizer.json")
     encoder, layer = work.encoder(eyes), eyes.layer or recipe.layer
     named = getattr(recipe, eyes.encoder)
-    captions = asked < 1 or not work.lab.generated
+    captions = work.lab.has_captions(asked)
     keep_frozen(folder, model.config, recipe.model, encoder, named, layer, speaker.model, tokenizer, captions)
 
 

@@ -96,6 +96,10 @@ class Lab:
                 found[one.picture].append(one.answer)
         return found
 
+    def has_captions(self, share: float) -> bool:
+        """Whether any are among `learned` at this share of questions."""
+        return share < 1 or not self.generated
+
     def learned(self, share: float, seed: int, kinds: Sequence[str] = KINDS) -> list[tuple[int, str, str]]:
         """Stage 2's texts: (picture, prompt, text behind it); `share` of them questions, of these kinds."""
         captions = [(row, "", text) for row, text in self.texts]

@@ -64,7 +64,7 @@ def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
         lab.tokenizer.save(path)
         if recipe.stage == 2:
             config = module.model.config
-            captions = recipe.asked < 1 or not lab.generated
+            captions = lab.has_captions(recipe.asked)
             keep_frozen(
                 path.parent, config, recipe.model, encoder, recipe.encoder, recipe.layer, speaker.model, None, captions
             )

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.catalogue import Catalogue
-from shared.console import Console
-from shared.errors import UserError
-from shared.recipes import SCALES
+from shared.core.catalog import Catalogue
+from shared.core.console import Console
+from shared.core.errors import UserError
+from shared.core.recipe import SCALES
 
 
 def main(folder: Path, package: str, argv: list[str] | None = None) -> None:
@@ -168,7 +168,7 @@ def in_batches(sub: argparse.ArgumentParser) -> None:
 
 
 def list_papers(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.tables import papers_table
+    from shared.tools.readme_tables import papers_table
 
     print(papers_table(catalogue))
     print("make reproduce PAPER=<paper> [SCALE=smoke|mini|field|gpu|paper]")
@@ -188,7 +188,7 @@ def reproduce(catalogue: Catalogue, options: argparse.Namespace) -> int | None:
     for name in names:
         recipe = catalogue.recipe(name, options.scale, [*overrides, *seeds])
         if options.dry:
-            from shared.plan import dry_run
+            from shared.tools.plan import dry_run
 
             print(dry_run(catalogue, recipe))
             continue
@@ -196,8 +196,8 @@ def reproduce(catalogue: Catalogue, options: argparse.Namespace) -> int | None:
         command += f" SEEDS={options.seeds}" if seeds else ""
         command += f' ARGS="{" ".join(overrides)}"' if overrides else ""
         with console.waiting("starting"):
-            from shared.reproduce import reproduce as run
-            from shared.training import quiet
+            from shared.core.console import quiet
+            from shared.experiments.reproduce import reproduce as run
         if not options.verbose:
             quiet()
         show_report(run(catalogue, recipe, command, console, options.fresh))
@@ -205,7 +205,8 @@ def reproduce(catalogue: Catalogue, options: argparse.Namespace) -> int | None:
 
 
 def show_report(path: Path) -> None:
-    from shared.report import brief, read_report, terminal_table
+    from shared.report.text import brief, terminal_table
+    from shared.report.write import read_report
 
     print(terminal_table(brief(read_report(path))))
     for name in ("report.html", "report.md", "report.json"):
@@ -216,8 +217,8 @@ def train(catalogue: Catalogue, options: argparse.Namespace) -> None:
     recipe = catalogue.recipe(catalogue.known(options.paper), options.scale, options.overrides)
     console = Console()
     with console.waiting("starting"):
-        from shared.train import train as run
-        from shared.training import quiet
+        from shared.core.console import quiet
+        from shared.training.train import train as run
     if not options.verbose:
         quiet()
     print(run(catalogue, recipe, options.out, console) / "model.safetensors")
@@ -226,7 +227,7 @@ def train(catalogue: Catalogue, options: argparse.Namespace) -> None:
 def chaos(catalogue: Catalogue, options: argparse.Namespace) -> int:
     import tempfile
 
-    from shared.chaos import chaos as run
+    from shared.tools.crash_test import chaos as run
 
     if options.kills < 1:
         raise UserError(f"--kills {options.kills}: give at least 1")
@@ -240,8 +241,8 @@ def chaos(catalogue: Catalogue, options: argparse.Namespace) -> int:
 
 
 def calibrate(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.calibration import line, run
-    from shared.training import quiet
+    from shared.core.console import quiet
+    from shared.experiments.calibration import line, run
 
     quiet()
     path = run(catalogue, catalogue.known(options.paper), options.overrides, Console())
@@ -250,7 +251,7 @@ def calibrate(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 
 def plan(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.plan import EFFICIENCY, make_plan, text
+    from shared.tools.plan import EFFICIENCY, make_plan, text
 
     efficiency = EFFICIENCY if options.efficiency is None else options.efficiency
     planned = make_plan(
@@ -261,14 +262,14 @@ def plan(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 
 def doctor(catalogue: Catalogue, options: argparse.Namespace) -> int:
-    from shared.doctor import doctor as examine
+    from shared.tools.doctor import doctor as examine
 
     return examine(catalogue, options.paper and catalogue.known(options.paper), options.scale, options.verify)
 
 
 def deliver(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.tracking import deliver as send
-    from shared.tracking import kept_files
+    from shared.training.tracking import deliver as send
+    from shared.training.tracking import kept_files
 
     files = options.files or kept_files(catalogue.root)
     for path in files:
@@ -278,14 +279,15 @@ def deliver(catalogue: Catalogue, options: argparse.Namespace) -> None:
 
 
 def compare(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.report import compare as table
-    from shared.tables import results
+    from shared.report.evidence_table import results
+    from shared.report.write import compare as table
 
     print(table(options.paths or [path for name in catalogue.names() for path in results(catalogue, name)]))
 
 
 def report(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.tables import judge_results, keep_result, write_tables
+    from shared.report.evidence_table import judge_results, keep_result
+    from shared.tools.readme_tables import write_tables
 
     if options.judge:
         for name in [options.paper] if options.paper else catalogue.names():
@@ -310,17 +312,15 @@ def report(catalogue: Catalogue, options: argparse.Namespace) -> None:
 def convert(catalogue: Catalogue, options: argparse.Namespace) -> None:
     catalogue.variant(options.paper, options.variant)
     if options.target.suffix == ".safetensors":
-        catalogue.module(options.paper, "converter").convert(
-            options.source, options.target, options.variant, options.to
-        )
+        catalogue.package(options.paper).converter.convert(options.source, options.target, options.variant, options.to)
     else:  # a folder that the library of that name loads
-        export = catalogue.module(options.paper, "export").export
+        export = catalogue.package(options.paper).export.export
         export(options.source, options.target, options.variant, options.to, options.tokenizer, catalogue)
     print(options.target)
 
 
 def cite(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.evidence import bibtex
+    from shared.core.paper_card import bibtex
 
     names = [catalogue.known(options.paper)] if options.paper else catalogue.names()
     print("\n".join(bibtex(catalogue.card(name)) for name in names), end="")
@@ -329,13 +329,13 @@ def cite(catalogue: Catalogue, options: argparse.Namespace) -> None:
 def fetch(catalogue: Catalogue, options: argparse.Namespace) -> None:
     import difflib
 
-    from shared.fetch import fetch as bring
-    from shared.fetch import load_manifest
+    from shared.weights.fetch import fetch as bring
+    from shared.weights.manifest import load_manifest
 
     manifest = load_manifest(catalogue.root / "checkpoints_manifest.yaml")
     ids = list(options.ids)
     if not ids:
-        from shared.data.world import entries_of
+        from shared.data.dataset import entries_of
 
         names = [catalogue.known(options.paper)] if options.paper else catalogue.names()
         ids = sorted({entry for name in names for entry in entries_of(catalogue.recipe(name, "mini", []).data)})
@@ -363,7 +363,7 @@ def zeroshot(catalogue: Catalogue, options: argparse.Namespace) -> None:
         raise UserError("--labels needs at least two labels, separated by commas: --labels 'a cat,a dog'")
     if "{}" not in options.template:
         raise UserError(f"--template {options.template!r} has no {{}} where the label goes")
-    run = catalogue.module(paper, "zeroshot").classify
+    run = catalogue.package(paper).inference.classify
     for line in run(options.pictures, options.model, labels, options.template, options.weights, options.tokenizer):
         print(line, flush=True)
 
@@ -378,15 +378,15 @@ def caption(catalogue: Catalogue, options: argparse.Namespace) -> int:
 def ask(catalogue: Catalogue, options: argparse.Namespace) -> int:
     answers = None
     if options.answers:
-        from shared.data.vqa_sets import answer_list
+        from shared.data.vqa import answer_list
 
         answers = answer_list(options.answers)
     return spoken(catalogue, options, "answerer", (options.question,), {"answers": answers})
 
 
 def chat(catalogue: Catalogue, options: argparse.Namespace) -> int:
-    from shared.archives import shown
-    from shared.looking import talk
+    from shared.core.text import shown
+    from shared.inference.predict import talk
 
     if not options.picture.is_file():
         raise UserError(f"{shown(options.picture)}: no such file; give one picture")
@@ -394,8 +394,8 @@ def chat(catalogue: Catalogue, options: argparse.Namespace) -> int:
 
 
 def spoken(catalogue: Catalogue, options: argparse.Namespace, name: str, first: tuple, given: dict) -> int:
-    """Ask the model's paper for a task (papers/<name>/ask.py), and run it over the pictures."""
-    from shared.looking import look, picture_files
+    """Ask the model's paper for a task (papers/<name>/inference.py), and run it over the pictures."""
+    from shared.inference.predict import look, picture_files
 
     if options.batch < 1:
         raise UserError(f"--batch {options.batch}: give at least 1")
@@ -407,35 +407,35 @@ def spoken(catalogue: Catalogue, options: argparse.Namespace, name: str, first: 
 def speaker(
     catalogue: Catalogue, options: argparse.Namespace, name: str, first: tuple, given: dict, console: Console
 ) -> Any:
-    """What the function `name` of the model's paper's ask.py gives."""
+    """What the function `name` of the model's paper's inference.py gives."""
     if options.beams is not None:
         if options.beams < 1:
             raise UserError(f"--beams {options.beams}: give at least 1")
         given = {**given, "beams": options.beams}
     paper = catalogue.speaker(options.model)
     with console.waiting("loading the model"):
-        make = getattr(catalogue.module(paper, "ask"), name, None)
+        make = getattr(catalogue.package(paper).inference, name, None)
         if make is None:
             raise UserError(f"{options.model}: papers/{paper} holds no dialogue; `ask` puts one question to it")
         return make(options.model, *first, options.weights, options.tokenizer, **given)
 
 
 def rescore(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.rescore import rescore as run
+    from shared.metrics.rescore import rescore as run
 
     print(run(options.predictions, [name.strip() for name in options.protocols.split(",") if name.strip()]))
 
 
 def bench(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    from shared.training import quiet
+    from shared.core.console import quiet
 
     quiet()
-    catalogue.module(options.paper, "bench").run(catalogue.root, options.overrides)
+    catalogue.package(catalogue.known(options.paper)).bench.run(catalogue.root, options.overrides)
 
 
 def check(catalogue: Catalogue, options: argparse.Namespace) -> int:
     """Everything a reader relies on without running it: recipes parse, cards parse, generated tables are fresh."""
-    from shared.tables import stale_tables
+    from shared.tools.readme_tables import stale_tables
 
     problems = []
     for name in catalogue.names():

@@ -72,7 +72,7 @@ class Objective:
 
 
 class Words(Protocol):
-    """What a configuration takes from a tokenizer (shared/tokenizers.py)."""
+    """What a configuration takes from a tokenizer (shared/tokenizers/base.py)."""
 
     vocab_size: int
     pad: int

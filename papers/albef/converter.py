@@ -26,8 +26,8 @@ from papers.albef.tasks import (
     QuestionAnswering,
     TextAssignment,
 )
-from shared.checkpoints import Rule, WeightMap, carried_to, to_ours, to_published
-from shared.errors import UserError
+from shared.core.errors import UserError
+from shared.weights.weight_map import Rule, WeightMap, carried_to, to_ours, to_published
 
 PARTS = ("weight", "bias")
 
@@ -322,7 +322,7 @@ def convert(source: Path, target: Path, variant: str, to: str) -> None:
     """Write `source` (any known names) as safetensors under our names (to="ours") or the published ones of a kind that
     the weights fit; strict both ways."""
     from papers.albef.pretrained import load_any
-    from shared.checkpoints import save_weights
+    from shared.weights.load import save_weights
 
     if to != "ours" and to not in FORMATS:
         raise UserError(f"--to {to}: choose ours, {', '.join(FORMATS)}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from papers.albef.config import Objective
 from papers.albef.model import PretrainingOutput
-from shared.fusion_losses import (
+from shared.losses.image_text import (
     contrastive_to_targets,
     distilled_targets,
     distilled_token_loss,

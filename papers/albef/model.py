@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from papers.albef.config import AlbefConfig, Objective
-from shared.bert import BertEmbeddings, BertLayers, TokenHead, initialise_bert, key_mask
-from shared.fusion_losses import (
+from shared.losses.image_text import (
     IGNORED,
     Masked,
     Negatives,
@@ -24,8 +23,9 @@ from shared.fusion_losses import (
     random_negatives,
     similarities,
 )
-from shared.momentum import FeatureQueue, follow, momentum_copy
-from shared.vision import VisionTransformer
+from shared.nn.bert import BertEmbeddings, BertLayers, TokenHead, initialise_bert, key_mask
+from shared.nn.momentum import FeatureQueue, follow, momentum_copy
+from shared.nn.vit import VisionTransformer
 
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.001, 0.5  # in pre-training alone (models/model_pretrain.py)
 

@@ -13,10 +13,10 @@ from papers.albef.config import VARIANTS, Objective
 from papers.albef.losses import albef_losses
 from papers.albef.model import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE, Albef, AlbefPretraining
 from papers.albef.recipe import AlbefRecipe
-from shared.blocks import set_recompute
-from shared.errors import UserError
-from shared.strategies import whole
-from shared.training import warmup_cosine_between
+from shared.core.errors import UserError
+from shared.nn.blocks import set_recompute
+from shared.training.optim import warmup_cosine_between
+from shared.training.strategies import whole
 
 
 class AlbefModule(lightning.LightningModule):

@@ -19,10 +19,13 @@ from papers.albef.converter import (
     word_head,
 )
 from papers.albef.model import Albef, AlbefPretraining
-from shared.checkpoints import check_card, read_tensors, to_ours
-from shared.errors import UserError
-from shared.fetch import Entry, fetch
-from shared.positions import resample_square
+from shared.core.errors import UserError
+from shared.nn.positions import resample_square
+from shared.weights.fetch import fetch
+from shared.weights.load import check_card
+from shared.weights.manifest import Entry
+from shared.weights.safe_load import read_tensors
+from shared.weights.weight_map import to_ours
 
 
 def card_of(config: AlbefConfig) -> dict:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.errors import UserError
-from shared.recipes import Recipe
+from shared.core.errors import UserError
+from shared.core.recipe import Recipe
 
 
 @dataclass
@@ -20,7 +20,7 @@ class AlbefRecipe(Recipe):
     temperature_rate: float = 1.0  # the temperature's learning rate, as a share of the others'
     alpha_ramp_steps: int = 0  # over which distillation grows from nothing: the first epoch's; 0: at once
 
-    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
+    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/synthetic/scenes.py)
     objects: int = 2  # things in a picture at most
     clutter: float = 0.5
     noise: float = 10.0  # of the pixels; that of the captions is an arm's

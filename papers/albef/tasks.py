@@ -17,9 +17,7 @@ from torch.nn import functional as F
 
 from papers.albef.config import AlbefConfig
 from papers.albef.model import Albef, AlbefPretraining, match_with_negatives, of_the_batch
-from shared.attention import Attention
-from shared.bert import BertEmbeddings, BertLayers, TokenHead, initialise_bert, key_mask
-from shared.fusion_losses import (
+from shared.losses.image_text import (
     IGNORED,
     contrastive_to_targets,
     distilled_targets,
@@ -30,7 +28,9 @@ from shared.fusion_losses import (
     same_picture_targets,
     similarities,
 )
-from shared.momentum import follow, momentum_copy
+from shared.nn.attention import Attention
+from shared.nn.bert import BertEmbeddings, BertLayers, TokenHead, initialise_bert, key_mask
+from shared.nn.momentum import follow, momentum_copy
 
 # ---- retrieval
 

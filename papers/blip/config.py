@@ -53,7 +53,7 @@ class BlipConfig:
 
 
 class Words(Protocol):
-    """What is asked of a tokenizer (shared/tokenizers.py)."""
+    """What is asked of a tokenizer (shared/tokenizers/base.py)."""
 
     kind: str
     vocab_size: int

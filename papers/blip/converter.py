@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from papers.blip.config import BlipConfig
 from papers.blip.model import Blip, BlipPretraining
 from papers.blip.tasks import BlipNlvr, BlipVqa
-from shared.checkpoints import Rule, WeightMap, carried_to, to_ours, to_published
-from shared.errors import UserError
+from shared.core.errors import UserError
+from shared.weights.weight_map import Rule, WeightMap, carried_to, to_ours, to_published
 
 PARTS = ("weight", "bias")
 
@@ -282,7 +282,8 @@ def convert(source: Path, target: Path, variant: str, to: str) -> None:
     kind that the weights fit; strict both ways."""
     from papers.blip.config import VARIANTS
     from papers.blip.pretrained import load_file
-    from shared.checkpoints import read_header, save_weights
+    from shared.weights.load import save_weights
+    from shared.weights.safe_load import read_header
 
     if to != "ours" and to not in FORMATS:
         raise UserError(f"--to {to}: choose ours, {', '.join(FORMATS)}")

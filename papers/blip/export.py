@@ -11,11 +11,14 @@ from papers.blip.config import BlipConfig
 from papers.blip.converter import FORMATS, published_of
 from papers.blip.model import Blip, copied
 from papers.blip.pretrained import load_model
-from shared.catalogue import Catalogue
-from shared.checkpoints import save_weights
-from shared.errors import UserError
-from shared.fetch import Entry, load_manifest, sha256, whole_folder
-from shared.tokenizers import BertTokenizer, Tokenizer, for_transformers
+from shared.core.catalog import Catalogue
+from shared.core.errors import UserError
+from shared.core.files import sha256, whole_folder
+from shared.tokenizers.base import Tokenizer
+from shared.tokenizers.bert import BertTokenizer
+from shared.tokenizers.load import for_transformers
+from shared.weights.load import save_weights
+from shared.weights.manifest import Entry, load_manifest
 
 KINDS = {  # --to: what the weights have to be able to do, transformers' class, what it is listed under
     "transformers-captioning": ("caption", "BlipForConditionalGeneration", "image-to-text"),
@@ -139,9 +142,9 @@ def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant:
     """README.md of an exported folder: front matter as model hubs read it, origin, use, evidence, citation."""
     import yaml
 
-    from shared.evidence import bibtex
-    from shared.tables import evidence_table
-    from shared.tracking import commit_and_dirty
+    from shared.core.paper_card import bibtex
+    from shared.core.provenance import commit_and_dirty
+    from shared.report.evidence_table import evidence_table
 
     card = catalogue.card("blip")
     paper = card.paper

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from papers.blip.model import PretrainingOutput
-from shared.fusion_losses import contrastive_to_targets, language_loss, matching_loss
+from shared.losses.image_text import contrastive_to_targets, language_loss, matching_loss
 
 
 class BlipLosses(NamedTuple):

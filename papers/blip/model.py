@@ -13,18 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from papers.blip.config import BlipConfig
-from shared.bert import (
-    INIT_STD,
-    BertDecoding,
-    BertEmbeddings,
-    BertLayer,
-    BertLayers,
-    LayerCache,
-    TokenHead,
-    initialise_bert,
-    key_mask,
-)
-from shared.fusion_losses import (
+from shared.losses.image_text import (
     IGNORED,
     Negatives,
     Similarities,
@@ -36,9 +25,20 @@ from shared.fusion_losses import (
     same_picture_targets,
     similarities,
 )
-from shared.momentum import FeatureQueue, follow
-from shared.positions import resample_square
-from shared.vision import VisionTransformer
+from shared.nn.bert import (
+    INIT_STD,
+    BertDecoding,
+    BertEmbeddings,
+    BertLayer,
+    BertLayers,
+    LayerCache,
+    TokenHead,
+    initialise_bert,
+    key_mask,
+)
+from shared.nn.momentum import FeatureQueue, follow
+from shared.nn.positions import resample_square
+from shared.nn.vit import VisionTransformer
 
 TEMPERATURES = 0.001, 0.5  # what the learned one is kept within (official code, models/blip_pretrain.py)
 NEGATIVE_FLOOR = 1e-4  # added to the probability of every hard negative (ibid.)
@@ -119,7 +119,7 @@ class TextDecoder(nn.Module):
         return losses.sum(1)
 
     def decoding(self, context: Tensor, context_present: Tensor | None = None) -> BertDecoding:
-        """context (B, S, C), context_present (B, S) -> what shared/generation.py drives; prompts begin with [DEC]."""
+        """context (B, S, C), context_present (B, S) -> what nn/generation.py drives; prompts begin with [DEC]."""
         return BertDecoding(self.embeddings, self.layers, self.head, context, context_present)
 
     def whole(self) -> Iterator[nn.Parameter]:
@@ -314,7 +314,7 @@ class Blip(nn.Module):
         return language_loss(*self.caption_targets(tokens, image_tokens, prompt), self.config.label_smoothing)
 
     def decoding(self, image_tokens: Tensor) -> BertDecoding:
-        """(B, S, D) -> what shared/generation.py drives; prompts begin with [DEC]."""
+        """(B, S, D) -> what nn/generation.py drives; prompts begin with [DEC]."""
         return self.text_decoder.decoding(image_tokens)
 
 

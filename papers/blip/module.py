@@ -12,11 +12,11 @@ from papers.blip.config import VARIANTS
 from papers.blip.losses import blip_losses
 from papers.blip.model import TEMPERATURES, BlipPretraining, Objectives
 from papers.blip.recipe import BlipRecipe
-from shared.blocks import set_recompute
-from shared.distributed import world
-from shared.errors import UserError
-from shared.strategies import whole
-from shared.training import warmup_cosine
+from shared.core.errors import UserError
+from shared.nn.blocks import set_recompute
+from shared.nn.distributed import world
+from shared.training.optim import warmup_cosine
+from shared.training.strategies import whole
 
 PRETRAINING = Objectives()
 CAPTIONER = Objectives(itc=False, itm=False)  # CapFilt's two fine-tunings

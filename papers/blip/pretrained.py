@@ -13,10 +13,15 @@ from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, caption, fitted, 
 from papers.blip.converter import FORMATS, detect, ours_of
 from papers.blip.model import OWN_IN_DECODER, Blip, BlipPretraining
 from papers.blip.tasks import BlipDialogue, BlipNlvr, BlipVqa
-from shared.checkpoints import check_card, read_tensors, to_ours
-from shared.errors import UserError
-from shared.fetch import Entry, fetch, load_manifest
-from shared.tokenizers import BertTokenizer, Tokenizer, load_tokenizer
+from shared.core.errors import UserError
+from shared.tokenizers.base import Tokenizer
+from shared.tokenizers.bert import BertTokenizer
+from shared.tokenizers.load import load_tokenizer
+from shared.weights.fetch import fetch
+from shared.weights.load import check_card
+from shared.weights.manifest import Entry, load_manifest
+from shared.weights.safe_load import read_tensors
+from shared.weights.weight_map import to_ours
 
 TASKS: dict[str, Callable[[BlipConfig], BlipConfig]] = {  # what a manifest entry's name ends in -> its sizes
     "-caption-coco": caption,

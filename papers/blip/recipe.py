@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.errors import UserError
-from shared.recipes import Recipe
+from shared.core.errors import UserError
+from shared.core.recipe import Recipe
 
 
 @dataclass
@@ -26,7 +26,7 @@ class BlipRecipe(Recipe):
 
     clean: int = 200  # of the pairs, those whose captions are right, as COCO's are; the others are the web
     caption_noise: float = 0.25  # share of the web's captions that belong to another picture (scenes)
-    classes: int = 16  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
+    classes: int = 16  # of the generated scenes, and how hard they are to see (shared/data/synthetic/scenes.py)
     objects: int = 1  # things in a picture at most
     clutter: float = 0.0
     noise: float = 4.0

@@ -20,9 +20,9 @@ from papers.blip.model import (
     starting_with,
     vision_encoder,
 )
-from shared.attention import Attention
-from shared.bert import BertDecoding, initialise_bert
-from shared.errors import UserError
+from shared.core.errors import UserError
+from shared.nn.attention import Attention
+from shared.nn.bert import BertDecoding, initialise_bert
 
 ANSWERS_RANKED = 128  # by their first token, before whole answers are compared (official code, configs/vqa.yaml)
 
@@ -98,7 +98,7 @@ class BlipVqa(nn.Module):
         return (losses if weights is None else losses * weights).sum() / len(images)
 
     def decoding(self, states: Tensor, questions: Tensor) -> BertDecoding:
-        """States (B, T, D) of questions (B, T) -> what shared/generation.py drives; prompts are [DEC] alone.
+        """States (B, T, D) of questions (B, T) -> what shared/nn/generation.py drives; prompts are [DEC] alone.
 
         The official code lets a written answer look at a question's padding too (models/blip_vqa.py; it masks it where
         it ranks), so that it depends on the other questions of its batch. Here padding is masked in both.

@@ -94,7 +94,7 @@ class Blip2Config:
 
 
 class Words(Protocol):
-    """What is asked of a tokenizer (shared/tokenizers.py)."""
+    """What is asked of a tokenizer (shared/tokenizers/base.py)."""
 
     kind: str
     vocab_size: int

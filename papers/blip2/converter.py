@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor
 
 from papers.blip2.config import Blip2Config
-from shared.checkpoints import Rule, WeightMap, to_ours, to_published
-from shared.errors import UserError
+from shared.core.errors import UserError
+from shared.weights.weight_map import Rule, WeightMap, to_ours, to_published
 
 PARTS = ("weight", "bias")
 VISION = "vision_encoder."
@@ -381,7 +381,7 @@ def convert(source: Path, target: Path, variant: str, to: str) -> None:
     under the published ones of a kind that the weights fit; strict both ways."""
     from papers.blip2.config import VARIANTS
     from papers.blip2.pretrained import as_in, read, state_of
-    from shared.checkpoints import save_weights
+    from shared.weights.load import save_weights
 
     if to != "ours" and to not in FORMATS:
         raise UserError(f"--to {to}: choose ours, {', '.join(FORMATS)}")

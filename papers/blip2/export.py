@@ -17,11 +17,14 @@ from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config
 from papers.blip2.converter import VISION, published_of, with_language
 from papers.blip2.model import Blip2
 from papers.blip2.pretrained import encoder_beside, load_encoder, load_file
-from shared.catalogue import Catalogue
-from shared.checkpoints import save_weights
-from shared.errors import UserError
-from shared.fetch import Entry, cache_root, load_manifest, sha256, whole_folder
-from shared.tokenizers import BertTokenizer, Tokenizer, for_transformers, load_tokenizer
+from shared.core.catalog import Catalogue
+from shared.core.errors import UserError
+from shared.core.files import cache_root, sha256, whole_folder
+from shared.tokenizers.base import Tokenizer
+from shared.tokenizers.bert import BertTokenizer
+from shared.tokenizers.load import for_transformers, load_tokenizer
+from shared.weights.load import save_weights
+from shared.weights.manifest import Entry, load_manifest
 
 
 class Kind(NamedTuple):
@@ -109,7 +112,7 @@ def gathered(
 
 def language_of(source: Path, model: Blip2, language: Path | None) -> tuple[Any, Any]:
     """transformers' language model, in the precision of its folder, and its tokenizer."""
-    from shared.language_adapters import PUBLISHED, Published, read_folder
+    from shared.backbones.hf_lm import PUBLISHED, Published, read_folder
 
     name = model.config.language.name
     places = [language] if language else [source.with_name(name), cache_root() / name]
@@ -245,9 +248,9 @@ def model_card(catalogue: Catalogue, source: Path, seal: str | None, entry: Entr
     """README.md of an exported folder: front matter as model hubs read it, origin, use, evidence, citation."""
     import yaml
 
-    from shared.evidence import bibtex
-    from shared.tables import evidence_table
-    from shared.tracking import commit_and_dirty
+    from shared.core.paper_card import bibtex
+    from shared.core.provenance import commit_and_dirty
+    from shared.report.evidence_table import evidence_table
 
     card = catalogue.card("blip2")
     paper, kind = card.paper, KINDS[to]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from papers.blip2.model import Stage1Output, Stage2Output
-from shared.fusion_losses import Similarities, contrastive_to_targets, language_loss, matching_loss
+from shared.losses.image_text import Similarities, contrastive_to_targets, language_loss, matching_loss
 
 
 class Stage1Losses(NamedTuple):

@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from papers.blip2.config import Blip2Config, VisionConfig
-from shared.bert import INIT_STD, TokenHead, initialise_bert
-from shared.distributed import all_gather, world
-from shared.errors import UserError
-from shared.frozen import Frozen
-from shared.fusion_losses import (
+from shared.core.errors import UserError
+from shared.losses.image_text import (
     IGNORED,
     Negatives,
     Similarities,
@@ -25,11 +22,14 @@ from shared.fusion_losses import (
     next_token_targets,
     same_picture_targets,
 )
-from shared.qformer import Looked, QFormer, QFormerDecoding, QueryCache
-from shared.vision import VisionTransformer
+from shared.nn.bert import INIT_STD, TokenHead, initialise_bert
+from shared.nn.distributed import all_gather, world
+from shared.nn.frozen import Frozen
+from shared.nn.qformer import Looked, QFormer, QFormerDecoding, QueryCache
+from shared.nn.vit import VisionTransformer
 
 if TYPE_CHECKING:
-    from shared.language_model import LanguageModel
+    from shared.nn.causal_lm import LanguageModel
 
 
 class VisionNorm(nn.LayerNorm):
@@ -53,7 +53,7 @@ def spread(width: int) -> float:
 def vision_encoder(config: VisionConfig) -> VisionTransformer:
     """The ViT as it stands before the Q-Former, the last block and the norm absent: read it through `tokens`."""
     if config.kind == "efficientnet":
-        raise ValueError("an EfficientNet is no ViT: shared/encoders.py builds it")
+        raise ValueError("an EfficientNet is no ViT: shared/backbones/vision.py builds it")
     return VisionTransformer(
         config.image_size,
         config.patch,
@@ -185,7 +185,7 @@ class Blip2Qformer(nn.Module):
         return self._logits(self.qformer.write(tokens, self.present(tokens), caches))
 
     def decoding(self, features: Tensor) -> QFormerDecoding:
-        """(B, S, C) -> what shared/generation.py drives; prompts begin with [DEC]."""
+        """(B, S, C) -> what shared/nn/generation.py drives; prompts begin with [DEC]."""
         return self.qformer.decoding(self.head, self.vision_norm(features))
 
     def with_start(self, tokens: Tensor) -> Tensor:
@@ -312,7 +312,7 @@ class Blip2(nn.Module):
     """Stage 2: the queries' states, projected, are the first words that a frozen language model reads."""
 
     def __init__(self, config: Blip2Config, language_model: LanguageModel, *, question: bool = False):
-        """language_model: held beside the tree of modules (shared/frozen.py), so neither trained nor saved with it.
+        """language_model: held beside the tree of modules (shared/nn/frozen.py), so neither trained nor saved with it.
 
         question: the Q-Former keeps its text branch, in which the queries meet a question about the picture
         (fine-tuning for VQA, Sec. 4.3).
@@ -410,5 +410,5 @@ class Blip2(nn.Module):
         return self.language_model.states(embeddings, F.pad(present, (prefix.shape[1], 0), value=True), **given)
 
     def decoding(self, features: Tensor, question: Prompt | None = None):
-        """(B, S, C) -> what shared/generation.py drives; prompts follow the prefix (seq2seq: in the encoder)."""
+        """(B, S, C) -> what shared/nn/generation.py drives; prompts follow the prefix (seq2seq: in the encoder)."""
         return self.language_model.decoding(self.prefix(features, question))

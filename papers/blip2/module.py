@@ -15,10 +15,10 @@ from papers.blip2.config import VARIANTS
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, Prompt
 from papers.blip2.recipe import Blip2Recipe
-from shared.blocks import set_recompute
-from shared.errors import UserError
-from shared.frozen import assert_only_trained
-from shared.training import decay_groups, warmup_cosine_between
+from shared.core.errors import UserError
+from shared.nn.blocks import set_recompute
+from shared.nn.frozen import assert_only_trained
+from shared.training.optim import decay_groups, warmup_cosine_between
 
 EVERYTHING = Objectives()
 WITHOUT_ITG = Objectives(itg=False)

@@ -25,13 +25,16 @@ from papers.blip2.converter import (
     without_language,
 )
 from papers.blip2.model import Blip2, Blip2Qformer, vision_encoder
-from shared.checkpoints import check_card, read_header, read_tensors, to_ours
-from shared.encoders import Encoder, vit_encoder
-from shared.errors import UserError
-from shared.fetch import Entry, cached, load_manifest
+from shared.backbones.vision import Encoder, vit_encoder
+from shared.core.errors import UserError
+from shared.weights.fetch import cached
+from shared.weights.load import check_card
+from shared.weights.manifest import Entry, load_manifest
+from shared.weights.safe_load import read_header, read_tensors
+from shared.weights.weight_map import to_ours
 
 if TYPE_CHECKING:
-    from shared.language_model import LanguageModel
+    from shared.nn.causal_lm import LanguageModel
 
 TASKS = {"-retrieval-coco": (364, 35), "-caption-coco": (364, None)}  # an entry's ending -> picture size, text tokens
 ENCODER_ENTRIES = {"eva": "blip2-eva-vit-g", "clip": "blip2-clip-vit-l"}  # of the published variants' frozen encoders
@@ -210,7 +213,7 @@ def encoder_with(
     state: Mapping[str, Tensor], vision: VisionConfig, dtype: torch.dtype | None = None, matrices: bool = False
 ) -> Encoder:
     """A frozen encoder with these weights, read after its last block: the one that was left out came behind it.
-    matrices: dtype is theirs alone (shared/frozen.py)."""
+    matrices: dtype is theirs alone (shared/nn/frozen.py)."""
     vit = vision_encoder(vision)
     vit.load_state_dict(dict(state), strict=True)
     return vit_encoder(vit, "last", dtype, matrices)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from papers.blip2.config import LANGUAGES
-from shared.data.wording import KINDS
-from shared.errors import UserError
-from shared.recipes import Recipe
+from shared.core.errors import UserError
+from shared.core.recipe import Recipe
+from shared.data.synthetic.captions import KINDS
 
 LAYERS = ("second-last", "last")
 OPEN = ("what", "colour")  # kinds whose answers are words of the world, not a choice of two
@@ -45,7 +45,7 @@ class Blip2Recipe(Recipe):
     lm_batch: int = 32
     lm_rate: float = 2e-3
 
-    classes: int = 16  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
+    classes: int = 16  # of the generated scenes, and how hard they are to see (shared/data/synthetic/scenes.py)
     objects: int = 1  # things in a picture at most
     clutter: float = 0.0
     noise: float = 4.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.checkpoints import Rule, to_published
-from shared.errors import UserError
+from shared.core.errors import UserError
+from shared.weights.weight_map import Rule, to_published
 
 
 def _text_and_scale() -> dict:
@@ -140,7 +140,7 @@ def convert(source: Path, target: Path, variant: str, to: str) -> None:
     """Write `source` (any known names) as safetensors under our names, or a published format's; strict both ways."""
     from papers.clip.config import VARIANTS
     from papers.clip.pretrained import load_file
-    from shared.checkpoints import save_weights
+    from shared.weights.load import save_weights
 
     known = {"ours": None, **WEIGHT_MAPS}
     if to not in known:

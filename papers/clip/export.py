@@ -8,11 +8,15 @@ from pathlib import Path
 from papers.clip.config import ClipConfig
 from papers.clip.converter import OPENAI_RESNET, OPENAI_VIT, TRANSFORMERS
 from papers.clip.pretrained import load_model
-from shared.catalogue import Catalogue
-from shared.checkpoints import save_weights, to_published
-from shared.errors import UserError
-from shared.fetch import Entry, load_manifest, sha256, whole_folder
-from shared.tokenizers import ClipTokenizer, Tokenizer, for_transformers
+from shared.core.catalog import Catalogue
+from shared.core.errors import UserError
+from shared.core.files import sha256, whole_folder
+from shared.tokenizers.base import Tokenizer
+from shared.tokenizers.clip import ClipTokenizer
+from shared.tokenizers.load import for_transformers
+from shared.weights.load import save_weights
+from shared.weights.manifest import Entry, load_manifest
+from shared.weights.weight_map import to_published
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -186,9 +190,9 @@ def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant:
     """README.md of an exported folder: front matter as model hubs read it, origin, use, evidence, citation."""
     import yaml
 
-    from shared.evidence import bibtex
-    from shared.tables import evidence_table, results
-    from shared.tracking import commit_and_dirty
+    from shared.core.paper_card import bibtex
+    from shared.core.provenance import commit_and_dirty
+    from shared.report.evidence_table import evidence_table, results
 
     card = catalogue.card("clip")
     paper = card.paper

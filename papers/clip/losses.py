@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from papers.clip.model import ClipOutput
-from shared.losses import contrastive_loss
+from shared.losses.contrastive import contrastive_loss
 
 
 def clip_loss(output: ClipOutput) -> Tensor:

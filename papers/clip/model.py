@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from papers.clip.config import ClipConfig
-from shared.text import CausalTextTransformer
-from shared.vision import ModifiedResNet, VisionTransformer
+from shared.nn.resnet import ModifiedResNet
+from shared.nn.text_transformer import CausalTextTransformer
+from shared.nn.vit import VisionTransformer
 
 LARGEST_LOGIT_SCALE = math.log(100)  # Sec. 2.5: logits are never scaled by more than 100
 

@@ -10,10 +10,10 @@ from papers.clip.config import VARIANTS
 from papers.clip.losses import clip_loss
 from papers.clip.model import LARGEST_LOGIT_SCALE, Clip
 from papers.clip.recipe import ClipRecipe
-from shared.blocks import set_recompute
-from shared.recipes import Recipe
-from shared.strategies import whole
-from shared.training import adamw_with_cosine
+from shared.core.recipe import Recipe
+from shared.nn.blocks import set_recompute
+from shared.training.optim import adamw_with_cosine
+from shared.training.strategies import whole
 
 
 class PretrainingModule(lightning.LightningModule):

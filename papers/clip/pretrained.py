@@ -8,10 +8,14 @@ from pathlib import Path
 from papers.clip.config import VARIANTS, ClipConfig
 from papers.clip.converter import WEIGHT_MAPS, detect
 from papers.clip.model import Clip
-from shared.checkpoints import check_card, load_weights, read_tensors
-from shared.errors import UserError
-from shared.fetch import Entry, fetch, load_manifest
-from shared.tokenizers import ClipTokenizer, Tokenizer, load_tokenizer
+from shared.core.errors import UserError
+from shared.tokenizers.base import Tokenizer
+from shared.tokenizers.clip import ClipTokenizer
+from shared.tokenizers.load import load_tokenizer
+from shared.weights.fetch import fetch
+from shared.weights.load import check_card, load_weights
+from shared.weights.manifest import Entry, load_manifest
+from shared.weights.safe_load import read_tensors
 
 
 def card_of(config: ClipConfig) -> dict:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.errors import UserError
-from shared.recipes import Recipe
+from shared.core.errors import UserError
+from shared.core.recipe import Recipe
 
 
 @dataclass
 class ClipRecipe(Recipe):
     """What CLIP's recipes have beside every paper's."""
 
-    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/scenes.py)
+    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/synthetic/scenes.py)
     objects: int = 2  # things in a picture at most
     clutter: float = 0.5
     noise: float = 10.0

@@ -3,14 +3,24 @@
 `load_world` serves a claim with all it needs; `tasks` makes questions, statements, dialogues, episodes and puzzles.
 """
 
-from shared.data import tasks
-from shared.data.adapters import Coverage, PictureError, decode_image
-from shared.data.samples import Dialogue, Episode, Pair, Puzzle, Question, Statement
-from shared.data.scenes import COLOURS, Scene, SceneOptions, Thing, held_out_colours, render, render_many, sample_scene
-from shared.data.splits import Draw, choose_by_hash, split_of
-from shared.data.sprites import Sprite, SpritePack, load_pack
-from shared.data.wording import caption, class_prompt, with_article
-from shared.data.world import Composition, Split, World, load_world
+from shared.data.dataset import Composition, Split, World, load_world
+from shared.data.images import PictureError, decode_image
+from shared.data.readers import Coverage
+from shared.data.seeded import Draw, choose_by_hash, split_of
+from shared.data.synthetic import tasks
+from shared.data.synthetic.captions import caption, class_prompt, with_article
+from shared.data.synthetic.samples import Dialogue, Episode, Pair, Puzzle, Question, Statement
+from shared.data.synthetic.scenes import (
+    COLOURS,
+    Scene,
+    SceneOptions,
+    Thing,
+    held_out_colours,
+    render,
+    render_many,
+    sample_scene,
+)
+from shared.data.synthetic.sprites import Sprite, SpritePack, load_pack
 
 __all__ = [
     "COLOURS",

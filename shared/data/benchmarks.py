@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.archives import leads_out, shown
-from shared.data.adapters import SUFFIXES, Record
-from shared.errors import UserError
+from shared.core.archives import leads_out
+from shared.core.errors import UserError
+from shared.core.text import shown
+from shared.data.images import SUFFIXES
+from shared.data.readers import Record
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from shared.errors import UserError
+from shared.core.errors import UserError
 from shared.metrics.names import Scored, metric_name
 
 Tokens = Sequence[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from shared.errors import UserError
+from shared.core.errors import UserError
 
 
 @dataclass(frozen=True)

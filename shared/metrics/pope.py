@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from shared.errors import UserError
+from shared.core.errors import UserError
 from shared.metrics.names import Scored, metric_name
 
 PROTOCOLS = ("official", "strict")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
+from shared.core.errors import UserError
 
 # CLIP's grid: 1e-6 to 1e6 in 96 logarithmic steps, 8 to a decade; its search starts at every second decade.
 _GRID = [10 ** (-6 + step / 8) for step in range(97)]

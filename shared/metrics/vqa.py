@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from shared.errors import UserError
+from shared.core.errors import UserError
 from shared.metrics.names import Scored, metric_name
 
 ANSWERS = 10

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests_common import CATALOGUE, ROOT
 
-from shared.plan import dry_run
+from shared.tools.plan import dry_run
 
 PAPERS = CATALOGUE.names()
 pytestmark = pytest.mark.parametrize("name", PAPERS)
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.parametrize("name", PAPERS)
 
 def example(name, pictures):
     torch.manual_seed(0)
-    return CATALOGUE.module(name, "module").example(pictures)
+    return CATALOGUE.package(name).module.example(pictures)
 
 
 def loss_of(module, batch):
@@ -74,18 +74,18 @@ def test_every_recipe_parses_against_the_real_schema_and_can_be_planned(name):
 
 
 def test_every_claim_of_the_card_has_an_effect_and_every_effect_its_row(name):
-    claims = CATALOGUE.module(name, "claims")
+    claims = CATALOGUE.package(name).claims
     assert set(claims.CLAIMS) == {row.id for row in CATALOGUE.card(name).claims}
     for id, claim in claims.CLAIMS.items():
         assert set(claim.arms) <= set(claims.ARMS), id
 
 
 def test_every_structure_row_is_measured(name):
-    measure = CATALOGUE.module(name, "structure").measure
+    measure = CATALOGUE.package(name).structure.measure
     rows = CATALOGUE.card(name).structure
     variant = rows[0].variant
     measured = measure(variant)
     assert [row.part for row in rows if row.variant == variant and row.part not in measured] == []
     shown = {row.part for row in rows}  # counting FLOPs takes seconds: what no row shows is left to forward_flops
     assert {part for part in measured if "flops" in part} <= shown
-    assert CATALOGUE.module(name, "structure").forward_flops(variant) > 0
+    assert CATALOGUE.package(name).structure.forward_flops(variant) > 0

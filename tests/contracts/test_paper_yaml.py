@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.evidence import bibtex, load_paper
+from shared.core.paper_card import bibtex, load_paper
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(path for path in (ROOT / "papers").iterdir() if path.is_dir() and path.name[0] not in "_.")

@@ -7,21 +7,22 @@ import pytest
 import torch
 from tests_common import CATALOGUE
 
-from papers.blip2 import bench as blip2_bench
 from papers.blip2.config import VARIANTS as BLIP2
+from papers.blip2.evidence import bench as blip2_bench
 from papers.blip2.model import Blip2Qformer
-from papers.clip import bench as clip_bench
 from papers.clip.config import VARIANTS as CLIP
+from papers.clip.evidence import bench as clip_bench
 from papers.clip.model import Clip
 from papers.clip.module import example as clip_example
 from papers.clip.recipe import ClipRecipe
-from shared import bench
-from shared.attention import StructuredMask, attention, use_backend
-from shared.bench import compiled
-from shared.data.batches import Batches
-from shared.losses import chunked_contrastive_loss, contrastive_loss
-from shared.stages import own_randomness
-from shared.training import Curves, make_trainer
+from shared.data.loader import Batches
+from shared.experiments.stage_cache import own_randomness
+from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
+from shared.nn.attention import StructuredMask, attention, use_backend
+from shared.tools import bench_timing
+from shared.tools.bench import compiled
+from shared.training.callbacks import Curves
+from shared.training.trainer import make_trainer
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry
 PAPERS = CATALOGUE.names()
@@ -168,7 +169,7 @@ def test_beams_write_the_same_words_as_transformers_on_either_device():
 @pytest.mark.parametrize("name", PAPERS)
 def test_one_batch_can_be_learned_by_heart(name):
     torch.manual_seed(0)
-    module, batch = CATALOGUE.module(name, "module").example(8)
+    module, batch = CATALOGUE.package(name).module.example(8)
     module.log = lambda *args, **kwargs: None
     module, batch = module.to(GPU), on_gpu(batch)
     configured = module.configure_optimizers()
@@ -189,7 +190,7 @@ def test_one_batch_can_be_learned_by_heart(name):
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_first_loss_is_that_of_the_cpu(name):
     torch.manual_seed(0)
-    module, batch = CATALOGUE.module(name, "module").example(8)
+    module, batch = CATALOGUE.package(name).module.example(8)
     module.log = lambda *args, **kwargs: None
     expected = module.eval().training_step(batch, 0)
     found = module.to(GPU).training_step(on_gpu(batch), 0)
@@ -209,9 +210,9 @@ def test_lightning_trains_on_the_gpu_and_keeps_the_curve(tmp_path, precision):
 
 
 def test_the_matrix_peak_and_the_memory_meter_measure_the_gpu():
-    peak = bench.matrix_peak(GPU, "bf16")
+    peak = bench_timing.matrix_peak(GPU, "bf16")
     assert peak["flops_per_second"] > 1e12
-    meter = bench.MemoryMeter(GPU)
+    meter = bench_timing.MemoryMeter(GPU)
     block = torch.empty(64, 2**20, dtype=torch.uint8, device=GPU)
     assert meter.peak() == block.numel()
 

@@ -70,7 +70,7 @@ def written(content, name="file"):
 
 def picture(path):
     """(height, width), first pixel."""
-    from shared.data.adapters import decode_image
+    from shared.data.images import decode_image
 
     pixels = decode_image(path.read_bytes())
     return pixels.shape[:2], tuple(pixels[0, 0].tolist())
@@ -78,7 +78,7 @@ def picture(path):
 
 def archive(path):
     """({name: length} of what is read, {name: why not})."""
-    from shared.archives import SafeArchive
+    from shared.core.archives import SafeArchive
 
     with SafeArchive(path) as opened:
         names = list(opened.members())
@@ -86,14 +86,14 @@ def archive(path):
 
 
 def small_archive(path):
-    from shared.archives import Limits, SafeArchive
+    from shared.core.archives import Limits, SafeArchive
 
     with SafeArchive(path, Limits(members=10)) as opened:
         return list(opened.members())
 
 
 def weights(path):
-    from shared.checkpoints import read_tensors
+    from shared.weights.safe_load import read_tensors
 
     return {name: tuple(tensor.shape) for name, tensor in read_tensors(path).items()}
 
@@ -101,38 +101,39 @@ def weights(path):
 def into_a_model(path):
     from torch import nn
 
-    from shared.checkpoints import load_weights
+    from shared.weights.load import load_weights
 
     load_weights(nn.Linear(3, 2), path)
 
 
 def document(path):
-    from shared.yaml_safe import read_yaml
+    from shared.core.strict_yaml import read_yaml
 
     return read_yaml(path, "document")
 
 
 def recipe(path):
-    from shared.recipes import Recipe, load_recipe
+    from shared.core.recipe import Recipe, load_recipe
 
     return load_recipe(path, Recipe).data_root
 
 
 def card(path):
-    from shared.evidence import load_paper
+    from shared.core.paper_card import load_paper
 
     return load_paper(path)
 
 
 def manifest(path):
-    from shared.fetch import load_manifest
+    from shared.weights.manifest import load_manifest
 
     return {name: entry.name for name, entry in load_manifest(path).items()}
 
 
 def from_cache(path):
     """The file of the one entry of a manifest, with the cache beside it and without network."""
-    from shared.fetch import fetch, load_manifest
+    from shared.weights.fetch import fetch
+    from shared.weights.manifest import load_manifest
 
     (entry,) = load_manifest(path).values()
     return fetch(entry, cache=path.parent / "cache", offline=True, verify=True).name
@@ -140,7 +141,7 @@ def from_cache(path):
 
 def folder_set(path):
     """[first pixel] of the pictures of an image folder's train part, {id: why dropped}."""
-    from shared.data.adapters import folder_records, read_pictures
+    from shared.data.readers import folder_records, read_pictures
 
     _, images, coverage = read_pictures("set", folder_records(path, "train"), 8, max_dropped=1.0)
     return [tuple(image[:, 0, 0].tolist()) for image in images], dict(coverage.dropped)
@@ -148,20 +149,20 @@ def folder_set(path):
 
 def karpathy_set(path):
     """The ids of the captioned pictures that could be read, {id: why dropped}."""
-    from shared.data.adapters import karpathy_records, read_pictures
+    from shared.data.readers import karpathy_records, read_pictures
 
     kept, _, coverage = read_pictures("set", karpathy_records(path)["train"], 8, max_dropped=1.0)
     return [record.id for record in kept], dict(coverage.dropped)
 
 
 def parquet_set(path):
-    from shared.data.adapters import parquet_records
+    from shared.data.readers import parquet_records
 
     return len(parquet_records(path))
 
 
 def sprites(path):
-    from shared.data.sprites import load_pack
+    from shared.data.synthetic.sprites import load_pack
 
     return load_pack("emoji", "google", source=path).names
 

@@ -14,9 +14,10 @@ import corpus
 import pytest
 from corpus import BREAKS, CASES, SOUND, TEXTS
 
-from shared.archives import ArchiveError
-from shared.data.adapters import PictureError, karpathy_records, parquet_records
-from shared.errors import UserError
+from shared.core.archives import ArchiveError
+from shared.core.errors import UserError
+from shared.data.images import PictureError
+from shared.data.readers import karpathy_records, parquet_records
 
 ROOT = Path(__file__).resolve().parents[2]
 REFUSED = [name for name, case in CASES.items() if case.refused]
@@ -93,7 +94,8 @@ def test_not_inflated(name, peaks):
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    from shared.tokenizers import ClipTokenizer, SmallTokenizer
+    from shared.tokenizers.clip import ClipTokenizer
+    from shared.tokenizers.small_bpe import SmallTokenizer
 
     clip, small = ClipTokenizer(), SmallTokenizer.train(["a photo of a cat", "the dog runs"] * 9, 300)
     clip.encode("caf\u00e9")  # its first text costs seconds of imports
@@ -119,7 +121,7 @@ def test_long_words_are_not_remembered(tokenizers):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_learnt_from(name):
-    from shared.tokenizers import SmallTokenizer
+    from shared.tokenizers.small_bpe import SmallTokenizer
 
     started = time.process_time()
     tokenizer = SmallTokenizer.train([TEXTS[name], "a photo of a cat"], 300)
@@ -155,7 +157,7 @@ class Tags(HTMLParser):
 
 
 def report_of(text):
-    from shared.report import Figure, Ranked, Report, Row, Sample
+    from shared.report.rows import Figure, Ranked, Report, Row, Sample
 
     png = corpus.drawn(form="PNG")
     account = {"name": text, "expected": 2, "read": 1, "dropped": {text: text}, "digest": text}
@@ -173,8 +175,8 @@ def report_of(text):
 
 def shown(report):
     """{where: its text}"""
-    from shared.report import brief, markdown, terminal_table
-    from shared.report_page import page
+    from shared.report.html import page
+    from shared.report.text import brief, markdown, terminal_table
 
     rows = [*report.rows, *brief(report)]
     return {"terminal": terminal_table(rows, 100), "Markdown": markdown(report), "page": page(report)}

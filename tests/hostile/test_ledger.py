@@ -8,8 +8,8 @@ import tarfile
 import corpus
 import pytest
 
-from shared.data.adapters import folder_records, karpathy_records, parquet_records, read_pictures
-from shared.errors import UserError
+from shared.core.errors import UserError
+from shared.data.readers import folder_records, karpathy_records, parquet_records, read_pictures
 
 MANY = 300
 FAULTS = {  # kind of fault: (what it makes of a picture's bytes, the reason it is counted under)
@@ -140,10 +140,10 @@ def test_a_file_that_may_not_be_read_is_a_reason_and_not_a_crash(tmp_path, monke
 def test_a_file_that_is_no_picture_by_its_size_is_not_read(form, tmp_path, monkeypatch):
     import sys
 
-    from shared.data import adapters
+    from shared.data import images
 
     monkeypatch.setattr(sys.modules[__name__], "MANY", 3)
-    monkeypatch.setattr(adapters, "LARGEST_FILE", 5_000)
+    monkeypatch.setattr(images, "LARGEST_FILE", 5_000)
     pictures = {0: corpus.drawn(), 1: corpus.drawn() + bytes(5_000), 2: corpus.drawn()}
     (reason,) = account(FORMATS[form](tmp_path / "set", pictures))[2].dropped.values()
     assert reason in (f"too large: {len(pictures[1]):,} bytes", f"the archive holds it as {len(pictures[1]):,} bytes")
@@ -211,7 +211,7 @@ def test_the_digest_changes_with_ids_labels_captions_and_with_what_was_left_out(
 
 def test_an_id_cannot_pose_as_two(tmp_path):
     """Ids are strangers' words: one with a line break must not read as the account of another set."""
-    from shared.data.adapters import Record
+    from shared.data.readers import Record
 
     content = corpus.drawn()
     one = [Record("a", lambda: content), Record("b", lambda: content)]
@@ -225,7 +225,7 @@ def test_an_id_cannot_pose_as_two(tmp_path):
 
 @pytest.mark.parametrize(("bad", "stops"), [(0, False), (1, False), (2, True)])
 def test_more_than_a_thousandth_stops_the_run(bad, stops, tmp_path):
-    from shared.data.adapters import Record
+    from shared.data.readers import Record
 
     content = corpus.png(8, 8, (b"\0" + bytes([7] * 8)) * 8, 8, 0)
     records = [Record(f"{n}.png", lambda n=n: b"" if n < bad else content) for n in range(1000)]

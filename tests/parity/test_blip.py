@@ -19,8 +19,8 @@ from papers.blip.converter import FORMATS, ours_of, published_of
 from papers.blip.losses import blip_losses
 from papers.blip.model import Blip, BlipPretraining, Objectives
 from papers.blip.tasks import BlipVqa
-from shared.blocks import set_recompute
-from shared.checkpoints import to_ours
+from shared.nn.blocks import set_recompute
+from shared.weights.weight_map import to_ours
 
 transformers = pytest.importorskip("transformers")
 
@@ -439,7 +439,7 @@ def _wrong_eps(model):
 
 
 def _quick_gelu(model):
-    from shared.blocks import QuickGELU
+    from shared.nn.blocks import QuickGELU
 
     for stack in stacks(model):
         for layer in stack.layers:

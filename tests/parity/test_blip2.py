@@ -25,11 +25,11 @@ from papers.blip2.converter import (
 )
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Prompt, vision_encoder
-from shared import qformer as qformer_file
-from shared.checkpoints import to_ours
-from shared.fusion_losses import Negatives
-from shared.language_adapters import CausalAdapter, Seq2SeqAdapter
-from shared.qformer import QFormer
+from shared.backbones.hf_lm import CausalAdapter, Seq2SeqAdapter
+from shared.losses.image_text import Negatives
+from shared.nn import qformer as qformer_file
+from shared.nn.qformer import QFormer
+from shared.weights.weight_map import to_ours
 
 transformers = pytest.importorskip("transformers")
 
@@ -386,7 +386,7 @@ def test_the_first_stage_equals_its_equations(by_picture, agree, perturb, monkey
     agree(f"{key}.gradients", "all gradients of the first stage against its equations", mine, wanted)
 
 
-# ---- faults that have to be told: a name, and what it does to a model of either stage (or to shared/qformer.py)
+# ---- faults that have to be told: a name, and what it does to a model of either stage (or to shared/nn/qformer.py)
 
 
 def layers_of(model):

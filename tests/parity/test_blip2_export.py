@@ -14,12 +14,14 @@ from papers.blip2.converter import VISION, convert
 from papers.blip2.export import KINDS, export, gathered
 from papers.blip2.model import Blip2, Blip2Qformer, Prompt, vision_encoder
 from papers.blip2.pretrained import Silent, load_file
-from shared.checkpoints import read_tensors, save_weights
-from shared.data.adapters import fitted_image
-from shared.errors import UserError
-from shared.fetch import MANIFEST
-from shared.language_adapters import ADAPTERS, PUBLISHED, Published
-from shared.tokenizers import BertTokenizer, SmallTokenizer
+from shared.backbones.hf_lm import ADAPTERS, PUBLISHED, Published
+from shared.core.errors import UserError
+from shared.data.images import fitted_image
+from shared.tokenizers.bert import BertTokenizer
+from shared.tokenizers.small_bpe import SmallTokenizer
+from shared.weights.load import save_weights
+from shared.weights.manifest import MANIFEST
+from shared.weights.safe_load import read_tensors
 
 transformers = pytest.importorskip("transformers")
 

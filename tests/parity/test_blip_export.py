@@ -14,10 +14,12 @@ from papers.blip.converter import convert
 from papers.blip.export import KINDS, export
 from papers.blip.model import Blip, BlipPretraining
 from papers.blip.tasks import BlipVqa
-from shared.checkpoints import read_tensors, save_weights
-from shared.data.adapters import fitted_image
-from shared.errors import UserError
-from shared.tokenizers import BertTokenizer, SmallTokenizer
+from shared.core.errors import UserError
+from shared.data.images import fitted_image
+from shared.tokenizers.bert import BertTokenizer
+from shared.tokenizers.small_bpe import SmallTokenizer
+from shared.weights.load import save_weights
+from shared.weights.safe_load import read_tensors
 
 transformers = pytest.importorskip("transformers")
 

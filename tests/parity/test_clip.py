@@ -12,7 +12,7 @@ from papers.clip.config import ClipConfig
 from papers.clip.converter import OPENAI_RESNET, OPENAI_VIT, TRANSFORMERS
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
-from shared.checkpoints import to_ours, to_published
+from shared.weights.weight_map import to_ours, to_published
 
 pytest.importorskip("transformers")
 open_clip_model = pytest.importorskip("open_clip.model")

@@ -20,13 +20,16 @@ from papers.clip.config import ClipConfig
 from papers.clip.converter import WEIGHT_MAPS, convert
 from papers.clip.export import export
 from papers.clip.model import Clip
-from shared.catalogue import Catalogue
-from shared.checkpoints import read_tensors, save_weights, to_published
-from shared.data.adapters import square
-from shared.errors import UserError
-from shared.evidence import bibtex
-from shared.tables import evidence_table
-from shared.tokenizers import ClipTokenizer, SmallTokenizer
+from shared.core.catalog import Catalogue
+from shared.core.errors import UserError
+from shared.core.paper_card import bibtex
+from shared.data.images import square
+from shared.report.evidence_table import evidence_table
+from shared.tokenizers.clip import ClipTokenizer
+from shared.tokenizers.small_bpe import SmallTokenizer
+from shared.weights.load import save_weights
+from shared.weights.safe_load import read_tensors
+from shared.weights.weight_map import to_published
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from berts import Ours, from_theirs
 
-from shared.bert import BertDecoding
-from shared.generation import GenerationSettings, chances, draw, filtered, generate
+from shared.nn.bert import BertDecoding
+from shared.nn.generation import GenerationSettings, chances, draw, filtered, generate
 
 pytest.importorskip("transformers")
 

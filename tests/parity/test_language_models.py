@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.errors import UserError
-from shared.fetch import Entry
-from shared.generation import GenerationSettings, generate
-from shared.language_adapters import CausalAdapter, Published, Seq2SeqAdapter, load_folder, load_gguf
-from shared.language_model import SmallLanguageModel
+from shared.backbones.gguf import load_gguf
+from shared.backbones.hf_lm import CausalAdapter, Published, Seq2SeqAdapter, load_folder
+from shared.core.errors import UserError
+from shared.nn.causal_lm import SmallLanguageModel
+from shared.nn.generation import GenerationSettings, generate
+from shared.weights.manifest import Entry
 
 transformers = pytest.importorskip("transformers")
 
@@ -394,10 +395,10 @@ def test_a_gguf_computes_what_it_was_made_from(gguf_llama, tmp_path, quantised, 
 
 
 def test_a_gguf_is_converted_once_and_again_where_that_file_was_hurt(gguf_llama, tmp_path, monkeypatch):
-    from shared import language_adapters
+    from shared.backbones import gguf
 
-    made, real = [], language_adapters._convert
-    monkeypatch.setattr(language_adapters, "_convert", lambda *paths: (made.append(1), real(*paths)))
+    made, real = [], gguf._convert
+    monkeypatch.setattr(gguf, "_convert", lambda *paths: (made.append(1), real(*paths)))
     path = tmp_path / "tiny.gguf"
     entry = as_gguf(gguf_llama, path)
     first, _ = load_gguf(path, entry)

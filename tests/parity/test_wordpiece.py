@@ -10,8 +10,9 @@ from itertools import product
 import pytest
 import torch
 
-from shared.fetch import cached, load_manifest
-from shared.tokenizers import BertTokenizer
+from shared.tokenizers.bert import BertTokenizer
+from shared.weights.fetch import cached
+from shared.weights.manifest import load_manifest
 
 transformers = pytest.importorskip("transformers")
 

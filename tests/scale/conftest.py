@@ -9,7 +9,7 @@ import pytest
 import worker
 
 LONGEST = 300  # seconds that one training may take on a busy machine
-PRELOADED = ["lightning.pytorch", "shared.training", "papers.clip.module", "deepspeed"]
+PRELOADED = ["lightning.pytorch", "shared.training.trainer", "papers.clip.module", "deepspeed"]
 PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # imported by every deepspeed.initialize; half of its time
 
 

@@ -6,8 +6,8 @@ import json
 import pytest
 import unfit
 
-from shared.data.batches import Batches
-from shared.resume import newest_valid
+from shared.data.loader import Batches
+from shared.training.checkpointing import newest_valid
 
 CASES = [("ddp", "loss"), ("ddp", "gradient")]
 if importlib.util.find_spec("deepspeed"):

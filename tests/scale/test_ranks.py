@@ -15,10 +15,10 @@ from worker import CHECKPOINT, KILLED, STEPS, Task
 
 from papers.clip.module import example
 from papers.clip.recipe import ClipRecipe
-from shared.checkpoints import load_weights
-from shared.consolidate import consolidate
-from shared.errors import UserError
-from shared.strategies import CONFIGS, NAMES, strategy_of, whole
+from shared.core.errors import UserError
+from shared.training.strategies import CONFIGS, NAMES, strategy_of, whole
+from shared.weights.consolidate import consolidate
+from shared.weights.load import load_weights
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install -e '.[deepspeed]'"

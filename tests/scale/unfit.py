@@ -25,9 +25,10 @@ def run(task: Task, rank: int, port: int) -> None:
 
     from papers.clip.module import ClipModule, example
     from papers.clip.recipe import ClipRecipe
-    from shared.data.batches import Batches
-    from shared.errors import UserError
-    from shared.training import fit, quiet
+    from shared.core.console import quiet
+    from shared.core.errors import UserError
+    from shared.data.loader import Batches
+    from shared.training.trainer import fit
 
     class Poisoned(ClipModule):
         def training_step(self, batch, index):

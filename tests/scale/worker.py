@@ -29,7 +29,7 @@ def run(task: Task, rank: int, port: int) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=str(task.ranks), TORCHELASTIC_RUN_ID="test",
         LOCAL_WORLD_SIZE=str(task.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    from shared.errors import UserError
+    from shared.core.errors import UserError
 
     try:
         train(task, rank)
@@ -45,9 +45,10 @@ def train(task: Task, rank: int) -> None:
     import papers.clip.module
     from papers.clip.module import example
     from papers.clip.recipe import ClipRecipe
-    from shared.data.batches import Batches
-    from shared.strategies import whole
-    from shared.training import fit, make_trainer, quiet
+    from shared.core.console import quiet
+    from shared.data.loader import Batches
+    from shared.training.strategies import whole
+    from shared.training.trainer import fit, make_trainer
 
     quiet()
     for place in (papers.clip.model, papers.clip.module):
@@ -98,8 +99,8 @@ def gradient_of(parameter):
 
 def consolidated(task: Task, rank: int, port: int) -> None:
     """`task.resume`, a checkpoint, as task.folder/model.safetensors; or the refusal's line in error-0."""
-    from shared.consolidate import consolidate_to
-    from shared.errors import UserError
+    from shared.core.errors import UserError
+    from shared.weights.consolidate import consolidate_to
 
     try:
         consolidate_to(task.resume, task.folder / "model.safetensors")

@@ -1,0 +1,222 @@
+"""The laboratory of ALBEF's claims: the pairs of one seed, some of them with wrong captions, and what is tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from papers.albef.config import VARIANTS, AlbefConfig, fitted
+from papers.albef.encode import longer_than, tokens_of
+from papers.albef.recipe import AlbefRecipe
+from shared.core.errors import UserError
+from shared.data.dataset import Split, World, load_world, packs
+from shared.data.seeded import Draw
+from shared.data.synthetic.captions import class_prompt
+from shared.data.synthetic.minimal_pairs import distractors
+from shared.data.synthetic.scenes import Scene, SceneOptions
+from shared.data.synthetic.sprites import VENDORS, SpritePack
+from shared.experiments.ablations import once_a_seed
+from shared.tokenizers.small_bpe import SmallTokenizer
+
+ATTEMPTS = 1_000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Picture i and caption i belong together; the rows of a pool are candidates for each other, all worded apart."""
+
+    images: Tensor  # (I, 3, H, W) uint8
+    captions: list[str]
+    pools: list[Tensor]
+    scenes: list[Scene]  # none where the pictures are not generated
+    details: list[str]  # by what a caption is a near-miss for its neighbours; none where that is unknown
+
+
+@dataclass(frozen=True)
+class Lab:
+    world: World
+    tokenizer: SmallTokenizer
+    config: AlbefConfig
+    val: Trial
+    test: Trial
+    pack: SpritePack | None  # what scenes are made of
+    options: SceneOptions
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        return tokens_of(self.tokenizer, captions, self.config.context)
+
+
+def lab_of(recipe: AlbefRecipe, seed: int) -> Lab:
+    world, tokenizer = read(recipe, seed)
+    config = fitted(replace(VARIANTS[recipe.model](), image_size=recipe.image_size), tokenizer)
+    options = options_of(recipe)
+    pack = pack_of(recipe, world)
+    if pack is None:
+        by_label = recipe.data.partition("/")[0] != "karpathy"
+        val, test = (trial_of(world, split, recipe.pool, by_label) for split in ("val", "test"))
+    else:
+        val, test = (near_misses(pack, split, recipe, seed, options) for split in ("val", "test"))
+    return Lab(world, tokenizer, config, first_pool(val), test, pack, options)
+
+
+make_lab = once_a_seed(lab_of)
+
+
+def load(recipe: AlbefRecipe, seed: int) -> World:
+    return read(recipe, seed)[0]
+
+
+def read(recipe: AlbefRecipe, seed: int, times: float = 1.0) -> tuple[World, SmallTokenizer]:
+    """The world, its note telling what captions lose to the context, and the tokenizer trained on them.
+
+    times: so many times the recipe's pairs, where the set has them. UserError where a caption is empty.
+    """
+    world = load_world(
+        recipe.data,
+        root=recipe.data_root or None,
+        pairs=round(times * recipe.pairs),
+        test_pairs=recipe.test_pairs,
+        image_size=recipe.image_size,
+        seed=seed,
+        classes=recipe.classes,
+        objects=(1, recipe.objects),
+        clutter=recipe.clutter,
+        noise=recipe.noise,
+        jitter=recipe.jitter,
+        small=recipe.small,
+        captions=recipe.captions,
+        full=recipe.full,
+        max_dropped=recipe.max_dropped,
+    )
+    said = [caption for several in world.train.captions for caption in several]
+    if len(said) < recipe.batch:
+        raise UserError(f"data {world.name}: {len(said)} captions do not fill a batch of {recipe.batch}; lower batch")
+    for id, several in zip(world.train.ids, world.train.captions, strict=True):
+        if not several or not all(caption.strip() for caption in several):
+            raise UserError(
+                f"data {world.name}: picture {id} has an empty caption: write one, or leave the picture out"
+            )
+    config = VARIANTS[recipe.model]()
+    tokenizer = SmallTokenizer.train(said, config.vocabulary, specials=("mask",))
+    cut = longer_than(tokenizer, said, config.context)
+    if cut:
+        told = f"{cut} of {len(said)} training captions are longer than {config.context} tokens and lose their tail"
+        world.note = f"{world.note}; {told}" if world.note else told
+    return world, tokenizer
+
+
+def options_of(recipe: AlbefRecipe) -> SceneOptions:
+    return SceneOptions((1, recipe.objects), recipe.clutter, recipe.noise, recipe.jitter, recipe.small)
+
+
+def pack_of(recipe: AlbefRecipe, world: World) -> SpritePack | None:
+    """What the world's scenes are made of; None where it is a published set."""
+    if recipe.data not in VENDORS:
+        return None
+    return packs(recipe.data, root=recipe.data_root or None)[0].subset(len(world.classes))
+
+
+# ---- what is trained on
+
+
+@dataclass(frozen=True)
+class Pairs:
+    images: Tensor  # (pairs, 3, H, W) uint8, one row a caption
+    tokens: Tensor  # (pairs, L)
+    ids: Tensor  # (pairs,): which picture
+    wrong: float  # share of the pictures with another's captions
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.images, self.tokens, self.ids
+
+
+def pairs_of(lab: Lab, wrong: float, seed: int) -> Pairs:
+    """The lab's training pairs, a share of the pictures with the captions of another one."""
+    return paired(lab, lab.world.train, exchanged(lab.world.train, wrong, seed))
+
+
+def more_pairs(lab: Lab, recipe: AlbefRecipe, seed: int, times: float, wrong: float) -> Pairs:
+    """`times` as many pairs where the set has them: the lab's own with their captions, the share among the others."""
+    train, own = read(recipe, seed, times)[0].train, set(lab.world.train.ids)
+    captions = exchanged(train, wrong, seed)
+    kept = [one if id in own else other for id, one, other in zip(train.ids, train.captions, captions, strict=True)]
+    return paired(lab, train, kept)
+
+
+def paired(lab: Lab, split: Split, captions: list[list[str]]) -> Pairs:
+    rows = torch.tensor([row for row, several in enumerate(captions) for _ in several])
+    tokens = lab.tokens([caption for several in captions for caption in several])
+    changed = sum(one != other for one, other in zip(captions, split.captions, strict=True))
+    return Pairs(split.images[rows], tokens, rows, changed / len(captions))
+
+
+def exchanged(split: Split, share: float, seed: int) -> list[list[str]]:
+    """The captions, those of `share` of the pictures replaced by another picture's, worded otherwise and, where classes
+    are known, of another class. What a smaller share exchanges, a larger one exchanges alike."""
+    captions = list(split.captions)
+    labels = [-1] * len(split) if split.labels is None else split.labels.tolist()
+    for row, id in enumerate(split.ids):
+        draw = Draw("wrong caption", seed, id)
+        if not draw.chance(share):
+            continue
+        for _ in range(ATTEMPTS):
+            other = draw.below(len(split))
+            apart = labels[other] < 0 or labels[other] != labels[row]
+            if apart and split.captions[other] != split.captions[row]:
+                captions[row] = split.captions[other]
+                break
+        else:
+            raise UserError(f"picture {id}: no other picture has other captions, so none can stand in for its own")
+    return captions
+
+
+# ---- what is tested on
+
+
+def near_misses(pack: SpritePack, split: str, recipe: AlbefRecipe, seed: int, options: SceneOptions) -> Trial:
+    """Held-out scenes in groups that differ in one detail; no group is cut by the border of a pool."""
+    found = distractors(pack, split, recipe.test_pairs, size=recipe.image_size, seed=seed, options=options)
+    starts = [0, *[row for row in range(1, len(found)) if found.groups[row] != found.groups[row - 1]], len(found)]
+    pools, begin = [], 0
+    for start, end in pairwise(starts):
+        if end - begin > recipe.pool and start > begin:
+            pools.append(torch.arange(begin, start))
+            begin = start
+    pools.append(torch.arange(begin, len(found)))
+    return Trial(found.images, found.captions, pools, found.scenes, found.details)
+
+
+def trial_of(world: World, part: str, size: int, by_label: bool) -> Trial:
+    """A published set's pictures and first captions, each wording once; `by_label`, where captions say the class alone,
+    pools of one picture a class."""
+    if by_label:
+        return by_class(getattr(world, f"class_{part}"), world.classes)
+    split: Split = getattr(world, part)
+    first = {}
+    for row, several in enumerate(split.captions):
+        first.setdefault(several[0], row)
+    rows = sorted(first.values())
+    captions = [split.captions[row][0] for row in rows]
+    pools = list(torch.arange(len(rows)).split(size))
+    return Trial(split.images[rows], captions, [pool for pool in pools if len(pool) > 1] or pools, [], [])
+
+
+def by_class(split: Split, classes: Sequence[str]) -> Trial:
+    rows: dict[int, list[int]] = {}
+    for row, label in enumerate(split.labels.tolist()):
+        rows.setdefault(label, []).append(row)
+    depth = min(map(len, rows.values()))
+    order = [several[level] for level in range(depth) for several in rows.values()]
+    captions = [class_prompt(classes[label]) for _ in range(depth) for label in rows]
+    return Trial(split.images[order], captions, list(torch.arange(len(order)).split(len(rows))), [], [])
+
+
+def first_pool(trial: Trial) -> Trial:
+    """Enough for a learning curve."""
+    rows = trial.pools[0]
+    return replace(trial, images=trial.images[rows], captions=[trial.captions[i] for i in rows], pools=[rows])

@@ -1,0 +1,200 @@
+"""The data of one seed as CapFilt takes it (Sec. 3.3): a small set of right captions, which stands for COCO, a larger
+one from the web, whose captions are partly wrong, and held-out pictures with right captions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, fitted
+from papers.blip.recipe import BlipRecipe
+from shared.core.errors import UserError
+from shared.data.dataset import Split, World, load_world, packs
+from shared.data.synthetic.minimal_pairs import distractors
+from shared.data.synthetic.scenes import COLOURS, SceneOptions, render_many, sample_scene
+from shared.experiments.ablations import once_a_seed
+from shared.tokenizers.base import Tokenizer, trim
+from shared.tokenizers.small_bpe import SmallTokenizer
+
+PLAIN = re.compile(r"[^\W\d_][^\W\d_' -]*(?:[' -][^\W\d_' -]*)*")  # letters, blanks, hyphens, apostrophes
+LONGEST_PLAIN = 8  # words
+
+
+class Text(NamedTuple):
+    """One caption of one training picture. true: whether it belongs there, None where nobody knows."""
+
+    picture: int  # row of world.train
+    text: str
+    true: bool | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out pictures (I, 3, H, W) and right captions; text t belongs to picture owner[t]."""
+
+    images: Tensor
+    texts: list[str]
+    owner: Tensor  # (T,)
+
+    @property
+    def references(self) -> list[list[str]]:
+        """The texts of each picture."""
+        found: list[list[str]] = [[] for _ in self.images]
+        for text, picture in zip(self.texts, self.owner.tolist(), strict=True):
+            found[picture].append(text)
+        return found
+
+
+@dataclass(frozen=True)
+class Lab:
+    """labelled: pictures (N, 3, H, W) and labels (N, kinds), -1 where there is none; None: no such pictures."""
+
+    world: World
+    tokenizer: Tokenizer
+    config: BlipConfig
+    clean: list[Text]
+    web: list[Text]
+    held: Held
+    labelled: tuple[Tensor, Tensor] | None
+
+    @property
+    def web_pictures(self) -> list[int]:
+        return sorted({text.picture for text in self.web})
+
+    def tensors(self, texts: Sequence[Text], prompt: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """What a batch is made of: pictures (P, 3, H, W), tokens (P, L) of the texts behind the prompt, picture ids."""
+        rows = torch.tensor([text.picture for text in texts])
+        said = [f"{prompt} {text.text}" if prompt else text.text for text in texts]
+        tokens = trim(self.tokenizer(said, self.config.context), self.tokenizer.end)
+        return self.world.train.images[rows], tokens, rows
+
+
+def load(recipe: BlipRecipe, seed: int) -> World:
+    if not recipe.clean < recipe.pairs:
+        raise UserError(f"clean={recipe.clean} of {recipe.pairs} pairs leaves none to the web; lower it")
+    return load_world(
+        recipe.data,
+        root=recipe.data_root or None,
+        pairs=recipe.pairs,
+        test_pairs=recipe.test_pairs,
+        image_size=recipe.image_size,
+        seed=seed,
+        classes=recipe.classes,
+        objects=(1, recipe.objects),
+        clutter=recipe.clutter,
+        noise=recipe.noise,
+        jitter=recipe.jitter,
+        small=recipe.small,
+        caption_noise=recipe.caption_noise * (recipe.pairs - recipe.clean) / recipe.pairs,  # none of it is clean
+        max_dropped=recipe.max_dropped,
+    )
+
+
+def lab_of(recipe: BlipRecipe, seed: int) -> Lab:
+    world = load(recipe, seed)
+    base = VARIANTS[recipe.model]()
+    if base.tokenizer != "small-bpe":
+        raise UserError(f"model={recipe.model}: it has BERT's vocabulary; the claims train blip-tiny, -mini or -small")
+    every = [text for several in world.train.captions for text in several]
+    tokenizer = SmallTokenizer.train(every, base.vocabulary, SPECIALS)
+    config = replace(
+        fitted(base, tokenizer),
+        image_size=recipe.image_size,
+        queue=recipe.queue or base.queue,
+        momentum=recipe.momentum or base.momentum,
+        temperature=recipe.temperature or base.temperature,
+    )
+    clean, web = scenes_parted(world.train, recipe.clean) if world.train.noisy is not None else parted(world, recipe)
+    if min(len(clean), len(web)) < recipe.batch:
+        raise UserError(
+            f"data {recipe.data}: {len(clean)} clean and {len(web)} web texts do not fill a batch of {recipe.batch}; "
+            "lower batch, or change clean"
+        )
+    return Lab(world, tokenizer, config, clean, web, held_of(world, recipe, seed), labelled_of(world, recipe, seed))
+
+
+make_lab = once_a_seed(lab_of)
+
+
+def scenes_parted(train: Split, count: int) -> tuple[list[Text], list[Text]]:
+    """The first `count` pictures with captions of their own are the clean ones, all others the web."""
+    clean, web = [], []
+    for row, (several, noisy) in enumerate(zip(train.captions, train.noisy.tolist(), strict=True)):
+        part = clean if not noisy and len(clean) < count else web
+        part += [Text(row, text, not noisy) for text in several]
+    return clean, web
+
+
+def parted(world: World, recipe: BlipRecipe) -> tuple[list[Text], list[Text]]:
+    """Of a published set: pictures with a plain title of their own are the clean ones, with those titles alone; all
+    titles of the others are the web."""
+    plain = plain_titles([several for part in (world.train, world.val, world.test) for several in part.captions])
+    clean, web = [], []
+    for row, several in enumerate(world.train.captions):
+        right = [text for text in several if text in plain]
+        if right and len(clean) < recipe.clean:
+            clean += [Text(row, text) for text in right]
+        else:
+            web += [Text(row, text) for text in several]
+    return clean, web
+
+
+def plain_titles(captions: Sequence[Sequence[str]]) -> set[str]:
+    """Titles that only one picture bears, of one to eight words without a digit, an address or other signs.
+
+    A rule on the words alone, fixed before any training: what hundreds of pictures share (the name of a collection, of
+    its author, of a theme) describes none of them, and file names, addresses and dates hold digits and signs.
+    """
+    bearers = Counter(text.casefold() for several in captions for text in {one.casefold(): one for one in several})
+    return {
+        text
+        for several in captions
+        for text in several
+        if bearers[text.casefold()] == 1 and PLAIN.fullmatch(text) and len(text.split()) <= LONGEST_PLAIN
+    }
+
+
+def held_of(world: World, recipe: BlipRecipe, seed: int) -> Held:
+    """Of scenes groups that differ in one detail, each caption a near miss for its group (minimal_pairs.py);
+    of a published set its test pictures with plain titles, and these titles alone."""
+    if world.train.noisy is not None:
+        pack = packs(recipe.data, root=recipe.data_root or None)[0].subset(recipe.classes)
+        near = distractors(
+            pack, "test", recipe.test_pairs, size=recipe.image_size, seed=seed, options=scene_options(recipe)
+        )
+        return Held(near.images, near.captions, torch.arange(len(near)))
+    test = world.test
+    plain = plain_titles([several for part in (world.train, world.val, world.test) for several in part.captions])
+    kept = [[text for text in several if text in plain] for several in test.captions]
+    if not any(kept):  # a set whose captions are whole sentences with punctuation
+        kept = [list(several) for several in test.captions]
+    rows = [row for row, several in enumerate(kept) if several]
+    owner = [place for place, row in enumerate(rows) for _ in kept[row]]
+    return Held(test.images[torch.tensor(rows)], [text for row in rows for text in kept[row]], torch.tensor(owner))
+
+
+def scene_options(recipe: BlipRecipe) -> SceneOptions:
+    return SceneOptions((1, recipe.objects), recipe.clutter, recipe.noise, recipe.jitter, recipe.small)
+
+
+def labelled_of(world: World, recipe: BlipRecipe, seed: int) -> tuple[Tensor, Tensor] | None:
+    """What stands for ImageNet: of scenes further pictures of one thing, labelled with thing and colour; of a published
+    set its training pictures with their categories."""
+    if world.train.noisy is None:
+        part = world.class_train
+        return None if part is None else (part.images, part.labels[:, None])
+    pack = packs(recipe.data, root=recipe.data_root or None)[0].subset(recipe.classes)
+    alone = replace(scene_options(recipe), objects=(1, 1))
+    names, colours = pack.names, list(COLOURS)
+    scenes = [
+        sample_scene(pack, "labelled", index, seed=seed, options=alone, first=names[index % len(names)])
+        for index in range(recipe.pairs)
+    ]
+    labels = [[names.index(scene.things[0].name), colours.index(scene.things[0].colour)] for scene in scenes]
+    return torch.from_numpy(render_many(scenes, pack, recipe.image_size)), torch.tensor(labels)

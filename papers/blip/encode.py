@@ -1,0 +1,232 @@
+"""How BLIP is measured and used: retrieval with re-ranking (Sec. 5.1), captions by beam search and nucleus sampling
+(Sec. 4.3, 5.2), matching (Sec. 3.3), VQA (Sec. 5.3), dialogue (Sec. 5.5), videos (Sec. 5.6).
+
+Axes: I pictures, T texts, N patches, L tokens, D width, E joint space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from papers.blip.config import PROMPT, BlipConfig
+from papers.blip.model import Blip
+from papers.blip.tasks import BlipDialogue, BlipNlvr, BlipVqa
+from shared.core.errors import UserError
+from shared.metrics import rerank
+from shared.nn.generation import GenerationSettings, generate
+from shared.tokenizers.base import Tokenizer, trim
+
+REPETITION_PENALTY = 1.1  # of nucleus sampling (official code models/blip.py, generate)
+TOP_K = 50  # before the nucleus: what the transformers version that the official code pins adds of its own accord
+BATCH = 128
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def tokens_of(tokenizer: Tokenizer, texts: Sequence[str], config: BlipConfig) -> Tensor:
+    """Texts cut to the model's context, as in training, and no wider than the longest. (T, L)"""
+    return trim(tokenizer(list(texts), config.context), tokenizer.end)
+
+
+# ---- retrieval
+
+
+class Encoded(NamedTuple):
+    """Pictures (or videos) as both kinds of comparison take them, on the CPU."""
+
+    features: Tensor  # (I, E), L2-normalised
+    tokens: Tensor  # (I, 1 + N, D)
+
+
+@torch.inference_mode()
+def encoded(model: Blip, images: Tensor, batch: int = BATCH) -> Encoded:
+    """uint8 (I, 3, H, W)."""
+    tokens = [model.encode_image(some.to(device_of(model))) for some in images.split(batch)]
+    return Encoded(torch.cat([model.features_of(some).cpu() for some in tokens]), torch.cat([s.cpu() for s in tokens]))
+
+
+@torch.inference_mode()
+def encoded_video(model: Blip, frames: Tensor) -> Encoded:
+    """Frames uint8 (I, F, 3, H, W): their tokens in a row, their features the mean over frames, normalised (official
+    code eval_retrieval_video.py)."""
+    videos = []
+    for one in frames:
+        tokens = model.encode_image(one.to(device_of(model)))  # (F, 1 + N, D)
+        feature = F.normalize(model.vision_proj(tokens[:, 0]).float().mean(0), dim=-1)
+        videos.append((feature.cpu(), rearrange(tokens, "f n d -> (f n) d").cpu()))
+    return Encoded(*(torch.stack(part) for part in zip(*videos, strict=True)))
+
+
+@torch.inference_mode()
+def text_features(model: Blip, tokens: Tensor, batch: int = 2 * BATCH) -> Tensor:
+    """(T, L) -> (T, E), L2-normalised, on the CPU."""
+    return torch.cat([model.text_features(some.to(device_of(model))).cpu() for some in tokens.split(batch)])
+
+
+@torch.inference_mode()
+def reranked(model: Blip, pictures: Encoded, tokens: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """Scores (I, T) and (T, I): of each picture's and each text's best `candidates` by ITC the match logit plus the
+    cosine, of the others none."""
+    device = device_of(model)
+    texts = text_features(model, tokens)
+    cosines = pictures.features @ texts.T  # (I, T)
+
+    def texts_of(picture: Tensor, chosen: Tensor) -> Tensor:
+        return logit(tokens[chosen], pictures.tokens[picture[:1]])
+
+    def pictures_of(text: Tensor, chosen: Tensor) -> Tensor:
+        return logit(tokens[text], pictures.tokens[chosen])
+
+    def logit(some: Tensor, seen: Tensor) -> Tensor:
+        return model.match(some.to(device), seen.to(device))[:, 1].float().cpu()
+
+    return rerank(cosines, texts_of, candidates, "itm+itc"), rerank(cosines.T, pictures_of, candidates, "itm+itc")
+
+
+@torch.inference_mode()
+def match_probability(model: Blip, tokens: Tensor, images: Tensor, batch: int = BATCH) -> Tensor:
+    """How likely text i (T, L) matches picture i (T, 3, H, W), by the ITM head. (T,) on the CPU."""
+    device = device_of(model)
+    found = [
+        model.match(some.to(device), model.encode_image(seen.to(device))).float().softmax(1)[:, 1].cpu()
+        for some, seen in zip(tokens.split(batch), images.split(batch), strict=True)
+    ]
+    return torch.cat(found)
+
+
+# ---- captions
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How captions are written. longest, shortest: tokens, with [DEC] and the prompt, as the official code counts.
+
+    nucleus: sample from the fewest words that hold this much probability (0.9 in CapFilt); None: beam search.
+    """
+
+    prompt: str = PROMPT
+    beams: int = 3
+    nucleus: float | None = None
+    longest: int = 20
+    shortest: int = 5
+    seed: int = 0
+
+    def prompt_tokens(self, tokenizer: Tokenizer) -> list[int]:
+        """[DEC] and the prompt, without [SEP]."""
+        return [tokenizer.decode_start, *tokenizer.encode(self.prompt.strip())]
+
+    def settings(self, tokenizer: Tokenizer) -> GenerationSettings:
+        given = len(self.prompt_tokens(tokenizer))
+        if given >= self.longest:
+            raise UserError(f"prompt '{self.prompt}' takes {given} of {self.longest} tokens: no room for a caption")
+        lengths = {"max_new_tokens": self.longest - given, "min_new_tokens": max(0, self.shortest - given)}
+        if self.nucleus is None:
+            return GenerationSettings((tokenizer.end,), **lengths, beams=self.beams)
+        return GenerationSettings(
+            (tokenizer.end,),
+            **lengths,
+            sample=True,
+            top_k=TOP_K,
+            top_p=self.nucleus,
+            repetition_penalty=REPETITION_PENALTY,
+        )
+
+
+def write(
+    model: Blip,
+    tokenizer: Tokenizer,
+    images: Tensor,
+    how: Writing,
+    batch: int = BATCH,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """One caption a picture (I, 3, H, W), without the prompt. The same pictures, seed and order give the same texts,
+    in calls of any size where they share a generator; without one each call begins with the seed."""
+    settings = how.settings(tokenizer)
+    start = torch.tensor(how.prompt_tokens(tokenizer), device=device_of(model))
+    generator = generator or torch.Generator().manual_seed(how.seed)
+    texts = []
+    for some in images.split(batch):
+        with torch.inference_mode():
+            decoding = model.decoding(model.encode_image(some.to(device_of(model))))
+        found = generate(decoding, start.expand(len(some), -1), settings, generator=generator)
+        texts += [tokenizer.decode(tokens) for tokens in found.tokens]
+    return texts
+
+
+# ---- answers
+
+
+def write_answers(
+    model: BlipVqa, tokenizer: Tokenizer, images: Tensor, questions: Sequence[str], beams: int = 3, longest: int = 10
+) -> list[str]:
+    """An answer in the model's own words to each picture's question (I, 3, H, W). longest: tokens with [DEC], as the
+    official code counts (models/blip_vqa.py)."""
+    states, asked = question_states(model, tokenizer, images, questions)
+    start = torch.full_like(asked[:, :1], tokenizer.decode_start)
+    settings = GenerationSettings((tokenizer.end,), longest - 1, beams=beams)
+    with torch.inference_mode():
+        found = generate(model.decoding(states, asked), start, settings)
+    return [tokenizer.decode(tokens) for tokens in found.tokens]
+
+
+@torch.inference_mode()
+def rank_answers(
+    model: BlipVqa, tokenizer: Tokenizer, images: Tensor, questions: Sequence[str], answers: Tensor
+) -> list[int]:
+    """Which of the answers (A, L) each question is answered with."""
+    states, asked = question_states(model, tokenizer, images, questions)
+    return model.rank(states, asked, answers.to(asked.device)).tolist()
+
+
+@torch.inference_mode()
+def question_states(
+    model: BlipVqa, tokenizer: Tokenizer, images: Tensor, questions: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """What the decoder looks at (I, L, D), and the questions' tokens (I, L). A video (I, F, 3, H, W) is seen as the
+    tokens of its frames in a row."""
+    device = device_of(model)
+    asked = tokens_of(tokenizer, questions, model.config).to(device)
+    if images.ndim == 5:
+        frames = images.shape[1]
+        tokens = model.encode_image(rearrange(images, "i f c h w -> (i f) c h w").to(device))
+        seen = rearrange(tokens, "(i f) n d -> i (f n) d", f=frames)
+    else:
+        seen = model.encode_image(images.to(device))
+    return model.ask(asked, seen), asked
+
+
+@torch.inference_mode()
+def judge_pairs(model: BlipNlvr, tokenizer: Tokenizer, images: Tensor, sentences: Sequence[str]) -> list[bool]:
+    """Whether each sentence is true of its two pictures (I, 2, 3, H, W)."""
+    tokens = tokens_of(tokenizer, sentences, model.config)
+    return (model(images.to(device_of(model)), tokens.to(device_of(model))).argmax(1) == 1).tolist()
+
+
+@torch.inference_mode()
+def score_candidates(
+    model: BlipDialogue, tokenizer: Tokenizer, image: Tensor, caption: str, told: str, candidates: Sequence[str]
+) -> Tensor:
+    """How likely each candidate goes on with a dialogue `told` so far about a picture (3, H, W). (C,), on the CPU."""
+    device, context = device_of(model), model.config.context
+    texts = [ending(tokenizer, f"{told} {candidate}".strip(), context) for candidate in candidates]
+    dialogues = trim(torch.stack(texts), tokenizer.end).to(device)
+    captions = tokens_of(tokenizer, [caption], model.config).to(device)
+    return model.scores(image[None].to(device), captions, dialogues[None])[0].float().cpu()
+
+
+def ending(tokenizer: Tokenizer, text: str, context: int) -> Tensor:
+    """Tokens of the text's end where it is too long: what a dialogue leads to counts. (context,)"""
+    ids = tokenizer.encode(text)[-(context - 2) :]
+    row = torch.full((context,), tokenizer.pad)
+    row[: len(ids) + 2] = torch.tensor([tokenizer.start, *ids, tokenizer.end])
+    return row

@@ -1,0 +1,30 @@
+"""What `python -m papers train blip` trains: the model of the recipe on all its pairs, on any number of devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from papers.blip.data import lab_of
+from papers.blip.evidence.capfilt import classifying_encoder, start_from
+from papers.blip.model import BlipPretraining
+from papers.blip.module import BlipModule
+from papers.blip.recipe import BlipRecipe
+from shared.data.loader import Batches
+from shared.training.train import Trainable
+
+
+def prepare(recipe: BlipRecipe, seed: int) -> Trainable:
+    """Pre-training on web and clean pairs together, by rank."""
+    lab = lab_of(recipe, seed)
+    model = BlipPretraining(lab.config)
+    if recipe.vision_steps and lab.labelled:
+        start_from(model, classifying_encoder(lab, recipe, seed).state_dict())
+    texts = [*lab.web, *lab.clean]
+    tensors = lab.tensors(texts)
+    ids = [lab.world.train.ids[text.picture] for text in texts]
+
+    def batches(rank: int, ranks: int) -> Batches:
+        return Batches(tensors, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
+
+    by_texts = replace(recipe, pairs=len(texts))  # an epoch is all texts, of which a picture may have several
+    return Trainable(BlipModule(model, by_texts), batches, lab.world.digest, lab.tokenizer.save)

@@ -1,0 +1,220 @@
+"""How BLIP-2 is measured and used: zero-shot VQA (Sec. 4.1), captions (Sec. 4.2), retrieval with re-ranking (Sec. 4.4),
+the hallucination probe POPE, examples in context (Sec. 5). Pictures come as frozen features (B, S, C).
+
+Axes: I pictures, T texts, Q queries, L tokens, D width, E joint space, W width of the language model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from papers.blip2.model import Blip2, Blip2Qformer
+from papers.blip2.text import Words
+from shared.metrics import exact_match, pope, rerank
+from shared.nn.generation import GenerationSettings, generate
+
+BATCH = 128
+PROMPTS = {"causal": "Question: {} Answer:", "seq2seq": "Question: {} Short answer:"}  # Sec. 4.1
+CAPTION = "a photo of"  # Sec. 4.2
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+# ---- retrieval
+
+
+class Encoded(NamedTuple):
+    """Pictures as contrast takes them and as matching does, on the CPU."""
+
+    unit: Tensor  # (I, Q, E), L2-normalised
+    features: Tensor  # (I, S, C), frozen
+
+
+@torch.inference_mode()
+def encoded(model: Blip2Qformer, features: Tensor, batch: int = BATCH) -> Encoded:
+    device = device_of(model)
+    unit = [model.image_features(some.to(device))[1].float().cpu() for some in features.split(batch)]
+    return Encoded(torch.cat(unit), features)
+
+
+@torch.inference_mode()
+def text_features(model: Blip2Qformer, tokens: Tensor, batch: int = 2 * BATCH) -> Tensor:
+    """(T, L) -> (T, E), L2-normalised, on the CPU."""
+    device = device_of(model)
+    return torch.cat([model.text_features(some.to(device)).float().cpu() for some in tokens.split(batch)])
+
+
+def cosines(pictures: Encoded, texts: Tensor) -> Tensor:
+    """The query that is nearest to each text counts (Sec. 3.2). (I, T)"""
+    every = torch.einsum("i q e, t e -> i t q", pictures.unit, texts)
+    return reduce(every, "i t q -> i t", "max")
+
+
+@torch.inference_mode()
+def reranked(model: Blip2Qformer, pictures: Encoded, tokens: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """Scores (I, T) and (T, I): of each picture's and each text's best `candidates` by contrast the match logit, mean
+    over the queries, plus the cosine; of the others none (LAVIS, compute_sim_matrix: 128 candidates)."""
+    device = device_of(model)
+    near = cosines(pictures, text_features(model, tokens))  # (I, T)
+
+    def texts_of(picture: Tensor, chosen: Tensor) -> Tensor:
+        return logit(pictures.features[picture], tokens[chosen])
+
+    def pictures_of(text: Tensor, chosen: Tensor) -> Tensor:
+        return logit(pictures.features[chosen], tokens[text])
+
+    def logit(seen: Tensor, some: Tensor) -> Tensor:
+        return model.match(seen.to(device), some.to(device))[:, 1].float().cpu()
+
+    return rerank(near, texts_of, candidates, "itm+itc"), rerank(near.T, pictures_of, candidates, "itm+itc")
+
+
+# ---- answers and captions
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How texts are written behind a prompt. The lengths count new tokens; of a seq2seq model the shortest counts the
+    decoder's start token too, as min_length does where the official code hands it on."""
+
+    beams: int = 5
+    length_penalty: float = 1.0
+    longest: int = 30
+    shortest: int = 1
+
+    def settings(self, stop: Sequence[int], kind: str = "causal") -> GenerationSettings:
+        """kind: of the language model, "causal" or "seq2seq"."""
+        shortest = self.shortest - (kind == "seq2seq" and self.shortest > 0)
+        return GenerationSettings(
+            tuple(stop), self.longest, shortest, beams=self.beams, length_penalty=self.length_penalty
+        )
+
+
+ANSWERING = Writing(length_penalty=-1.0, longest=10)  # Sec. 4.1
+CAPTIONING = Writing(longest=30, shortest=8)  # LAVIS, caption_coco_opt2.7b_eval.yaml
+
+
+@torch.inference_mode()
+def write(
+    model: Blip2, words: Words, features: Tensor | None, prompts: Sequence[str], how: Writing, batch: int = BATCH
+) -> list[str]:
+    """What the language model says of each picture behind its prompt; behind the prompt alone where features is None.
+
+    Prompts of different lengths are padded on the left.
+    """
+    said = []
+    for start in range(0, len(prompts), batch):
+        chosen = slice(start, start + batch)
+        tokens, present = words.prompts(prompts[chosen], device_of(model))
+        if features is None:
+            decoding = model.language_model.decoding(no_prefix(model, len(tokens)))
+        else:
+            decoding = model.decoding(features[chosen].to(tokens.device))
+        found = generate(decoding, tokens, how.settings(words.stop, model.language_model.kind), present=present)
+        said += [words.decode(one) for one in found.tokens]
+    return said
+
+
+def no_prefix(model: Blip2, rows: int) -> Tensor:
+    """(B, 0, W): what a blind language model sees of a picture."""
+    return torch.zeros(rows, 0, model.language_model.width, device=device_of(model))
+
+
+def asked(model: Blip2, questions: Sequence[str]) -> list[str]:
+    """The questions as the paper puts them to this kind of language model."""
+    return [PROMPTS[model.language_model.kind].format(question) for question in questions]
+
+
+def answer(
+    model: Blip2, words: Words, features: Tensor | None, questions: Sequence[str], how: Writing = ANSWERING
+) -> list[str]:
+    """Zero-shot VQA: an answer in the language model's own words, its first line without the final period."""
+    said = write(model, words, features, asked(model, questions), how)
+    return [tidy(one) for one in said]
+
+
+def tidy(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[0].strip().rstrip(".").strip() if lines else ""
+
+
+def caption(
+    model: Blip2, words: Words, features: Tensor, how: Writing = CAPTIONING, prompt: str = CAPTION
+) -> list[str]:
+    """A caption of each picture, without the prompt."""
+    return [tidy(one) for one in write(model, words, features, [prompt] * len(features), how)]
+
+
+@torch.inference_mode()
+def chosen(
+    model: Blip2, words: Words, features: Tensor | None, questions: Sequence[str], answers: Sequence[str]
+) -> list[str]:
+    """Of the answers the one whose first token is likeliest: what a model that cannot know the form of the answers is
+    scored by, so that a blind one is not called wrong for its manners alone."""
+    first = [words.encode(f" {one}")[0] for one in answers]
+    tokens, present = words.prompts(asked(model, questions), device_of(model))
+    if features is None:
+        decoding = model.language_model.decoding(no_prefix(model, len(tokens)))
+    else:
+        decoding = model.decoding(features.to(tokens.device))
+    logits = decoding.prefill(tokens, present)[:, torch.tensor(first, device=tokens.device)]  # (B, A)
+    return [answers[place] for place in logits.argmax(1).tolist()]
+
+
+@torch.inference_mode()
+def answer_in_context(
+    model: Blip2,
+    words: Words,
+    features: Tensor,
+    questions: Sequence[str],
+    examples: Sequence[tuple[Tensor, str, str]],
+    how: Writing = ANSWERING,
+) -> list[str]:
+    """The same questions behind answered ones (features (S, C), question, answer), each with its own picture before it:
+    [picture, question, answer] ..., picture, question (Sec. 5). The examples are the same for all questions."""
+    device, language = device_of(model), model.language_model
+    shown = []
+    for seen, question, said in examples:
+        told = f"{PROMPTS[language.kind].format(question)} {said}"
+        ids = torch.tensor([words.begun(told)], device=device)
+        shown += [model.prefix(seen[None].to(device)), language.embed(ids)]
+    before = torch.cat([part.float() for part in shown], 1)  # (1, L, W)
+    found: list[str] = []
+    for start in range(0, len(questions), BATCH):
+        part = slice(start, start + BATCH)
+        own = model.prefix(features[part].to(device)).float()  # (B, Q, W)
+        prefix = torch.cat([before.expand(len(own), -1, -1), own], 1)
+        tokens, present = words.prompts(asked(model, questions[part]), device)
+        said = generate(language.decoding(prefix), tokens, how.settings(words.stop, language.kind), present=present)
+        found += [tidy(words.decode(one)) for one in said.tokens]
+    return found
+
+
+# ---- scores
+
+
+def accuracy(said: Sequence[str], right: Sequence[str]) -> float:
+    """Exact match in percent."""
+    [scored] = exact_match(said, [[one] for one in right]).values()
+    return 100 * scored.score
+
+
+def pope_scores(said: Sequence[str], right: Sequence[str]) -> dict[str, float]:
+    """POPE by the strict reader in percent: accuracy, F1, and beside them always the shares of yes and of replies that
+    cannot be read."""
+    found = pope(said, right, "strict")
+    names = ("acc", "f1", "yes_ratio", "parse_failures")
+    return {f"pope_{name}": 100 * found[f"pope/{name}@strict"] for name in names}
+
+
+def flat(features: Tensor) -> Tensor:
+    """(I, S, C) -> (I, C): the mean over the tokens, for a probe."""
+    return rearrange(features.float().mean(1, keepdim=True), "i 1 c -> i c")

@@ -1,0 +1,87 @@
+"""Finds papers by listing their folder: no registry. What a paper offers: paper_package.py."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.core.errors import UserError
+from shared.core.paper_card import PaperCard, load_paper
+from shared.core.paper_package import PaperPackage
+from shared.core.recipe import SCALES, Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """`folder` holds one folder a paper, importable as `import_name`; recipes and results stand beside it."""
+
+    folder: Path
+    import_name: str
+
+    @property
+    def root(self) -> Path:
+        return self.folder.parent
+
+    def names(self) -> list[str]:
+        return sorted(path.parent.name for path in self.folder.glob("*/paper.yaml"))
+
+    def known(self, name: str) -> str:
+        """The name itself, or a UserError with the nearest one."""
+        names = self.names()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
+            raise UserError(f"no paper '{name}'; {hint}")
+        return name
+
+    def card(self, name: str) -> PaperCard:
+        return load_paper(self.folder / self.known(name) / "paper.yaml")
+
+    def package(self, name: str) -> PaperPackage:
+        """What the paper's folder offers; its parts may import torch."""
+        return PaperPackage(f"{self.import_name}.{self.known(name)}")
+
+    def variants(self, name: str) -> Mapping[str, Any]:
+        return self.package(name).config.VARIANTS
+
+    def recipe_path(self, name: str, scale: str) -> Path:
+        if scale not in SCALES:
+            near = difflib.get_close_matches(scale, SCALES, n=1)
+            raise UserError(f"no scale '{scale}'; {f'did you mean {near[0]}?' if near else 'use ' + ', '.join(SCALES)}")
+        return self.root / "recipes" / self.known(name) / f"{scale}.yaml"
+
+    def recipe(self, name: str, scale: str, overrides: list[str]) -> Recipe:
+        path = self.recipe_path(name, scale)
+        recipe = load_recipe(path, self.package(name).recipe_type, overrides)
+        for key, value in (("paper", name), ("scale", scale)):
+            if getattr(recipe, key) != value:
+                raise UserError(f"{path}: {key} is '{getattr(recipe, key)}', but the file's place says '{value}'")
+        self.variant(name, recipe.model)
+        known = {row.id for row in self.card(name).claims}
+        for claim in recipe.claims:
+            if claim not in known:
+                near = difflib.get_close_matches(claim, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(sorted(known))}"
+                raise UserError(f"{path}: no claim '{claim}'; {hint}")
+        return recipe
+
+    def speaker(self, variant: str) -> str:
+        """The paper of a variant whose inference.py has a captioner, or a UserError with the nearest variant."""
+        names = [name for name in self.names() if self.package(name).offers("inference", "captioner")]
+        paper_of = {known: name for name in names for known in self.variants(name)}
+        if variant not in paper_of:
+            near = difflib.get_close_matches(variant, paper_of, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(paper_of)}"
+            raise UserError(f"no model '{variant}' that speaks of pictures; {hint}")
+        return paper_of[variant]
+
+    def variant(self, name: str, variant: str) -> str:
+        variants = self.variants(name)
+        if variant not in variants:
+            near = difflib.get_close_matches(variant, variants, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(variants)}"
+            raise UserError(f"{name}: no variant '{variant}'; {hint}")
+        return variant

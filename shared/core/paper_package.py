@@ -1,0 +1,220 @@
+"""What the runtime takes of a paper's folder, part by part: one typed contract, checked for every paper by
+tests/contracts/test_paper_package.py. A part is a module; it is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from shared.core.errors import UserError
+
+if TYPE_CHECKING:
+    import lightning
+    from torch import Tensor
+
+    from shared.core.catalog import Catalogue
+    from shared.core.paper_card import MetricRow
+    from shared.core.recipe import Recipe
+    from shared.data.dataset import World
+    from shared.experiments.ablations import Claim, Context
+    from shared.experiments.pretrained_parts import Artifact
+    from shared.inference.predict import Talk, Task
+    from shared.report.rows import Figure, Sample
+    from shared.tools.footprint import Workload
+    from shared.training.train import Trainable
+
+
+class Config(Protocol):
+    """papers/<name>/config.py. VARIANTS: {name: its frozen configuration}."""
+
+    VARIANTS: Mapping[str, Any]
+
+
+class Module(Protocol):
+    """papers/<name>/module.py."""
+
+    def example(self, pictures: int) -> tuple[lightning.LightningModule, tuple[Tensor, ...]]:
+        """A tiny module and a batch of so many pictures: what the contract tests train."""
+
+
+class Converter(Protocol):
+    """papers/<name>/converter.py."""
+
+    def convert(self, source: Path, target: Path, variant: str, to: str) -> None:
+        """Rewrite a weights file under the names `to`, "ours" or a published format's."""
+
+
+class Export(Protocol):
+    """papers/<name>/export.py."""
+
+    def export(
+        self, source: Path, target: Path, variant: str, to: str, tokenizer: Path | None, catalogue: Catalogue | None
+    ) -> None:
+        """Write weights as a new folder that the library `to` loads, with its tokenizer and card."""
+
+
+class Inference(Protocol):
+    """papers/<name>/inference.py; any of its functions may be missing where the paper has no such task."""
+
+    captioner: Callable[..., Task]
+    answerer: Callable[..., Task]
+    chatter: Callable[..., Talk]
+    classify: Callable[..., Any]
+
+
+class Train(Protocol):
+    """papers/<name>/train.py."""
+
+    def prepare(self, recipe: Any, seed: int) -> Trainable:
+        """Module and batches of `python -m papers train`."""
+
+
+class Parts(Protocol):
+    """papers/<name>/parts.py: pretrained parts for other papers' runs. PARTS: their names."""
+
+    PARTS: Sequence[str]
+
+    def build(self, part: str, recipe: Any, seed: int, folder: Path) -> dict[str, float]:
+        """Train the part and leave its files in `folder`. -> what was measured of it."""
+
+    def load(self, folder: Path, **options: Any) -> Any:
+        """Read what `build` left."""
+
+
+class Structure(Protocol):
+    """papers/<name>/evidence/structure.py."""
+
+    def measure(self, variant: str) -> dict[str, float]:
+        """Counts of the full-size network on the meta device: {part of paper.yaml's structure rows: number}."""
+
+    def forward_flops(self, variant: str) -> int:
+        """FLOPs of a forward pass over one sample."""
+
+
+class Claims(Protocol):
+    """papers/<name>/evidence/claims.py. ARMS: {arm: its training}, those first that make what others wait for."""
+
+    ARMS: Mapping[str, Callable[[Context], dict]]
+    CLAIMS: Mapping[str, Claim]
+
+    def load(self, recipe: Any, seed: int) -> World:
+        """The data of a seed, as every arm of that seed has it."""
+
+    artifacts: Callable[[Any], list[Artifact]]  # what arms take of other papers; may be missing
+
+
+class Figures(Protocol):
+    """papers/<name>/evidence/figures.py."""
+
+    def draw(
+        self, recipe: Any, outcomes: dict[int, dict[str, dict]], folder: Path
+    ) -> tuple[list[Figure], list[Sample]]:
+        """The report's figures and examples, from what every seed's arms measured and what the first seed left."""
+
+
+class Benchmarks(Protocol):
+    """papers/<name>/evidence/benchmarks.py."""
+
+    def measure(self, row: MetricRow, recipe: Any) -> float:
+        """The released weights' score of one row; LookupError says what is missing."""
+
+
+class Cost(Protocol):
+    """papers/<name>/evidence/cost.py."""
+
+    def workload(self, variant: str) -> Workload:
+        """What `plan` counts of a training step."""
+
+
+class Bench(Protocol):
+    """papers/<name>/evidence/bench.py."""
+
+    def run(self, root: Path, overrides: list[str]) -> None:
+        """Race ours against other libraries and write results/bench/."""
+
+
+@dataclass(frozen=True)
+class PaperPackage:
+    """A paper by its import name, such as "papers.clip"."""
+
+    name: str
+
+    @property
+    def config(self) -> Config:
+        return cast(Config, self._part("config"))
+
+    @property
+    def recipe_type(self) -> type[Recipe]:
+        """The one Recipe that the paper's recipe.py defines."""
+        from shared.core.recipe import Recipe
+
+        module = self._part("recipe")
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        return next(kind for kind in own if issubclass(kind, Recipe))
+
+    @property
+    def module(self) -> Module:
+        return cast(Module, self._part("module"))
+
+    @property
+    def converter(self) -> Converter:
+        return cast(Converter, self._part("converter"))
+
+    @property
+    def export(self) -> Export:
+        return cast(Export, self._part("export"))
+
+    @property
+    def inference(self) -> Inference:
+        return cast(Inference, self._part("inference"))
+
+    @property
+    def train(self) -> Train:
+        return cast(Train, self._part("train"))
+
+    @property
+    def parts(self) -> Parts:
+        return cast(Parts, self._part("parts"))
+
+    @property
+    def structure(self) -> Structure:
+        return cast(Structure, self._part("evidence.structure"))
+
+    @property
+    def claims(self) -> Claims:
+        return cast(Claims, self._part("evidence.claims"))
+
+    @property
+    def figures(self) -> Figures:
+        return cast(Figures, self._part("evidence.figures"))
+
+    @property
+    def benchmarks(self) -> Benchmarks:
+        return cast(Benchmarks, self._part("evidence.benchmarks"))
+
+    @property
+    def cost(self) -> Cost:
+        return cast(Cost, self._part("evidence.cost"))
+
+    @property
+    def bench(self) -> Bench:
+        return cast(Bench, self._part("evidence.bench"))
+
+    def offers(self, part: str, function: str) -> bool:
+        """Whether the paper has that part, and the part that function."""
+        try:
+            return hasattr(self._part(part), function)
+        except UserError:
+            return False
+
+    def _part(self, place: str) -> Any:
+        name = f"{self.name}.{place}"
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # the part is there; what it imports is not
+            raise UserError(f"{self.name.replace('.', '/')} has no {place.replace('.', '/')}.py") from None

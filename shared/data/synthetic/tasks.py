@@ -1,0 +1,237 @@
+"""Tasks made of scenes: sample `index` of a split, as the papers' training and test sets have them.
+
+Every function takes (pack, split, index) and is determined by them, the seed and the options alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shared.core.errors import UserError
+from shared.data.seeded import Draw
+from shared.data.synthetic.captions import ask, be, caption, claim, claim_of_two, phrase, reason, turns, with_article
+from shared.data.synthetic.samples import Dialogue, Episode, Hypothesis, Pair, Puzzle, Question, Statement
+from shared.data.synthetic.scenes import COLOURS, Scene, SceneOptions, Thing, render, sample_scene
+from shared.data.synthetic.sprites import SpritePack
+
+DEFAULTS = SceneOptions()
+EPISODES = ("name", "colour", "nonce")
+# Made-up words of one or two syllables, as in the fast-binding test of Frozen (Tsimpoukelli et al. 2021).
+NONCE = ("dax", "blicket", "wug", "zup", "fep", "tulver", "kiki", "gazzer", "toma", "modi", "perp", "lorp")
+
+
+def pair(
+    pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0, options: SceneOptions = DEFAULTS
+) -> Pair:
+    """A picture and a caption that names some of what is there."""
+    scene = sample_scene(pack, split, index, seed=seed, options=options)
+    return Pair(scene.id, render(scene, pack, size), caption(scene, Draw("caption", seed, split, index)))
+
+
+def question(
+    pack: SpritePack,
+    split: str,
+    index: int,
+    *,
+    size: int,
+    seed: int = 0,
+    options: SceneOptions = DEFAULTS,
+    kind: str | None = None,
+) -> Question:
+    """A question of one kind (wording.KINDS), or of any; yes and no are equally likely."""
+    scene = sample_scene(pack, split, index, seed=seed, options=options)
+    asked = ask(scene, pack.names, Draw("question", seed, split, index, kind), kind)
+    return Question(scene.id, render(scene, pack, size), asked.question, asked.answer, asked.choices)
+
+
+def reasoning(
+    pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0, options: SceneOptions = DEFAULTS
+) -> Question:
+    """A counting question with the rationale that leads to its answer."""
+    scene = sample_scene(pack, split, index, seed=seed, options=options)
+    found = reason(scene, Draw("reason", seed, split, index))
+    return Question(scene.id, render(scene, pack, size), found.question, found.answer, found.choices, found.rationale)
+
+
+def dialogue(
+    pack: SpritePack,
+    split: str,
+    index: int,
+    *,
+    size: int,
+    seed: int = 0,
+    options: SceneOptions = DEFAULTS,
+    length: int = 3,
+) -> Dialogue:
+    """A description, then up to `length - 1` questions of different kinds."""
+    scene = sample_scene(pack, split, index, seed=seed, options=options)
+    talk = turns(scene, pack.names, Draw("dialogue", seed, split, index), length)
+    return Dialogue(scene.id, render(scene, pack, size), talk)
+
+
+def statement(
+    pack: SpritePack,
+    split: str,
+    index: int,
+    *,
+    size: int,
+    seed: int = 0,
+    options: SceneOptions = DEFAULTS,
+    pictures: int = 2,
+) -> Statement:
+    """A statement about one picture or two (NLVR2). Truth is drawn before the sentence's form, so that the words alone
+    do not give it away."""
+    draw = Draw("statement", seed, split, index, pictures)
+    truth = draw.chance(0.5)
+    left = sample_scene(pack, split, index, seed=seed, options=options)
+    if pictures == 1:
+        text = claim(left, pack.names, draw, truth).statement
+        return Statement(left.id, (render(left, pack, size),), text, truth)
+    kind = draw.pick(("each", "both", "count"))
+    for attempt in range(1, 50):
+        name = draw.pick(left.things).name if kind == "both" and truth else None
+        right = sample_scene(pack, split, index, seed=seed, options=options, first=name, attempt=attempt)
+        shared = {t.name for t in left.things} & {t.name for t in right.things}
+        if kind == "each" or (kind == "both" and truth == bool(shared)):
+            break
+        if kind == "count" and len(left.things) != len(right.things):
+            break
+    else:
+        kind = "each"  # scenes of a fixed number of things cannot differ in it
+    text = claim_of_two(left, right, pack.names, draw, truth, kind)
+    return Statement(left.id, (render(left, pack, size), render(right, pack, size)), text, truth)
+
+
+def hypothesis(
+    pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0, options: SceneOptions = DEFAULTS
+) -> Hypothesis:
+    """What colour a thing has, as SNLI-VE asks: entailed by the picture, contradicted by it, or left open, because it
+    does not show the thing. The verdict is drawn first, so that the words alone do not give it away."""
+    scene = sample_scene(pack, split, index, seed=seed, options=options)
+    shown = {thing.name for thing in scene.things}
+    absent = [name for name in pack.names if name not in shown]
+    if not absent:
+        raise UserError(f"hypotheses need a thing that the picture does not show: raise classes ({len(pack.names)})")
+    draw = Draw("hypothesis", seed, split, index)
+    verdict = draw.pick(("entailment", "neutral", "contradiction"))
+    thing = draw.pick(scene.things)
+    other = draw.pick([colour for colour in COLOURS if colour != thing.colour])
+    colour = {"entailment": thing.colour, "contradiction": other}.get(verdict) or draw.pick((thing.colour, other))
+    named = replace(thing, name=draw.pick(absent)) if verdict == "neutral" else thing
+    what = f"on {with_article(f'{colour} card')}" if scene.cards else colour
+    text = f"{phrase(named, scene.cards, determiner='the')} {be(named)} {what}"
+    return Hypothesis(scene.id, render(scene, pack, size), text, verdict)
+
+
+def episode(
+    pack: SpritePack,
+    split: str,
+    index: int,
+    *,
+    size: int,
+    shots: int = 4,
+    kind: str = "name",
+    seed: int = 0,
+    options: SceneOptions = DEFAULTS,
+) -> Episode:
+    """Few-shot learning in context. kind `name`: the query's class is in no shot, so that copying cannot help;
+    `colour`; `nonce`: two made-up words that the shots bind to two things, and that nothing else can tell."""
+    if kind not in EPISODES:
+        raise UserError(f"episode kind {kind!r}: choose {', '.join(EPISODES)}")
+    if kind == "name" and shots + 1 > len(pack.sprites):
+        raise UserError(f"episodes of {shots} shots need {shots + 1} classes, there are {len(pack.sprites)}")
+    draw = Draw("episode", seed, split, index, shots, kind)
+    alone = replace(options, objects=(1, 1))
+    words: dict[str, str] = {}
+    if kind == "nonce":
+        words = dict(zip(draw.sample(pack.names, 2), draw.sample(NONCE, 2), strict=True))
+        # Both words occur equally often in the shots; which of them is asked for is a coin's throw.
+        bound = list(words)
+        names = [*draw.shuffled([bound[i % 2] for i in range(shots)]), draw.pick(bound)]
+    elif kind == "name":
+        names = draw.sample(pack.names, shots + 1)
+    else:
+        names = [draw.pick(pack.names) for _ in range(shots + 1)]
+    scenes = [
+        sample_scene(pack, split, index, seed=seed, options=alone, first=name, attempt=i + 1)
+        for i, name in enumerate(names)
+    ]
+    prompts = {
+        "name": "question: what is this? answer:",
+        "colour": f"question: what colour is the {'card' if not pack.tinted else 'shape'}? answer:",
+        "nonce": "this is a",
+    }
+
+    def answer(scene: Scene) -> str:
+        thing = scene.things[0]
+        return {"name": thing.name, "colour": thing.colour}.get(kind) or words[thing.name]
+
+    pictures = [render(scene, pack, size) for scene in scenes]
+    texts = [f"{prompts[kind]} {answer(scene)}" for scene in scenes[:-1]]
+    return Episode(
+        f"{split}-{index:06d}",
+        tuple(zip(pictures, texts, strict=False)),
+        pictures[-1],
+        prompts[kind],
+        answer(scenes[-1]),
+    )
+
+
+def puzzle(pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0) -> Puzzle:
+    """A 3 x 3 matrix: each row follows one rule in what, colour and count; six candidates for the last panel.
+
+    The candidates are six corners of a cube (two values an attribute): every value occurs three times and all six are
+    alike by symmetry, so that without the panels nothing beats 1 in 6 (the flaw of RAVEN's answers, see I-RAVEN).
+    """
+    draw = Draw("puzzle", seed, split, index)
+    rules = [
+        draw.pick(("constant", "three")),
+        draw.pick(("constant", "three")),
+        draw.pick(("constant", "progression", "three")),
+    ]
+    if rules == ["constant"] * 3:
+        rules[draw.below(3)] = "three"
+    grids = [
+        _rows(rule, values, draw) for rule, values in zip(rules, (pack.names, list(COLOURS), [1, 2, 3, 4]), strict=True)
+    ]
+    cells = [tuple(grid[row][col] for grid in grids) for row in range(3) for col in range(3)]
+    other = tuple(
+        draw.pick(sorted({v for row in grid for v in row} - {right}, key=str))
+        for grid, right in zip(grids, cells[8], strict=True)
+    )
+    corners = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]  # 0 is the right value of an attribute
+    dropped = draw.pick([corner for corner in corners if any(corner) and not all(corner)])
+    opposite = tuple(1 - bit for bit in dropped)
+    kept = draw.shuffled([corner for corner in corners if corner not in (dropped, opposite)])
+    candidates = [tuple((cells[8], other)[bit][a] for a, bit in enumerate(corner)) for corner in kept]
+
+    def picture(cell):
+        return render(_panel(*cell, cards=not pack.tinted), pack, size)
+
+    return Puzzle(
+        f"{split}-{index:06d}",
+        tuple(picture(cell) for cell in cells[:8]),
+        tuple(picture(cell) for cell in candidates),
+        kept.index((0, 0, 0)),
+        tuple(f"{name}: {rule}" for name, rule in zip(("what", "colour", "count"), rules, strict=True)),
+    )
+
+
+def _rows(rule: str, values: list, draw: Draw) -> list[list]:
+    if rule == "progression":
+        return [[start, start + 1, start + 2] for start in draw.shuffled([1, 2, draw.pick((1, 2))])]
+    three = draw.sample(values, 3)
+    if rule == "constant":
+        return [[value] * 3 for value in three]
+    turn = draw.pick((1, 2))
+    return [[three[(turn * row + col) % 3] for col in range(3)] for row in range(3)]
+
+
+def _panel(name: str, colour: str, count: int, cards: bool) -> Scene:
+    grid = (1, 1) if count == 1 else (2, 2)
+    side = 0.6 if count == 1 else 0.44
+    things = tuple(
+        Thing(name, colour, "large", (i // 2, i % 2), (i % 2 + 0.5) / grid[1], (i // 2 + 0.5) / grid[0], side)
+        for i in range(count)
+    )
+    return Scene(f"{name}-{colour}-{count}", things, grid, cards)

@@ -1,0 +1,322 @@
+"""`reproduce`: climbs the four rungs for one paper and one recipe, and writes the report of reported vs reproduced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from shared.core.catalog import Catalogue
+from shared.core.console import Console
+from shared.core.errors import UserError
+from shared.core.paper_card import UNITS, ClaimRow, PaperCard
+from shared.core.provenance import commit_and_dirty, environment_text, machine_description
+from shared.core.recipe import Recipe, to_yaml
+from shared.experiments.pretrained_parts import Artifact
+from shared.experiments.run_dir import RunFolder, open_run
+from shared.report.rows import Report, Row
+from shared.training.tracking import Tracker
+
+
+def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Console, fresh: bool = False) -> Path:
+    """Run the recipe's rungs and return the path of report.json. Everything lands in runs/<paper>/<scale>/<stamp>/.
+
+    An interrupted run of the same recipe and code is gone on with, unless `fresh`: no finished arm is trained again.
+    """
+    from shared.report.write import write
+
+    if recipe.devices * recipe.nodes > 1:
+        raise UserError(
+            f"devices={recipe.devices} nodes={recipe.nodes}: a reproduction trains every arm on one device; "
+            "`python -m papers train` trains one model on many"
+        )
+    commit, dirty = commit_and_dirty(catalogue.root)  # of what runs, not of what is edited meanwhile
+    name, card = recipe.paper, catalogue.card(recipe.paper)
+    run = open_run(catalogue.root, recipe, fresh)
+    folder = run.path
+    if run.sessions > 1:
+        console.say(f"going on with the interrupted run in {folder} (--fresh begins anew)")
+    console.stages(len([rung for rung in recipe.rungs if rung != "claims"]) + 2 * ("claims" in recipe.rungs) + 1)
+    rows: list[Row] = []
+    data: dict = {"name": recipe.data, "digest": None, "coverage": [], "credits": [], "note": None}
+    figures, samples, tracker = [], [], None
+
+    if "structure" in recipe.rungs:
+        console.stage("structure: the full-size networks, on the meta device")
+        rows += structure_rows(catalogue, card, console)
+    if "parity" in recipe.rungs:
+        console.stage("parity: against independent implementations, fp32, small random weights")
+        rows += parity_rows(catalogue, name, folder, console)
+    if "claims" in recipe.rungs:
+        console.stage(f"data: {recipe.data}")
+        recipe, data = prepare_data(catalogue, recipe, console)
+        run.same("data", data["digest"])
+        if used := artifacts_of(catalogue, recipe, console):
+            run.same("artifacts", {one.title: one.digest for one in used})
+            data["artifacts"] = [one.line for one in used]
+        console.stage("claims: every arm and seed, trained and measured")
+        claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, run, command, console)
+        rows += claim_rows_found
+        try:
+            figures, samples = catalogue.package(name).figures.draw(recipe, outcomes, folder)
+        except Exception as error:  # a figure must not cost the rows that were trained for
+            console.say(f"figures could not be drawn: {type(error).__name__}: {error}")
+    if "metrics" in recipe.rungs:
+        console.stage("metrics: released weights on the paper's benchmarks")
+        rows += metric_rows(catalogue, card, recipe, console)
+
+    console.stage("report")
+    if run.sessions > 1:
+        data["run"] = [*data.get("run", []), f"gone on with after an interruption, {run.sessions} sessions"]
+    report = Report(
+        paper=name,
+        title=card.paper.title,
+        scale=recipe.scale,
+        commit=commit,
+        dirty=dirty,
+        data=data,
+        machine=machine_description(),
+        seconds=round(run.seconds, 1),
+        started=run.started,
+        rows=rows,
+        figures=figures,
+        samples=samples,
+        command=command,
+        recipe=to_yaml(recipe),
+        environment=environment_text(),
+    )
+    path = write(report, folder)
+    if tracker:
+        for name in ("report.html", "report.json"):
+            tracker.log_artifact(folder / name)
+    return path
+
+
+# ---- structure
+
+
+def structure_rows(catalogue: Catalogue, card: PaperCard, console: Console) -> list[Row]:
+    measure = catalogue.package(card.paper.key).structure.measure
+    by_variant = defaultdict(list)
+    for row in card.structure:
+        by_variant[row.variant].append(row)
+    found = []
+    for variant, wanted in console.bar(by_variant.items(), "variants"):
+        measured = measure(variant)
+        for row in wanted:
+            value = measured[row.part] / UNITS[row.unit]
+            whole = row.unit in ("count", "parameters")
+            match = abs(value - row.reported) <= row.tolerance + 1e-9
+            found.append(
+                Row(
+                    "structure",
+                    row.id,
+                    f"{variant}: {row.part.replace('_', ' ')}, {row.unit}",
+                    reported=int(row.reported) if whole else row.reported,
+                    reproduced=round(value) if whole else round(value, 4),
+                    tolerance=row.tolerance,
+                    verdict="match" if match else "mismatch",
+                    source=row.source,
+                )
+            )
+    return found
+
+
+# ---- parity
+
+
+def parity_rows(catalogue: Catalogue, name: str, folder: Path, console: Console) -> list[Row]:
+    """Run tests/parity/test_<paper>.py in a process of its own and read the differences it measured."""
+    test = catalogue.root / "tests" / "parity" / f"test_{name}.py"
+    need = (
+        f"the development extras: pip install -e '.[dev]', then `python -m pytest {test.relative_to(catalogue.root)}`"
+    )
+    out, log = folder / "parity.json", folder / "parity.log"
+    if not test.is_file() or any(missing(module) for module in ("pytest", "transformers")):
+        return [Row("parity", f"{name}.parity", "against independent implementations", verdict="not run", need=need)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test), "--rows", str(out)]
+    with console.waiting("parity tests"):
+        ran = subprocess.run(command, cwd=catalogue.root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    log.write_text(ran.stdout + ran.stderr)
+    if not out.is_file() or ran.returncode not in (0, 1):
+        raise UserError(f"the parity tests did not run (exit code {ran.returncode}); see {log}")
+    rows = []
+    for found in json.loads(out.read_text()):
+        if "difference" in found:
+            match = found["difference"] <= found["tolerance"]
+            reported, value, tolerance = "equal", f"max |difference| {found['difference']:.1e}", found["tolerance"]
+        else:
+            match = found["found"] == found["expected"]
+            reported, value, tolerance = found["expected"], found["found"], 0
+        verdict = "match" if match else "mismatch"
+        source = test.relative_to(catalogue.root).as_posix()
+        rows.append(
+            Row("parity", found["id"], found["what"], reported, value, None, None, tolerance, None, verdict, source)
+        )
+    if ran.returncode == 1 and all(row.verdict == "match" for row in rows):
+        raise UserError(f"a parity test failed before it measured anything; see {log}")
+    return rows
+
+
+def missing(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is None
+
+
+# ---- claims
+
+
+def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tuple[Recipe, dict]:
+    """Fetch what the data needs, load it once to see that it is sound, and describe it for the report."""
+    from shared.data.dataset import fetch_world
+    from shared.experiments.ablations import seeds_of
+
+    note = None
+    try:
+        with console.waiting(f"fetching {recipe.data}") as say:
+            if not recipe.data_root:
+                fetch_world(recipe.data, report=lambda entry, done, total: say(f"{entry}: {done / 1e6:.0f} MB"))
+    except UserError as error:
+        if recipe.data != "emoji":
+            raise
+        note = f"the emoji artwork could not be fetched, so drawn shapes stand in for it: {error}"
+        console.say(note)
+        recipe = dataclasses.replace(recipe, data="shapes")
+    with console.waiting("reading the data"):
+        world = catalogue.package(recipe.paper).claims.load(recipe, seeds_of(recipe)[0])
+    console.say(
+        f"{world.name}: {len(world.train.ids)} training pictures, {len(world.test.ids)} test pictures"
+        + (f", {len(world.classes)} classes" if world.classes else "")
+    )
+    coverage = [dataclasses.asdict(one) for one in world.coverage]
+    return recipe, {
+        "name": world.name,
+        "digest": world.digest,
+        "coverage": coverage,
+        "credits": list(world.credits),
+        "note": note or world.note,
+    }
+
+
+def artifacts_of(catalogue: Catalogue, recipe: Recipe, console: Console) -> list[Artifact]:
+    """What the paper's claims take of other papers (claims.artifacts(recipe), where there is one), made beforehand."""
+    offered = getattr(catalogue.package(recipe.paper).claims, "artifacts", None)
+    if offered is None:
+        return []
+    with console.waiting("artifacts of other papers"):
+        return offered(recipe)
+
+
+def run_claims(
+    catalogue: Catalogue, card: PaperCard, recipe: Recipe, data: dict, run: RunFolder, command: str, console: Console
+) -> tuple[list[Row], dict[int, dict[str, dict]], Tracker]:
+    """Train every arm once a seed, then let each claim compare them. -> rows, {seed: {arm: measurements}}, its run."""
+    from shared.experiments.ablations import run_arms, seeds_of
+
+    wanted = [row for row in card.claims if not recipe.claims or row.id in recipe.claims]
+    claims = catalogue.package(recipe.paper).claims.CLAIMS
+    arms = list(dict.fromkeys(arm for row in wanted for arm in claims[row.id].arms))
+    total = len(arms) * recipe.seeds * recipe.steps * recipe.batch
+    outcomes: dict[int, dict[str, dict]] = defaultdict(dict)
+    folder, waited = run.path, []
+    tracker = Tracker(
+        experiment=recipe.paper,
+        name=f"{recipe.scale} {data['name']}",
+        folder=catalogue.root,
+        root=catalogue.root,
+        data=data["name"],
+        data_digest=data["digest"],
+        command=command,
+        about=card.paper.title,
+        tags={"scale": recipe.scale, "seeds": recipe.seeds},
+        params=dataclasses.asdict(recipe),
+        resume=run.get("tracking"),
+    )
+    run.keep(tracking=tracker.key)
+    package = catalogue.package(recipe.paper).name
+    with tracker, console.progress(total, f"{len(arms)} arms x {recipe.seeds} seeds", "samples") as bar:
+        tracker.log_text(to_yaml(recipe), "recipe.yaml")
+        for outcome in run_arms(package, recipe, arms, folder / "arms", bar.advance):
+            outcomes[outcome.seed][outcome.arm] = outcome.measured
+            waited += [outcome.measured["waited"]] if "waited" in outcome.measured else []
+            run.keep()
+            bar.note(f"{sum(map(len, outcomes.values()))}/{len(arms) * recipe.seeds} trained")
+            with tracker.child(f"{outcome.arm} {outcome.seed}", {"arm": outcome.arm}, {"seed": outcome.seed}) as child:
+                numbers = {k: v for k, v in outcome.measured.items() if isinstance(v, (int, float))}
+                child.log_metrics(numbers | {"seconds": outcome.seconds}, step=recipe.steps)
+                child.log_curves(outcome.measured.get("curves", {}))
+        rows = [claim_row(row, claims[row.id], recipe, outcomes) for row in wanted]
+        tracker.log_metrics({row.id: row.reproduced for row in rows if isinstance(row.reproduced, float)})
+    if waited:
+        data["run"] = [f"waited for data {100 * sum(waited) / len(waited):.2g} % of the training time"]
+    seeds = seeds_of(recipe)
+    return rows, {seed: outcomes[seed] for seed in seeds}, tracker
+
+
+def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str, dict]]) -> Row:
+    """Effect, interval and verdict of one claim, by the rule that paper.yaml declared before the run."""
+    from shared.metrics.stats import Rule, verdict
+
+    reported = row.reported_as or row.reported
+    rule = Rule(row.direction, row.margin or 0.0)
+    if recipe.scale == "smoke":
+        need = f"a scale that can tell: make reproduce PAPER={recipe.paper} SCALE=mini (smoke only proves that it runs)"
+        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
+    several = [outcomes[seed] for seed in sorted(outcomes)][: claim.seeds(recipe) if claim.seeds else None]
+    effects = [claim.effect(measured) for measured in several]
+    if any(effect is None for effect in effects):
+        need = f"{claim.need}; this run read {recipe.data}"
+        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
+    try:
+        found = verdict(effects, rule)
+    except UserError as error:  # a diverged seed
+        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=str(error))
+    beside = claim.shown(several) if claim.shown else ""
+    if found.word == "inconclusive" and found.smallest_effect is not None:
+        beside += f"{'; ' if beside else ''}smallest effect this run could have seen: {found.smallest_effect:.2g}"
+    if found.note:
+        beside += f"{'; ' if beside else ''}{found.note}"
+    return Row(
+        "claims",
+        row.id,
+        f"{row.statement} ({beside})" if beside else row.statement,
+        reported,
+        round(found.mean, 4),
+        None if found.low is None else round(found.low, 4),
+        None if found.high is None else round(found.high, 4),
+        f"{rule}, {row.unit}",
+        len(several),
+        found.word,
+        row.source,
+    )
+
+
+# ---- metrics
+
+
+def metric_rows(catalogue: Catalogue, card: PaperCard, recipe: Recipe, console: Console) -> list[Row]:
+    """Score the released weights where weights and data are at hand; say exactly what is lacking where not."""
+    measure = catalogue.package(recipe.paper).benchmarks.measure
+    rows = []
+    for row in console.bar(card.metrics, "rows"):
+        what = f"{row.variant} on {row.dataset} ({row.split}): {row.metric}"
+        if row.remeasured:
+            what += f"; {row.remeasured.by} measured {row.remeasured.value:g}"
+        # without a printed number the re-measured one is what we compare with
+        reported = row.reported if row.reported is not None else row.remeasured.value
+        try:
+            value = measure(row, recipe)
+        except UserError as lacking:
+            rows.append(Row("metrics", row.id, what, reported, verdict="not run", source=row.source, need=str(lacking)))
+            continue
+        verdict = "match" if abs(value - reported) <= row.tolerance else "mismatch"
+        rows.append(
+            Row(
+                "metrics", row.id, what, reported, round(value, 2), None, None, row.tolerance, None, verdict, row.source
+            )
+        )
+    return rows

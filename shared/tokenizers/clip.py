@@ -1,0 +1,105 @@
+"""CLIP's byte-pair tokenizer (CLIP, Sec. 2.4)."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import html
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared.core.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+from shared.tokenizers.base import Tokenizer, _open_clip_file, _write
+
+
+class ClipTokenizer(Tokenizer):
+    """CLIP's tokenizer: 49,408 ids over lower-cased text. Its merges come with the package open_clip_torch.
+
+    Cleaning is the released one: ftfy, HTML unescaped twice, white space collapsed, lower case. `<|startoftext|>` and
+    `<|endoftext|>` in a text stand for the two special ids, as in the release.
+    """
+
+    kind = "clip-bpe"
+    vocab_size, start, end, pad = 49408, 49406, 49407, 0
+    digest = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"  # sha256 of the merges file
+
+    def __init__(self) -> None:
+        import regex
+
+        self._bpe = _clip_bpe()
+        self._pattern = regex.compile(
+            r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+            regex.IGNORECASE,
+        )
+        self._words: dict[str, list[int]] = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
+
+    def encode(self, text: str) -> list[int]:
+        words = self._words
+        if len(words) > 1 << 18:  # a corpus of noise must not fill the memory
+            words = self._words = dict(list(words.items())[:2])
+        ids: list[int] = []
+        for word in self._pattern.findall(_clean(text)):
+            found = words.get(word)
+            if found is None:
+                found = self._bpe.encode(word).ids
+                if len(word) <= _LONGEST_WORD:
+                    words[word] = found
+            ids += found
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        letters = "".join(self._bpe.id_to_token(token) for token in self._body(ids))
+        data = bytes(_BYTE_OF[letter] for letter in letters)
+        return data.decode("utf-8", errors="replace").replace("</w>", " ").strip()
+
+    def save(self, path: str | Path) -> None:
+        _write(path, {"kind": self.kind, "digest": self.digest})
+
+
+def _clean(text: str) -> str:
+    # ftfy and html leave printable ASCII without '&' as it is (tested), and ftfy is most of the cost
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy
+
+        text = _unescape(_unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def _unescape(text: str) -> str:
+    # Python refuses to read a number of 5,000 digits; no character has one of 1,000
+    return html.unescape(re.sub("&#[0-9]{1000,};?", "\ufffd", text))
+
+
+_LONGEST_WORD = 100  # characters: longer ones are neither remembered nor learnt from whole
+
+# Byte-level alphabets print every byte: the printable ones stand for themselves, the others for U+0100 and up.
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+
+
+@lru_cache(maxsize=1)
+def _clip_bpe() -> tokenizers.Tokenizer:
+    """Ids in the released order: 256 bytes, 256 bytes that end a word, 48,894 merges."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = _open_clip_file("bpe_simple_vocab_16e6.txt.gz")
+    packed = path.read_bytes()
+    found = hashlib.sha256(packed).hexdigest()
+    if found != ClipTokenizer.digest:
+        raise UserError(
+            f"{path}: not CLIP's merges: expected sha256 {ClipTokenizer.digest}, found {found}; reinstall it"
+        )
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]  # behind the header; the rest is unused
+    tokens = [*_BYTE_OF, *(letter + "</w>" for letter in _BYTE_OF), *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return bpe

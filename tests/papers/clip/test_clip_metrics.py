@@ -1,0 +1,205 @@
+"""The metrics rung end to end: a tiny checkpoint in the published format, small sets in the published layouts."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from papers.clip import config as clip_config
+from papers.clip.config import ClipConfig
+from papers.clip.converter import OPENAI_VIT, TRANSFORMERS, convert
+from papers.clip.encode import classifier, image_features
+from papers.clip.evidence import benchmarks as metrics
+from papers.clip.inference import classify
+from papers.clip.model import Clip
+from papers.clip.pretrained import load_file, load_model
+from papers.clip.recipe import ClipRecipe
+from shared.core.errors import UserError
+from shared.core.files import sha256
+from shared.core.paper_card import MetricRow, Need
+from shared.tokenizers.clip import ClipTokenizer
+from shared.weights.load import save_weights
+from shared.weights.safe_load import read_tensors
+from shared.weights.weight_map import to_published
+
+TINY = replace(clip_config.tiny(), vocabulary=49_408, end_token=49_407, context=77, tokenizer="clip-bpe")
+CLASSES = ("airplane", "automobile", "bird", "cat")
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A model under OpenAI's names, in a manifest that states its card; the variant stands for it in this test."""
+    monkeypatch.setitem(clip_config.VARIANTS, "clip-vit-b-32", lambda: TINY)
+    torch.manual_seed(0)
+    model = Clip(TINY).eval()
+    path = tmp_path / "tiny.safetensors"
+    save_weights(to_published(model.state_dict(), OPENAI_VIT), path)
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text(yaml.safe_dump({"clip-vit-b-32": entry(path)}))
+    for cache in (metrics.model_of, metrics.class_scores, metrics.retrieval, metrics.probe_score):
+        cache.cache_clear()
+    return model, manifest
+
+
+def entry(path, activation="quick_gelu"):
+    return {
+        "what": "a tiny CLIP",
+        "kind": "checkpoint",
+        "source": {"type": "path", "path": str(path)},
+        "file": path.name,
+        "sha256": sha256(path),
+        "licence": "none",
+        "preprocess": {"size": 32, "resize": "bicubic", "mean": list(TINY.mean), "std": list(TINY.std)},
+        "tokenizer": {"kind": "clip-bpe", "vocabulary": 49408, "context": 77},
+        "config": {"activation": activation, "norm_eps": 1e-5},
+    }
+
+
+def picture(seed, kind="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def cifar10(folder, per_class=3):
+    folder.mkdir(parents=True)
+    for split, start in (("train", 100), ("test", 0)):
+        labels = list(CLASSES) * per_class
+        pictures = [picture(start + i) for i in range(len(labels))]
+        table = pa.table({"key": [f"{split}{i}" for i in range(len(labels))], "image": pictures, "label": labels})
+        pq.write_table(table, folder / f"{split}.parquet")
+
+
+def karpathy(folder, count=6):
+    folder.mkdir(parents=True)
+    images = []
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(picture(i))
+        sentences = [{"raw": f"caption {n} of picture {i}"} for n in range(5)]
+        images.append({"filename": f"{i}.png", "split": "test", "sentences": sentences})
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"dataset": "flickr30k", "images": images}))
+
+
+def row(dataset, metric):
+    need = Need(weights="clip-vit-b-32", data="as published")
+    return MetricRow(
+        id="clip.metrics.x", variant="clip-vit-b-32", dataset=dataset, split="test", metric=metric, reported=50.0,
+        remeasured=None, tolerance=1.0, source="Table 11", need=need,
+    )  # fmt: skip
+
+
+def recipe(tmp_path, manifest):
+    return ClipRecipe(paper="clip", scale="paper", data_root=str(tmp_path), manifest=str(manifest))
+
+
+def test_cifar_is_scored_with_the_published_prompts(released, tmp_path):
+    model, manifest = released
+    cifar10(tmp_path / "cifar10")
+    found = metrics.measure(row("CIFAR-10", "zeroshot/top1@openai-ensemble18"), recipe(tmp_path, manifest))
+    names, templates = metrics.class_prompts("CIFAR-10", "openai-ensemble18")
+    assert len(names) == 10 and len(templates) == 18
+    pictures = [np.asarray(Image.open(io.BytesIO(picture(i)))) for i in range(12)]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    answer = (image_features(model, images) @ classifier(model, ClipTokenizer(), names, templates).T).argmax(1)
+    assert found == pytest.approx(100 * float((answer == torch.tensor([0, 1, 2, 3] * 3)).float().mean()))
+
+
+def test_retrieval_reads_the_karpathy_layout(released, tmp_path):
+    _, manifest = released
+    karpathy(tmp_path / "flickr30k")
+    scores = [
+        metrics.measure(row("Flickr30k", f"retrieval/{way}_r{k}@hit-pessimistic"), recipe(tmp_path, manifest))
+        for way in ("i2t", "t2i")
+        for k in (1, 5, 10)
+    ]
+    assert all(0 <= score <= 100 for score in scores) and scores[2] >= scores[1] >= scores[0]
+    assert scores[5] == 100.0, "six pictures: one of the first ten is always right"
+
+
+def test_the_linear_probe_reads_train_and_test(released, tmp_path):
+    _, manifest = released
+    cifar10(tmp_path / "cifar10", per_class=5)
+    found = metrics.measure(row("CIFAR-10", "probe/top1@lbfgs-pre-projection"), recipe(tmp_path, manifest))
+    assert 0 <= found <= 100
+
+
+@pytest.mark.parametrize(("scale", "root"), [("mini", "."), ("paper", ""), ("paper", "nowhere")])
+def test_what_cannot_be_run_says_the_exact_need(released, tmp_path, scale, root):
+    _, manifest = released
+    with pytest.raises(UserError, match=r"SCALE=paper .*data_root.*cifar10.*tiny.safetensors"):
+        metrics.measure(
+            row("CIFAR-10", "zeroshot/top1@openai-ensemble18"),
+            ClipRecipe(paper="clip", scale=scale, data_root=root, manifest=str(manifest)),
+        )
+
+
+def test_a_checkpoint_of_another_activation_is_refused_before_it_is_loaded(released, tmp_path):
+    _, manifest = released
+    cifar10(tmp_path / "cifar10")
+    manifest.write_text(yaml.safe_dump({"clip-vit-b-32": entry(tmp_path / "tiny.safetensors", activation="gelu")}))
+    with pytest.raises(UserError, match="activation is gelu in the manifest but quick_gelu"):
+        metrics.measure(row("CIFAR-10", "zeroshot/top1@openai-ensemble18"), recipe(tmp_path, manifest))
+
+
+def test_a_changed_byte_of_the_weights_is_refused(released, tmp_path):
+    _, manifest = released
+    cifar10(tmp_path / "cifar10")
+    weights = tmp_path / "tiny.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="sha256"):
+        metrics.measure(row("CIFAR-10", "zeroshot/top1@openai-ensemble18"), recipe(tmp_path, manifest))
+
+
+def test_zeroshot_classifies_pictures_and_folders_and_names_each(released, tmp_path):
+    _, manifest = released
+    (tmp_path / "mine").mkdir()
+    for i in range(2):
+        (tmp_path / "mine" / f"{i}.jpg").write_bytes(picture(i, "JPEG"))
+    lines = list(classify([tmp_path / "mine"], "clip-vit-b-32", ["a cat", "a dog"], "{}", manifest=manifest))
+    assert len(lines) == 2 and all("a cat" in line and "a dog" in line and "%" in line for line in lines)
+
+
+def test_a_truncated_picture_is_named_not_guessed(released, tmp_path):
+    _, manifest = released
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(picture(0, "JPEG")[:300])
+    with pytest.raises(UserError, match=r"cut\.jpg"):
+        list(classify([path], "clip-vit-b-32", ["a", "b"], "{}", manifest=manifest))
+
+
+def test_converting_there_and_back_keeps_every_tensor(released, tmp_path):
+    model, _ = released
+    convert(tmp_path / "tiny.safetensors", tmp_path / "hf.safetensors", "clip-vit-b-32", "transformers")
+    published = read_tensors(tmp_path / "hf.safetensors")
+    assert set(published) == set(to_published(model.state_dict(), TRANSFORMERS))
+    back = load_file(tmp_path / "hf.safetensors", TINY).state_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(back[key], tensor), key
+
+
+@pytest.mark.parametrize("to", ["hugging", "OURS"])
+def test_an_unknown_target_format_is_named(released, tmp_path, to):
+    with pytest.raises(UserError, match="choose ours, openai-vit"):
+        convert(tmp_path / "tiny.safetensors", tmp_path / "x.safetensors", "clip-vit-b-32", to)
+
+
+def test_weights_of_a_stranger_are_refused(tmp_path):
+    save_weights({"layer.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="not CLIP weights"):
+        load_file(tmp_path / "x.safetensors", ClipConfig(**vars(TINY)))
+
+
+def test_weights_trained_here_bring_their_own_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        save_weights({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        load_model("clip-tiny", tmp_path / "model.safetensors", None, tmp_path / "manifest.yaml")

@@ -1,0 +1,81 @@
+"""Stages are made once, by whoever comes first, whole or not at all, and follow from their key alone."""
+
+import multiprocessing
+import random
+import time
+
+import pytest
+import torch
+
+from shared.experiments.stage_cache import Stages
+
+
+def test_a_stage_is_made_once_and_then_found(tmp_path):
+    made = []
+
+    def make(folder):
+        made.append(1)
+        (folder / "value").write_text(str(torch.rand(1).item()))
+
+    stages = Stages(tmp_path, 3)
+    first = stages.once("drawn", make)
+    assert stages.once("drawn", make) == first and made == [1]
+
+
+def test_what_it_draws_follows_from_seed_and_name_and_disturbs_nobody(tmp_path):
+    def value(folder, seed, name, before):
+        torch.manual_seed(before)
+        random.seed(before)
+        found = Stages(folder, seed).once(name, lambda f: (f / "v").write_text(f"{torch.rand(1)} {random.random()}"))
+        return (found / "v").read_text(), torch.rand(1).item(), random.random()
+
+    (a, torch_a, random_a), (b, torch_b, random_b) = (
+        value(tmp_path / "a", 3, "x", 1),
+        value(tmp_path / "b", 3, "x", 1),
+    )
+    assert (a, torch_a, random_a) == (b, torch_b, random_b)
+    assert value(tmp_path / "c", 3, "x", 2)[0] == a, "whatever was drawn before"
+    assert value(tmp_path / "d", 4, "x", 1)[0] != a and value(tmp_path / "e", 3, "y", 1)[0] != a
+    torch.manual_seed(1)
+    random.seed(1)
+    assert (torch.rand(1).item(), random.random()) == (torch_a, random_a), "the caller's numbers are as without a stage"
+
+
+def test_an_interrupted_stage_is_not_there_and_goes_on_in_its_folder(tmp_path):
+    def fails(folder):
+        (folder / "half").write_text("half")
+        (folder / "checkpoints").mkdir()
+        raise KeyboardInterrupt
+
+    stages = Stages(tmp_path, 0)
+    with pytest.raises(KeyboardInterrupt):
+        stages.once("s", fails)
+    assert not (tmp_path / "s").exists()
+
+    def goes_on(folder):
+        assert (folder / "half").read_text() == "half" and (folder / "checkpoints").is_dir()
+        (folder / "whole").write_text("whole")
+
+    found = stages.once("s", goes_on)
+    assert (found / "whole").is_file() and not (found / "checkpoints").exists()
+
+
+def slow(folder):
+    with (folder / "writers").open("a") as file:
+        file.write("w")
+    time.sleep(0.3)
+
+
+def ask_for(folder):
+    Stages(folder, 0).once("slow", slow)
+
+
+def test_two_processes_that_need_it_at_once_make_it_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=ask_for, args=(tmp_path,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert (tmp_path / "slow" / "writers").read_text() == "w"

@@ -1,8 +1,0 @@
-"""Where the repository lies, for tests that are parametrised before fixtures exist."""
-
-from pathlib import Path
-
-from shared.catalogue import Catalogue
-
-ROOT = Path(__file__).resolve().parents[1]
-CATALOGUE = Catalogue(ROOT / "papers", "papers")

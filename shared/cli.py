@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.recipe import SCALES
@@ -17,13 +17,13 @@ from shared.core.recipe import SCALES
 
 def main(folder: Path, package: str, argv: list[str] | None = None) -> None:
     """Run one verb; a UserError is one line on standard error and exit code 2, Ctrl-C is 130."""
-    catalogue = Catalogue(folder.resolve(), package)
+    catalog = Catalog(folder.resolve(), package)
     options = parse(argv)
     if not getattr(options, "verb", None):
         parser().print_help()
         return
     try:
-        code = options.run(catalogue, options)
+        code = options.run(catalog, options)
     except UserError as error:
         sys.exit(fail(str(error)))
     except KeyboardInterrupt:
@@ -167,30 +167,30 @@ def in_batches(sub: argparse.ArgumentParser) -> None:
 # ---- verbs
 
 
-def list_papers(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def list_papers(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.tools.readme_tables import papers_table
 
-    print(papers_table(catalogue))
+    print(papers_table(catalog))
     print("make reproduce PAPER=<paper> [SCALE=smoke|mini|field|gpu|paper]")
 
 
-def reproduce(catalogue: Catalogue, options: argparse.Namespace) -> int | None:
+def reproduce(catalog: Catalog, options: argparse.Namespace) -> int | None:
     if not options.paper:
-        return list_papers(catalogue, options)
+        return list_papers(catalog, options)
     if options.paper == "all":
-        names, overrides = catalogue.names(), options.overrides
+        names, overrides = catalog.names(), options.overrides
     elif "=" in options.paper:
-        raise UserError(f"name the paper before {options.paper}; there are: {', '.join(catalogue.names())}, all")
+        raise UserError(f"name the paper before {options.paper}; there are: {', '.join(catalog.names())}, all")
     else:
-        names, overrides = [catalogue.known(options.paper)], options.overrides
+        names, overrides = [catalog.known(options.paper)], options.overrides
     seeds = [] if options.seeds is None else [f"seeds={options.seeds}"]
     console = Console()
     for name in names:
-        recipe = catalogue.recipe(name, options.scale, [*overrides, *seeds])
+        recipe = catalog.recipe(name, options.scale, [*overrides, *seeds])
         if options.dry:
             from shared.tools.plan import dry_run
 
-            print(dry_run(catalogue, recipe))
+            print(dry_run(catalog, recipe))
             continue
         command = f"make reproduce PAPER={name} SCALE={options.scale}"
         command += f" SEEDS={options.seeds}" if seeds else ""
@@ -200,7 +200,7 @@ def reproduce(catalogue: Catalogue, options: argparse.Namespace) -> int | None:
             from shared.experiments.reproduce import reproduce as run
         if not options.verbose:
             quiet()
-        show_report(run(catalogue, recipe, command, console, options.fresh))
+        show_report(run(catalog, recipe, command, console, options.fresh))
     return None
 
 
@@ -213,132 +213,132 @@ def show_report(path: Path) -> None:
         print(f"{path.parent / name}")
 
 
-def train(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    recipe = catalogue.recipe(catalogue.known(options.paper), options.scale, options.overrides)
+def train(catalog: Catalog, options: argparse.Namespace) -> None:
+    recipe = catalog.recipe(catalog.known(options.paper), options.scale, options.overrides)
     console = Console()
     with console.waiting("starting"):
         from shared.core.console import quiet
         from shared.training.train import train as run
     if not options.verbose:
         quiet()
-    print(run(catalogue, recipe, options.out, console) / "model.safetensors")
+    print(run(catalog, recipe, options.out, console) / "model.safetensors")
 
 
-def chaos(catalogue: Catalogue, options: argparse.Namespace) -> int:
+def chaos(catalog: Catalog, options: argparse.Namespace) -> int:
     import tempfile
 
     from shared.tools.crash_test import chaos as run
 
     if options.kills < 1:
         raise UserError(f"--kills {options.kills}: give at least 1")
-    name = catalogue.known(options.paper)
+    name = catalog.known(options.paper)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        found = run(catalogue, name, options.kills, options.seed, Path(folder), options.overrides, Console().say)
+        found = run(catalog, name, options.kills, options.seed, Path(folder), options.overrides, Console().say)
     print(found)
     for line in found.differences:
         print(line)
     return 0 if found.equal == found.runs else 1
 
 
-def calibrate(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def calibrate(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.core.console import quiet
     from shared.experiments.calibration import line, run
 
     quiet()
-    path = run(catalogue, catalogue.known(options.paper), options.overrides, Console())
+    path = run(catalog, catalog.known(options.paper), options.overrides, Console())
     print(line(path))
     print(path)
 
 
-def plan(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def plan(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.tools.plan import EFFICIENCY, make_plan, text
 
     efficiency = EFFICIENCY if options.efficiency is None else options.efficiency
     planned = make_plan(
-        catalogue, options.variant, options.gpus, options.gpu, efficiency, options.batch, options.zero,
+        catalog, options.variant, options.gpus, options.gpu, efficiency, options.batch, options.zero,
         options.overrides, Console(),
     )  # fmt: skip
     print(text(planned, options.price))
 
 
-def doctor(catalogue: Catalogue, options: argparse.Namespace) -> int:
+def doctor(catalog: Catalog, options: argparse.Namespace) -> int:
     from shared.tools.doctor import doctor as examine
 
-    return examine(catalogue, options.paper and catalogue.known(options.paper), options.scale, options.verify)
+    return examine(catalog, options.paper and catalog.known(options.paper), options.scale, options.verify)
 
 
-def deliver(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def deliver(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.training.tracking import deliver as send
     from shared.training.tracking import kept_files
 
-    files = options.files or kept_files(catalogue.root)
+    files = options.files or kept_files(catalog.root)
     for path in files:
         print(f"{path}: {send(path)} records delivered")
     if not files:
         print("nothing is kept: all that was tracked has arrived")
 
 
-def compare(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def compare(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.report.evidence_table import results
     from shared.report.write import compare as table
 
-    print(table(options.paths or [path for name in catalogue.names() for path in results(catalogue, name)]))
+    print(table(options.paths or [path for name in catalog.names() for path in results(catalog, name)]))
 
 
-def report(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def report(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.report.evidence_table import judge_results, keep_result
     from shared.tools.readme_tables import write_tables
 
     if options.judge:
-        for name in [options.paper] if options.paper else catalogue.names():
-            for path in judge_results(catalogue, catalogue.known(name)):
+        for name in [options.paper] if options.paper else catalog.names():
+            for path in judge_results(catalog, catalog.known(name)):
                 print(f"judged anew: {path}")
     if options.tables:
-        for path in write_tables(catalogue):
+        for path in write_tables(catalog):
             print(f"written: {path}")
     if not options.paper or options.judge:
         if options.tables or options.judge:
             return
-        raise UserError(f"name a paper: {', '.join(catalogue.names())}")
-    runs = catalogue.root / "runs" / catalogue.known(options.paper)
+        raise UserError(f"name a paper: {', '.join(catalog.names())}")
+    runs = catalog.root / "runs" / catalog.known(options.paper)
     found = sorted(runs.glob("*/*/report.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"{runs}: no report yet; make reproduce PAPER={options.paper} writes the first")
     if options.keep:
-        print(f"kept: {keep_result(catalogue, found[-1])}")
+        print(f"kept: {keep_result(catalog, found[-1])}")
     show_report(found[-1])
 
 
-def convert(catalogue: Catalogue, options: argparse.Namespace) -> None:
-    catalogue.variant(options.paper, options.variant)
+def convert(catalog: Catalog, options: argparse.Namespace) -> None:
+    catalog.variant(options.paper, options.variant)
     if options.target.suffix == ".safetensors":
-        catalogue.package(options.paper).converter.convert(options.source, options.target, options.variant, options.to)
+        catalog.package(options.paper).converter.convert(options.source, options.target, options.variant, options.to)
     else:  # a folder that the library of that name loads
-        export = catalogue.package(options.paper).export.export
-        export(options.source, options.target, options.variant, options.to, options.tokenizer, catalogue)
+        export = catalog.package(options.paper).export.export
+        export(options.source, options.target, options.variant, options.to, options.tokenizer, catalog)
     print(options.target)
 
 
-def cite(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def cite(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.core.paper_card import bibtex
 
-    names = [catalogue.known(options.paper)] if options.paper else catalogue.names()
-    print("\n".join(bibtex(catalogue.card(name)) for name in names), end="")
+    names = [catalog.known(options.paper)] if options.paper else catalog.names()
+    print("\n".join(bibtex(catalog.card(name)) for name in names), end="")
 
 
-def fetch(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def fetch(catalog: Catalog, options: argparse.Namespace) -> None:
     import difflib
 
     from shared.weights.fetch import fetch as bring
     from shared.weights.manifest import load_manifest
 
-    manifest = load_manifest(catalogue.root / "checkpoints_manifest.yaml")
+    manifest = load_manifest(catalog.root / "checkpoints_manifest.yaml")
     ids = list(options.ids)
     if not ids:
         from shared.data.dataset import entries_of
 
-        names = [catalogue.known(options.paper)] if options.paper else catalogue.names()
-        ids = sorted({entry for name in names for entry in entries_of(catalogue.recipe(name, "mini", []).data)})
+        names = [catalog.known(options.paper)] if options.paper else catalog.names()
+        ids = sorted({entry for name in names for entry in entries_of(catalog.recipe(name, "mini", []).data)})
     for id in ids:
         if id not in manifest:
             near = difflib.get_close_matches(id, manifest, n=1)
@@ -355,45 +355,45 @@ def fetch(catalogue: Catalogue, options: argparse.Namespace) -> None:
         print(f"{id}  sha256 {entry.sha256[:16]}...  {path}")
 
 
-def zeroshot(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def zeroshot(catalog: Catalog, options: argparse.Namespace) -> None:
     paper = options.model.split("-")[0]
-    catalogue.variant(paper, options.model)
+    catalog.variant(paper, options.model)
     labels = [label.strip() for label in options.labels.split(",") if label.strip()]
     if len(labels) < 2:
         raise UserError("--labels needs at least two labels, separated by commas: --labels 'a cat,a dog'")
     if "{}" not in options.template:
         raise UserError(f"--template {options.template!r} has no {{}} where the label goes")
-    run = catalogue.package(paper).inference.classify
+    run = catalog.package(paper).inference.classify
     for line in run(options.pictures, options.model, labels, options.template, options.weights, options.tokenizer):
         print(line, flush=True)
 
 
-def caption(catalogue: Catalogue, options: argparse.Namespace) -> int:
+def caption(catalog: Catalog, options: argparse.Namespace) -> int:
     if options.nucleus is not None and not 0 < options.nucleus <= 1:
         raise UserError(f"--nucleus {options.nucleus}: give a share above 0 and up to 1, as 0.9")
     given = {key: getattr(options, key) for key in ("nucleus", "seed", "prompt")}
-    return spoken(catalogue, options, "captioner", (), given)
+    return spoken(catalog, options, "captioner", (), given)
 
 
-def ask(catalogue: Catalogue, options: argparse.Namespace) -> int:
+def ask(catalog: Catalog, options: argparse.Namespace) -> int:
     answers = None
     if options.answers:
         from shared.data.vqa import answer_list
 
         answers = answer_list(options.answers)
-    return spoken(catalogue, options, "answerer", (options.question,), {"answers": answers})
+    return spoken(catalog, options, "answerer", (options.question,), {"answers": answers})
 
 
-def chat(catalogue: Catalogue, options: argparse.Namespace) -> int:
+def chat(catalog: Catalog, options: argparse.Namespace) -> int:
     from shared.core.text import shown
     from shared.inference.predict import talk
 
     if not options.picture.is_file():
         raise UserError(f"{shown(options.picture)}: no such file; give one picture")
-    return talk(options.picture, speaker(catalogue, options, "chatter", (), {}, Console()), sys.stdin)
+    return talk(options.picture, speaker(catalog, options, "chatter", (), {}, Console()), sys.stdin)
 
 
-def spoken(catalogue: Catalogue, options: argparse.Namespace, name: str, first: tuple, given: dict) -> int:
+def spoken(catalog: Catalog, options: argparse.Namespace, name: str, first: tuple, given: dict) -> int:
     """Ask the model's paper for a task (papers/<name>/inference.py), and run it over the pictures."""
     from shared.inference.predict import look, picture_files
 
@@ -401,53 +401,53 @@ def spoken(catalogue: Catalogue, options: argparse.Namespace, name: str, first: 
         raise UserError(f"--batch {options.batch}: give at least 1")
     files = picture_files(options.pictures)  # before weights are fetched: a wrong path should cost nothing
     console = Console()
-    return look(files, speaker(catalogue, options, name, first, given, console), options.batch, console)
+    return look(files, speaker(catalog, options, name, first, given, console), options.batch, console)
 
 
 def speaker(
-    catalogue: Catalogue, options: argparse.Namespace, name: str, first: tuple, given: dict, console: Console
+    catalog: Catalog, options: argparse.Namespace, name: str, first: tuple, given: dict, console: Console
 ) -> Any:
     """What the function `name` of the model's paper's inference.py gives."""
     if options.beams is not None:
         if options.beams < 1:
             raise UserError(f"--beams {options.beams}: give at least 1")
         given = {**given, "beams": options.beams}
-    paper = catalogue.speaker(options.model)
+    paper = catalog.paper_that_answers(options.model)
     with console.waiting("loading the model"):
-        make = getattr(catalogue.package(paper).inference, name, None)
+        make = getattr(catalog.package(paper).inference, name, None)
         if make is None:
             raise UserError(f"{options.model}: papers/{paper} holds no dialogue; `ask` puts one question to it")
         return make(options.model, *first, options.weights, options.tokenizer, **given)
 
 
-def rescore(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def rescore(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.metrics.rescore import rescore as run
 
     print(run(options.predictions, [name.strip() for name in options.protocols.split(",") if name.strip()]))
 
 
-def bench(catalogue: Catalogue, options: argparse.Namespace) -> None:
+def bench(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.core.console import quiet
 
     quiet()
-    catalogue.package(catalogue.known(options.paper)).bench.run(catalogue.root, options.overrides)
+    catalog.package(catalog.known(options.paper)).bench.run(catalog.root, options.overrides)
 
 
-def check(catalogue: Catalogue, options: argparse.Namespace) -> int:
+def check(catalog: Catalog, options: argparse.Namespace) -> int:
     """Everything a reader relies on without running it: recipes parse, cards parse, generated tables are fresh."""
     from shared.tools.readme_tables import stale_tables
 
     problems = []
-    for name in catalogue.names():
-        for path in sorted((catalogue.root / "recipes" / name).glob("*.yaml")):
+    for name in catalog.names():
+        for path in sorted((catalog.root / "recipes" / name).glob("*.yaml")):
             try:
-                catalogue.recipe(name, path.stem, [])
+                catalog.recipe(name, path.stem, [])
             except UserError as error:
                 problems.append(str(error))
     problems += [
-        f"{path}: generated table is stale; python -m papers report --tables" for path in stale_tables(catalogue)
+        f"{path}: generated table is stale; python -m papers report --tables" for path in stale_tables(catalog)
     ]
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"checked: {len(catalogue.names())} papers, {len(problems)} problems")
+    print(f"checked: {len(catalog.names())} papers, {len(problems)} problems")
     return 1 if problems else 0

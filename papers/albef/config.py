@@ -21,7 +21,7 @@ class AlbefConfig:
     vision_heads: int
     text_width: int
     text_heads: int
-    hidden: int  # of the text layers' feed-forward
+    mlp_width: int  # of the text layers' feed-forward
     vocabulary: int
     text_layers: int = 6
     fusion_layers: int = 6
@@ -71,7 +71,7 @@ class Objective:
         return self.mlm and self.alpha_mlm > 0
 
 
-class Words(Protocol):
+class TokenizerInfo(Protocol):
     """What a configuration takes from a tokenizer (shared/tokenizers/base.py)."""
 
     vocab_size: int
@@ -81,7 +81,7 @@ class Words(Protocol):
     specials: Mapping[str, int]
 
 
-def fitted(config: AlbefConfig, words: Words) -> AlbefConfig:
+def with_tokenizer(config: AlbefConfig, words: TokenizerInfo) -> AlbefConfig:
     """The configuration with a tokenizer's ids. A tokenizer without a mask id gets one more word, its last."""
     mask = words.specials.get("mask")
     vocabulary = words.vocab_size + (mask is None)
@@ -99,7 +99,7 @@ def base() -> AlbefConfig:
         vision_heads=12,
         text_width=768,
         text_heads=12,
-        hidden=3_072,
+        mlp_width=3_072,
         vocabulary=30_522,
     )
 
@@ -126,7 +126,7 @@ def tiny() -> AlbefConfig:
         text_layers=2,
         fusion_layers=2,
         text_heads=2,
-        hidden=128,
+        mlp_width=128,
         vocabulary=1_024,
         positions=64,
         context=24,
@@ -153,7 +153,7 @@ def mini() -> AlbefConfig:
         text_layers=1,
         fusion_layers=2,
         text_heads=2,
-        hidden=256,
+        mlp_width=256,
         vocabulary=1_024,
         positions=64,
         context=32,
@@ -183,7 +183,7 @@ def small() -> AlbefConfig:
         text_layers=3,
         fusion_layers=3,
         text_heads=4,
-        hidden=1_024,
+        mlp_width=1_024,
         vocabulary=4_096,
         positions=128,
         context=32,

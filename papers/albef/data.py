@@ -9,14 +9,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from papers.albef.config import VARIANTS, AlbefConfig, fitted
+from papers.albef.config import VARIANTS, AlbefConfig, with_tokenizer
 from papers.albef.encode import longer_than, tokens_of
 from papers.albef.recipe import AlbefRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import Split, World, load_world, packs
-from shared.data.seeded import Draw
+from shared.data.dataset import DatasetBundle, Split, load_dataset, packs
+from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import class_prompt
-from shared.data.synthetic.minimal_pairs import distractors
+from shared.data.synthetic.minimal_pairs import minimal_pairs
 from shared.data.synthetic.scenes import Scene, SceneOptions
 from shared.data.synthetic.sprites import VENDORS, SpritePack
 from shared.experiments.ablations import once_a_seed
@@ -26,7 +26,7 @@ ATTEMPTS = 1_000
 
 
 @dataclass(frozen=True)
-class Trial:
+class EvalSet:
     """Picture i and caption i belong together; the rows of a pool are candidates for each other, all worded apart."""
 
     images: Tensor  # (I, 3, H, W) uint8
@@ -37,12 +37,12 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Lab:
-    world: World
+class ExperimentData:
+    dataset: DatasetBundle
     tokenizer: SmallTokenizer
     config: AlbefConfig
-    val: Trial
-    test: Trial
+    val: EvalSet
+    test: EvalSet
     pack: SpritePack | None  # what scenes are made of
     options: SceneOptions
 
@@ -50,32 +50,32 @@ class Lab:
         return tokens_of(self.tokenizer, captions, self.config.context)
 
 
-def lab_of(recipe: AlbefRecipe, seed: int) -> Lab:
-    world, tokenizer = read(recipe, seed)
-    config = fitted(replace(VARIANTS[recipe.model](), image_size=recipe.image_size), tokenizer)
+def build_data(recipe: AlbefRecipe, seed: int) -> ExperimentData:
+    dataset, tokenizer = read(recipe, seed)
+    config = with_tokenizer(replace(VARIANTS[recipe.model](), image_size=recipe.image_size), tokenizer)
     options = options_of(recipe)
-    pack = pack_of(recipe, world)
+    pack = pack_of(recipe, dataset)
     if pack is None:
         by_label = recipe.data.partition("/")[0] != "karpathy"
-        val, test = (trial_of(world, split, recipe.pool, by_label) for split in ("val", "test"))
+        val, test = (eval_set_of(dataset, split, recipe.pool, by_label) for split in ("val", "test"))
     else:
         val, test = (near_misses(pack, split, recipe, seed, options) for split in ("val", "test"))
-    return Lab(world, tokenizer, config, first_pool(val), test, pack, options)
+    return ExperimentData(dataset, tokenizer, config, first_pool(val), test, pack, options)
 
 
-make_lab = once_a_seed(lab_of)
+data_of = once_a_seed(build_data)
 
 
-def load(recipe: AlbefRecipe, seed: int) -> World:
+def load(recipe: AlbefRecipe, seed: int) -> DatasetBundle:
     return read(recipe, seed)[0]
 
 
-def read(recipe: AlbefRecipe, seed: int, times: float = 1.0) -> tuple[World, SmallTokenizer]:
+def read(recipe: AlbefRecipe, seed: int, times: float = 1.0) -> tuple[DatasetBundle, SmallTokenizer]:
     """The world, its note telling what captions lose to the context, and the tokenizer trained on them.
 
     times: so many times the recipe's pairs, where the set has them. UserError where a caption is empty.
     """
-    world = load_world(
+    dataset = load_dataset(
         recipe.data,
         root=recipe.data_root or None,
         pairs=round(times * recipe.pairs),
@@ -92,32 +92,32 @@ def read(recipe: AlbefRecipe, seed: int, times: float = 1.0) -> tuple[World, Sma
         full=recipe.full,
         max_dropped=recipe.max_dropped,
     )
-    said = [caption for several in world.train.captions for caption in several]
+    said = [caption for several in dataset.train.captions for caption in several]
     if len(said) < recipe.batch:
-        raise UserError(f"data {world.name}: {len(said)} captions do not fill a batch of {recipe.batch}; lower batch")
-    for id, several in zip(world.train.ids, world.train.captions, strict=True):
+        raise UserError(f"data {dataset.name}: {len(said)} captions do not fill a batch of {recipe.batch}; lower batch")
+    for id, several in zip(dataset.train.ids, dataset.train.captions, strict=True):
         if not several or not all(caption.strip() for caption in several):
             raise UserError(
-                f"data {world.name}: picture {id} has an empty caption: write one, or leave the picture out"
+                f"data {dataset.name}: picture {id} has an empty caption: write one, or leave the picture out"
             )
     config = VARIANTS[recipe.model]()
     tokenizer = SmallTokenizer.train(said, config.vocabulary, specials=("mask",))
     cut = longer_than(tokenizer, said, config.context)
     if cut:
         told = f"{cut} of {len(said)} training captions are longer than {config.context} tokens and lose their tail"
-        world.note = f"{world.note}; {told}" if world.note else told
-    return world, tokenizer
+        dataset.note = f"{dataset.note}; {told}" if dataset.note else told
+    return dataset, tokenizer
 
 
 def options_of(recipe: AlbefRecipe) -> SceneOptions:
     return SceneOptions((1, recipe.objects), recipe.clutter, recipe.noise, recipe.jitter, recipe.small)
 
 
-def pack_of(recipe: AlbefRecipe, world: World) -> SpritePack | None:
+def pack_of(recipe: AlbefRecipe, dataset: DatasetBundle) -> SpritePack | None:
     """What the world's scenes are made of; None where it is a published set."""
     if recipe.data not in VENDORS:
         return None
-    return packs(recipe.data, root=recipe.data_root or None)[0].subset(len(world.classes))
+    return packs(recipe.data, root=recipe.data_root or None)[0].subset(len(dataset.classes))
 
 
 # ---- what is trained on
@@ -135,22 +135,22 @@ class Pairs:
         return self.images, self.tokens, self.ids
 
 
-def pairs_of(lab: Lab, wrong: float, seed: int) -> Pairs:
+def pairs_of(data: ExperimentData, wrong: float, seed: int) -> Pairs:
     """The lab's training pairs, a share of the pictures with the captions of another one."""
-    return paired(lab, lab.world.train, exchanged(lab.world.train, wrong, seed))
+    return paired(data, data.dataset.train, exchanged(data.dataset.train, wrong, seed))
 
 
-def more_pairs(lab: Lab, recipe: AlbefRecipe, seed: int, times: float, wrong: float) -> Pairs:
+def more_pairs(data: ExperimentData, recipe: AlbefRecipe, seed: int, times: float, wrong: float) -> Pairs:
     """`times` as many pairs where the set has them: the lab's own with their captions, the share among the others."""
-    train, own = read(recipe, seed, times)[0].train, set(lab.world.train.ids)
+    train, own = read(recipe, seed, times)[0].train, set(data.dataset.train.ids)
     captions = exchanged(train, wrong, seed)
     kept = [one if id in own else other for id, one, other in zip(train.ids, train.captions, captions, strict=True)]
-    return paired(lab, train, kept)
+    return paired(data, train, kept)
 
 
-def paired(lab: Lab, split: Split, captions: list[list[str]]) -> Pairs:
+def paired(data: ExperimentData, split: Split, captions: list[list[str]]) -> Pairs:
     rows = torch.tensor([row for row, several in enumerate(captions) for _ in several])
-    tokens = lab.tokens([caption for several in captions for caption in several])
+    tokens = data.tokens([caption for several in captions for caption in several])
     changed = sum(one != other for one, other in zip(captions, split.captions, strict=True))
     return Pairs(split.images[rows], tokens, rows, changed / len(captions))
 
@@ -161,7 +161,7 @@ def exchanged(split: Split, share: float, seed: int) -> list[list[str]]:
     captions = list(split.captions)
     labels = [-1] * len(split) if split.labels is None else split.labels.tolist()
     for row, id in enumerate(split.ids):
-        draw = Draw("wrong caption", seed, id)
+        draw = SeededRandom("wrong caption", seed, id)
         if not draw.chance(share):
             continue
         for _ in range(ATTEMPTS):
@@ -178,9 +178,9 @@ def exchanged(split: Split, share: float, seed: int) -> list[list[str]]:
 # ---- what is tested on
 
 
-def near_misses(pack: SpritePack, split: str, recipe: AlbefRecipe, seed: int, options: SceneOptions) -> Trial:
+def near_misses(pack: SpritePack, split: str, recipe: AlbefRecipe, seed: int, options: SceneOptions) -> EvalSet:
     """Held-out scenes in groups that differ in one detail; no group is cut by the border of a pool."""
-    found = distractors(pack, split, recipe.test_pairs, size=recipe.image_size, seed=seed, options=options)
+    found = minimal_pairs(pack, split, recipe.test_pairs, size=recipe.image_size, seed=seed, options=options)
     starts = [0, *[row for row in range(1, len(found)) if found.groups[row] != found.groups[row - 1]], len(found)]
     pools, begin = [], 0
     for start, end in pairwise(starts):
@@ -188,35 +188,35 @@ def near_misses(pack: SpritePack, split: str, recipe: AlbefRecipe, seed: int, op
             pools.append(torch.arange(begin, start))
             begin = start
     pools.append(torch.arange(begin, len(found)))
-    return Trial(found.images, found.captions, pools, found.scenes, found.details)
+    return EvalSet(found.images, found.captions, pools, found.scenes, found.details)
 
 
-def trial_of(world: World, part: str, size: int, by_label: bool) -> Trial:
+def eval_set_of(dataset: DatasetBundle, part: str, size: int, by_label: bool) -> EvalSet:
     """A published set's pictures and first captions, each wording once; `by_label`, where captions say the class alone,
     pools of one picture a class."""
     if by_label:
-        return by_class(getattr(world, f"class_{part}"), world.classes)
-    split: Split = getattr(world, part)
+        return by_class(getattr(dataset, f"class_{part}"), dataset.classes)
+    split: Split = getattr(dataset, part)
     first = {}
     for row, several in enumerate(split.captions):
         first.setdefault(several[0], row)
     rows = sorted(first.values())
     captions = [split.captions[row][0] for row in rows]
     pools = list(torch.arange(len(rows)).split(size))
-    return Trial(split.images[rows], captions, [pool for pool in pools if len(pool) > 1] or pools, [], [])
+    return EvalSet(split.images[rows], captions, [pool for pool in pools if len(pool) > 1] or pools, [], [])
 
 
-def by_class(split: Split, classes: Sequence[str]) -> Trial:
+def by_class(split: Split, classes: Sequence[str]) -> EvalSet:
     rows: dict[int, list[int]] = {}
     for row, label in enumerate(split.labels.tolist()):
         rows.setdefault(label, []).append(row)
     depth = min(map(len, rows.values()))
     order = [several[level] for level in range(depth) for several in rows.values()]
     captions = [class_prompt(classes[label]) for _ in range(depth) for label in rows]
-    return Trial(split.images[order], captions, list(torch.arange(len(order)).split(len(rows))), [], [])
+    return EvalSet(split.images[order], captions, list(torch.arange(len(order)).split(len(rows))), [], [])
 
 
-def first_pool(trial: Trial) -> Trial:
+def first_pool(eval_set: EvalSet) -> EvalSet:
     """Enough for a learning curve."""
-    rows = trial.pools[0]
-    return replace(trial, images=trial.images[rows], captions=[trial.captions[i] for i in rows], pools=[rows])
+    rows = eval_set.pools[0]
+    return replace(eval_set, images=eval_set.images[rows], captions=[eval_set.captions[i] for i in rows], pools=[rows])

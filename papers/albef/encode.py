@@ -27,7 +27,7 @@ class Pictures(NamedTuple):
 class Texts(NamedTuple):
     features: Tensor  # (T, E), L2-normalised
     states: Tensor  # (T, L, D)
-    present: Tensor  # (T, L) bool
+    attention_mask: Tensor  # (T, L) bool
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -72,7 +72,7 @@ def encode_texts(model: Albef, tokens: Tensor, batch: int = BATCH) -> Texts:
     for some in tokens.split(batch):
         some = some.to(device)
         states = model.encode_text(some)
-        parts.append((model.text_features(states).cpu(), states.cpu(), model.present(some).cpu()))
+        parts.append((model.text_features(states).cpu(), states.cpu(), model.attention_mask(some).cpu()))
     return Texts(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -82,8 +82,8 @@ def matched(model: Albef, pictures: Pictures, texts: Texts, pairs: Tensor, batch
     device = device_of(model)
     logits = []
     for picture, text in (some.unbind(1) for some in pairs.split(batch)):
-        states, present, tokens = texts.states[text], texts.present[text], pictures.tokens[picture]
-        logits.append(model.match(states.to(device), present.to(device), tokens.to(device)).float().cpu())
+        states, attention_mask, tokens = texts.states[text], texts.attention_mask[text], pictures.tokens[picture]
+        logits.append(model.match(states.to(device), attention_mask.to(device), tokens.to(device)).float().cpu())
     return torch.cat(logits)
 
 

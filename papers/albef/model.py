@@ -40,11 +40,11 @@ class TextEncoder(nn.Module):
             config.vocabulary, config.text_width, config.positions, token_types=2, dropout=config.dropout
         )
         self.layers = BertLayers.make(
-            config.text_layers, config.text_width, config.text_heads, config.hidden, dropout=config.dropout
+            config.text_layers, config.text_width, config.text_heads, config.mlp_width, dropout=config.dropout
         )
 
-    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
-        return self.layers(self.embeddings(tokens), mask=key_mask(present))
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layers(self.embeddings(tokens), mask=key_mask(attention_mask))
 
 
 class Albef(nn.Module):
@@ -68,7 +68,7 @@ class Albef(nn.Module):
             config.fusion_layers,
             config.text_width,
             config.text_heads,
-            config.hidden,
+            config.mlp_width,
             context_width=config.vision_width,
             dropout=config.dropout,
         )
@@ -86,9 +86,9 @@ class Albef(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(B, T), [CLS] first, padded -> (B, T, D)."""
-        return self.text_encoder(tokens, self.present(tokens))
+        return self.text_encoder(tokens, self.attention_mask(tokens))
 
-    def present(self, tokens: Tensor) -> Tensor:
+    def attention_mask(self, tokens: Tensor) -> Tensor:
         """Which tokens are no padding. (B, T) bool."""
         return tokens != self.config.pad
 
@@ -100,24 +100,24 @@ class Albef(nn.Module):
         """(B, T, D) -> (B, E), L2-normalised, from [CLS]."""
         return F.normalize(self.text_proj(text_states[:, 0]).float(), dim=-1)
 
-    def fuse(self, text_states: Tensor, present: Tensor, image_tokens: Tensor) -> Tensor:
-        """Encoded texts (B, T, D), present (B, T), pictures (B, 1 + N, D) -> (B, T, D).
+    def fuse(self, text_states: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
+        """Encoded texts (B, T, D), attention_mask (B, T), pictures (B, 1 + N, D) -> (B, T, D).
 
         R texts in succession may share one picture: (B·R, T, D) with (B, 1 + N, D).
         """
-        return self.multimodal_encoder(text_states, mask=key_mask(present), context=image_tokens)
+        return self.multimodal_encoder(text_states, mask=key_mask(attention_mask), context=image_tokens)
 
-    def match(self, text_states: Tensor, present: Tensor, image_tokens: Tensor) -> Tensor:
+    def match(self, text_states: Tensor, attention_mask: Tensor, image_tokens: Tensor) -> Tensor:
         """Takes what `fuse` takes -> ITM logits (B, 2); class 1 is a match."""
-        fused = self.multimodal_encoder.first(text_states, mask=key_mask(present), context=image_tokens)
+        fused = self.multimodal_encoder.first(text_states, mask=key_mask(attention_mask), context=image_tokens)
         return self.itm_head(fused)  # (B, 2)
 
-    def words(self, tokens: Tensor, present: Tensor, image_tokens: Tensor, wanted: Tensor) -> Tensor:
+    def words(self, tokens: Tensor, attention_mask: Tensor, image_tokens: Tensor, wanted: Tensor) -> Tensor:
         """Texts with masked words (B, T) are encoded anew, by all layers. wanted (B, T) bool -> MLM logits (P, V).
 
-        present (B, T) is that of the whole text: a word may have been replaced by what stands for padding.
+        attention_mask (B, T) is that of the whole text: a word may have been replaced by what stands for padding.
         """
-        fused = self.fuse(self.text_encoder(tokens, present), present, image_tokens)
+        fused = self.fuse(self.text_encoder(tokens, attention_mask), attention_mask, image_tokens)
         return self.mlm_head(fused[wanted], self.text_encoder.embeddings.word.weight)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -201,18 +201,18 @@ class AlbefPretraining(nn.Module):
             negatives = hard_negatives(of_the_batch(similar, len(images)))
         else:
             negatives = random_negatives(len(images), images.device)
-        present = student.present(tokens)
-        positive, negative = match_with_negatives(student, text_states, present, image_tokens, negatives)
+        attention_mask = student.attention_mask(tokens)
+        positive, negative = match_with_negatives(student, text_states, attention_mask, image_tokens, negatives)
 
         words = teacher_words = labels = None
         if objective.mlm:
             masked = self.mask(tokens)
             wanted = masked.labels != IGNORED
             labels = masked.labels[wanted]
-            words = student.words(masked.tokens, present, image_tokens, wanted)
+            words = student.words(masked.tokens, attention_mask, image_tokens, wanted)
             if objective.teaches_words:
                 with torch.no_grad():
-                    teacher_words = self.teacher.words(masked.tokens, present, taught.image_tokens, wanted)
+                    teacher_words = self.teacher.words(masked.tokens, attention_mask, taught.image_tokens, wanted)
         return PretrainingOutput(similar, teacher_similar, positive, negative, words, teacher_words, labels)
 
     @torch.no_grad()
@@ -246,12 +246,12 @@ def of_the_batch(similar: Similarities, size: int) -> Similarities:
 
 
 def match_with_negatives(
-    model: Albef, text_states: Tensor, present: Tensor, image_tokens: Tensor, negatives: Negatives
+    model: Albef, text_states: Tensor, attention_mask: Tensor, image_tokens: Tensor, negatives: Negatives
 ) -> tuple[Tensor, Tensor]:
     """ITM logits of the true pairs (B, 2), then of every text with a wrong picture and vice versa (2B, 2)."""
     wrong = negatives.texts
     texts = torch.stack([text_states, text_states[wrong]], 1).flatten(0, 1)  # (2B, T, D), two a picture: right, wrong
-    presents = torch.stack([present, present[wrong]], 1).flatten(0, 1)
+    presents = torch.stack([attention_mask, attention_mask[wrong]], 1).flatten(0, 1)
     right, wrong_texts = model.match(texts, presents, image_tokens).unflatten(0, (-1, 2)).unbind(1)  # (B, 2) each
-    wrong_images = model.match(text_states, present, image_tokens[negatives.images])
+    wrong_images = model.match(text_states, attention_mask, image_tokens[negatives.images])
     return right, torch.cat([wrong_images, wrong_texts])

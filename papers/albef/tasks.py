@@ -82,8 +82,8 @@ class AlbefRetrieval(AlbefPretraining):
         self.queue.push(taught.image_features, taught.text_features, ids)
 
         negatives = hard_negatives(of_the_batch(similar, len(images)), same=ids[:, None] == ids[None])
-        present = student.present(tokens)
-        itm = matching_loss(*match_with_negatives(student, text_states, present, image_tokens, negatives))
+        attention_mask = student.attention_mask(tokens)
+        itm = matching_loss(*match_with_negatives(student, text_states, attention_mask, image_tokens, negatives))
         return RetrievalLosses(itc, itm)
 
     def loss(self, images: Tensor, tokens: Tensor, ids: Tensor, alpha: float = 0.0) -> Tensor:
@@ -147,7 +147,7 @@ class Entailment(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """images (B, 3, H, W), tokens (B, T) -> logits (B, C)."""
         encoder = self.encoder
-        text_states, mask = encoder.encode_text(tokens), key_mask(encoder.present(tokens))
+        text_states, mask = encoder.encode_text(tokens), key_mask(encoder.attention_mask(tokens))
         fused = encoder.multimodal_encoder.first(text_states, mask=mask, context=encoder.encode_image(images))
         return self.head(fused)
 
@@ -167,7 +167,7 @@ class PairEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """tokens (B, T), pictures' tokens (B, 1 + N, D) each -> fused (B, T, D)."""
-        mask = key_mask(self.encoder.present(tokens))
+        mask = key_mask(self.encoder.attention_mask(tokens))
         x = self.encoder.encode_text(tokens)
         for index, layer in enumerate(self.encoder.multimodal_encoder):
             x = layer(x, mask=mask, context=second if index % 2 else first)
@@ -253,21 +253,21 @@ class AnswerDecoder(nn.Module):
             config.fusion_layers,
             width,
             config.text_heads,
-            config.hidden,
+            config.mlp_width,
             context_width=width,
             dropout=config.dropout,
         )
         self.head = TokenHead(width, config.vocabulary)
         initialise_bert(self, config.init_std)
 
-    def forward(self, answers: Tensor, present: Tensor, states: Tensor, states_present: Tensor) -> Tensor:
+    def forward(self, answers: Tensor, attention_mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
         """answers (A, L), states (A, T, D) -> logits of the next token (A, L, V)."""
         x = self.layers(
             self.embeddings(answers),
-            mask=key_mask(present),
+            mask=key_mask(attention_mask),
             causal=True,
             context=states,
-            context_mask=key_mask(states_present),
+            context_mask=key_mask(states_mask),
         )
         return self.head(x, self.embeddings.word.weight)
 
@@ -297,12 +297,14 @@ class QuestionAnswering(nn.Module):
     def ask(self, images: Tensor, questions: Tensor) -> tuple[Tensor, Tensor]:
         """images (B, 3, H, W), questions (B, T) -> fused states (B, T, D), and which are no padding (B, T)."""
         encoder = self.encoder
-        present = encoder.present(questions)
-        return encoder.fuse(encoder.encode_text(questions), present, encoder.encode_image(images)), present
+        attention_mask = encoder.attention_mask(questions)
+        return encoder.fuse(
+            encoder.encode_text(questions), attention_mask, encoder.encode_image(images)
+        ), attention_mask
 
-    def write(self, answers: Tensor, states: Tensor, present: Tensor) -> Tensor:
+    def write(self, answers: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
         """Answers (A, L) to the questions of the same row -> logits (A, L, V)."""
-        return self.text_decoder(answers, self.encoder.present(answers), states, present)
+        return self.text_decoder(answers, self.encoder.attention_mask(answers), states, attention_mask)
 
 
 class Ranked(NamedTuple):
@@ -337,15 +339,15 @@ class AlbefVqa(nn.Module):
         The weighted losses are summed and divided by the number of questions, not of answers. Scalar.
         """
         student = self.student
-        states, present = student.ask(images, questions)
-        logits = student.write(answers, states[owner], present[owner])
-        targets = next_token_targets(answers, student.encoder.present(answers))
+        states, attention_mask = student.ask(images, questions)
+        logits = student.write(answers, states[owner], attention_mask[owner])
+        targets = next_token_targets(answers, student.encoder.attention_mask(answers))
         losses = answer_losses(logits, targets)  # (A,)
         if self.teacher is not None:
             with torch.no_grad():
                 follow(self.teacher, student, self.momentum)
-                states, present = self.teacher.ask(images, questions)
-                taught = self.teacher.write(answers, states[owner], present[owner]).float().softmax(-1)
+                states, attention_mask = self.teacher.ask(images, questions)
+                taught = self.teacher.write(answers, states[owner], attention_mask[owner]).float().softmax(-1)
             soft = -(taught * logits.float().log_softmax(-1)).sum(-1)  # (A, L)
             losses = (1 - alpha) * losses + alpha * soft.masked_fill(targets == IGNORED, 0).sum(1)
         return (weights * losses).sum() / len(images)
@@ -359,17 +361,17 @@ class AlbefVqa(nn.Module):
         """
         student = self.student
         keep = min(keep, len(candidates))
-        states, present = student.ask(images, questions)
+        states, attention_mask = student.ask(images, questions)
         begin = candidates[:1, :1].expand(len(images), 1)
-        first = student.write(begin, states, present)[:, 0].float().log_softmax(-1)  # (B, V)
+        first = student.write(begin, states, attention_mask)[:, 0].float().log_softmax(-1)  # (B, V)
         first, chosen = first[:, candidates[:, 1]].topk(keep, dim=1)  # (B, K)
 
         answers = rearrange(candidates[chosen], "b k l -> (b k) l")
         row = torch.arange(len(images), device=images.device).repeat_interleave(keep)
         losses = []
         for some, its in zip(answers.split(self.AT_ONCE), row.split(self.AT_ONCE), strict=True):
-            logits = student.write(some, states[its], present[its])
-            losses.append(answer_losses(logits, next_token_targets(some, student.encoder.present(some))))
+            logits = student.write(some, states[its], attention_mask[its])
+            losses.append(answer_losses(logits, next_token_targets(some, student.encoder.attention_mask(some))))
         scores = first - rearrange(torch.cat(losses), "(b k) -> b k", k=keep)
         probabilities, order = scores.softmax(1).sort(dim=1, descending=True, stable=True)
         return Ranked(chosen.gather(1, order), probabilities)
@@ -398,8 +400,8 @@ def word_maps(model: Albef, images: Tensor, tokens: Tensor, layer: int = 2) -> T
     Call it in eval mode; no parameter is given a gradient.
     """
     with torch.enable_grad():
-        present = model.present(tokens)
-        mask = key_mask(present)
+        attention_mask = model.attention_mask(tokens)
+        mask = key_mask(attention_mask)
         pictures, x = model.encode_image(images), model.encode_text(tokens)
         weights = None
         for index, block in enumerate(model.multimodal_encoder):
@@ -419,13 +421,13 @@ def word_maps(model: Albef, images: Tensor, tokens: Tensor, layer: int = 2) -> T
     maps = reduce(
         raised, "b h t (row column) -> b t row column", "mean", row=images.shape[-2] // patch
     )  # fmt: skip
-    return maps * rearrange(present, "b t -> b t 1 1")
+    return maps * rearrange(attention_mask, "b t -> b t 1 1")
 
 
 def heat_map(model: Albef, images: Tensor, tokens: Tensor, layer: int = 2) -> Tensor:
     """`word_maps`, mean over the words of each text, padding not counted. (B, rows, columns)."""
     maps = word_maps(model, images, tokens, layer)
-    return maps.sum(1) / rearrange(model.present(tokens).sum(1), "b -> b 1 1")
+    return maps.sum(1) / rearrange(model.attention_mask(tokens).sum(1), "b -> b 1 1")
 
 
 def looked_and_weights(attention: Attention, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

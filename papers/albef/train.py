@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from papers.albef.data import lab_of, pairs_of
+from papers.albef.data import build_data, pairs_of
 from papers.albef.model import Albef, AlbefPretraining
 from papers.albef.module import AlbefModule
 from papers.albef.recipe import AlbefRecipe
+from shared.core.paper_package import Trainable
 from shared.data.loader import Batches
-from shared.training.train import Trainable
 
 
 def prepare(recipe: AlbefRecipe, seed: int) -> Trainable:
     """The module, and its batches by rank."""
-    lab = lab_of(recipe, seed)
-    pairs = pairs_of(lab, 0.0, seed)
-    ids = [lab.world.train.ids[row] for row in pairs.ids.tolist()]
+    data = build_data(recipe, seed)
+    pairs = pairs_of(data, 0.0, seed)
+    ids = [data.dataset.train.ids[row] for row in pairs.ids.tolist()]
 
     def batches(rank: int, ranks: int) -> Batches:
         return Batches(pairs.tensors, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
 
-    module = AlbefModule(AlbefPretraining(Albef(lab.config)), recipe)
-    return Trainable(module, batches, lab.world.digest, lab.tokenizer.save)
+    module = AlbefModule(AlbefPretraining(Albef(data.config)), recipe)
+    return Trainable(module, batches, data.dataset.digest, data.tokenizer.save)

@@ -24,7 +24,7 @@ class BlipConfig:
     vision_heads: int
     text_width: int
     text_heads: int
-    hidden: int  # of the text's feed-forward layers
+    mlp_width: int  # of the text's feed-forward layers
     text_layers: int = 12
     vocabulary: int = 30_524
     positions: int = 512
@@ -52,7 +52,7 @@ class BlipConfig:
             raise ValueError(f"sharing is one of {', '.join(SHARINGS)}, not {self.sharing!r}")
 
 
-class Words(Protocol):
+class TokenizerInfo(Protocol):
     """What is asked of a tokenizer (shared/tokenizers/base.py)."""
 
     kind: str
@@ -64,7 +64,7 @@ class Words(Protocol):
     encode_start: int
 
 
-def fitted(config: BlipConfig, tokenizer: Words) -> BlipConfig:
+def with_tokenizer(config: BlipConfig, tokenizer: TokenizerInfo) -> BlipConfig:
     """The configuration with the vocabulary and the ids of a tokenizer that was made with SPECIALS."""
     return replace(
         config,
@@ -88,7 +88,7 @@ def base() -> BlipConfig:
         vision_heads=12,
         text_width=768,
         text_heads=12,
-        hidden=3072,
+        mlp_width=3072,
     )
 
 
@@ -133,7 +133,7 @@ def _small(image_size: int, width: int, layers: int, heads: int, vocabulary: int
         text_width=width,
         text_layers=layers,
         text_heads=heads,
-        hidden=4 * width,
+        mlp_width=4 * width,
         vocabulary=vocabulary,
         positions=max(64, context),
         context=context,

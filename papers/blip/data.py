@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, fitted
+from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, with_tokenizer
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import Split, World, load_world, packs
-from shared.data.synthetic.minimal_pairs import distractors
+from shared.data.dataset import DatasetBundle, Split, load_dataset, packs
+from shared.data.synthetic.minimal_pairs import minimal_pairs
 from shared.data.synthetic.scenes import COLOURS, SceneOptions, render_many, sample_scene
 from shared.experiments.ablations import once_a_seed
 from shared.tokenizers.base import Tokenizer, trim
@@ -35,7 +35,7 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Held:
+class EvalSet:
     """Held-out pictures (I, 3, H, W) and right captions; text t belongs to picture owner[t]."""
 
     images: Tensor
@@ -52,15 +52,15 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Lab:
+class ExperimentData:
     """labelled: pictures (N, 3, H, W) and labels (N, kinds), -1 where there is none; None: no such pictures."""
 
-    world: World
+    dataset: DatasetBundle
     tokenizer: Tokenizer
     config: BlipConfig
     clean: list[Text]
     web: list[Text]
-    held: Held
+    eval_set: EvalSet
     labelled: tuple[Tensor, Tensor] | None
 
     @property
@@ -72,13 +72,13 @@ class Lab:
         rows = torch.tensor([text.picture for text in texts])
         said = [f"{prompt} {text.text}" if prompt else text.text for text in texts]
         tokens = trim(self.tokenizer(said, self.config.context), self.tokenizer.end)
-        return self.world.train.images[rows], tokens, rows
+        return self.dataset.train.images[rows], tokens, rows
 
 
-def load(recipe: BlipRecipe, seed: int) -> World:
+def load(recipe: BlipRecipe, seed: int) -> DatasetBundle:
     if not recipe.clean < recipe.pairs:
         raise UserError(f"clean={recipe.clean} of {recipe.pairs} pairs leaves none to the web; lower it")
-    return load_world(
+    return load_dataset(
         recipe.data,
         root=recipe.data_root or None,
         pairs=recipe.pairs,
@@ -96,30 +96,34 @@ def load(recipe: BlipRecipe, seed: int) -> World:
     )
 
 
-def lab_of(recipe: BlipRecipe, seed: int) -> Lab:
-    world = load(recipe, seed)
+def build_data(recipe: BlipRecipe, seed: int) -> ExperimentData:
+    dataset = load(recipe, seed)
     base = VARIANTS[recipe.model]()
     if base.tokenizer != "small-bpe":
         raise UserError(f"model={recipe.model}: it has BERT's vocabulary; the claims train blip-tiny, -mini or -small")
-    every = [text for several in world.train.captions for text in several]
+    every = [text for several in dataset.train.captions for text in several]
     tokenizer = SmallTokenizer.train(every, base.vocabulary, SPECIALS)
     config = replace(
-        fitted(base, tokenizer),
+        with_tokenizer(base, tokenizer),
         image_size=recipe.image_size,
         queue=recipe.queue or base.queue,
         momentum=recipe.momentum or base.momentum,
         temperature=recipe.temperature or base.temperature,
     )
-    clean, web = scenes_parted(world.train, recipe.clean) if world.train.noisy is not None else parted(world, recipe)
+    clean, web = (
+        scenes_parted(dataset.train, recipe.clean) if dataset.train.noisy is not None else parted(dataset, recipe)
+    )
     if min(len(clean), len(web)) < recipe.batch:
         raise UserError(
             f"data {recipe.data}: {len(clean)} clean and {len(web)} web texts do not fill a batch of {recipe.batch}; "
             "lower batch, or change clean"
         )
-    return Lab(world, tokenizer, config, clean, web, held_of(world, recipe, seed), labelled_of(world, recipe, seed))
+    return ExperimentData(
+        dataset, tokenizer, config, clean, web, eval_set_of(dataset, recipe, seed), labelled_of(dataset, recipe, seed)
+    )
 
 
-make_lab = once_a_seed(lab_of)
+data_of = once_a_seed(build_data)
 
 
 def scenes_parted(train: Split, count: int) -> tuple[list[Text], list[Text]]:
@@ -131,12 +135,12 @@ def scenes_parted(train: Split, count: int) -> tuple[list[Text], list[Text]]:
     return clean, web
 
 
-def parted(world: World, recipe: BlipRecipe) -> tuple[list[Text], list[Text]]:
+def parted(dataset: DatasetBundle, recipe: BlipRecipe) -> tuple[list[Text], list[Text]]:
     """Of a published set: pictures with a plain title of their own are the clean ones, with those titles alone; all
     titles of the others are the web."""
-    plain = plain_titles([several for part in (world.train, world.val, world.test) for several in part.captions])
+    plain = plain_titles([several for part in (dataset.train, dataset.val, dataset.test) for several in part.captions])
     clean, web = [], []
-    for row, several in enumerate(world.train.captions):
+    for row, several in enumerate(dataset.train.captions):
         right = [text for text in several if text in plain]
         if right and len(clean) < recipe.clean:
             clean += [Text(row, text) for text in right]
@@ -160,34 +164,34 @@ def plain_titles(captions: Sequence[Sequence[str]]) -> set[str]:
     }
 
 
-def held_of(world: World, recipe: BlipRecipe, seed: int) -> Held:
+def eval_set_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> EvalSet:
     """Of scenes groups that differ in one detail, each caption a near miss for its group (minimal_pairs.py);
     of a published set its test pictures with plain titles, and these titles alone."""
-    if world.train.noisy is not None:
+    if dataset.train.noisy is not None:
         pack = packs(recipe.data, root=recipe.data_root or None)[0].subset(recipe.classes)
-        near = distractors(
+        near = minimal_pairs(
             pack, "test", recipe.test_pairs, size=recipe.image_size, seed=seed, options=scene_options(recipe)
         )
-        return Held(near.images, near.captions, torch.arange(len(near)))
-    test = world.test
-    plain = plain_titles([several for part in (world.train, world.val, world.test) for several in part.captions])
+        return EvalSet(near.images, near.captions, torch.arange(len(near)))
+    test = dataset.test
+    plain = plain_titles([several for part in (dataset.train, dataset.val, dataset.test) for several in part.captions])
     kept = [[text for text in several if text in plain] for several in test.captions]
     if not any(kept):  # a set whose captions are whole sentences with punctuation
         kept = [list(several) for several in test.captions]
     rows = [row for row, several in enumerate(kept) if several]
     owner = [place for place, row in enumerate(rows) for _ in kept[row]]
-    return Held(test.images[torch.tensor(rows)], [text for row in rows for text in kept[row]], torch.tensor(owner))
+    return EvalSet(test.images[torch.tensor(rows)], [text for row in rows for text in kept[row]], torch.tensor(owner))
 
 
 def scene_options(recipe: BlipRecipe) -> SceneOptions:
     return SceneOptions((1, recipe.objects), recipe.clutter, recipe.noise, recipe.jitter, recipe.small)
 
 
-def labelled_of(world: World, recipe: BlipRecipe, seed: int) -> tuple[Tensor, Tensor] | None:
+def labelled_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> tuple[Tensor, Tensor] | None:
     """What stands for ImageNet: of scenes further pictures of one thing, labelled with thing and colour; of a published
     set its training pictures with their categories."""
-    if world.train.noisy is None:
-        part = world.class_train
+    if dataset.train.noisy is None:
+        part = dataset.class_train
         return None if part is None else (part.images, part.labels[:, None])
     pack = packs(recipe.data, root=recipe.data_root or None)[0].subset(recipe.classes)
     alone = replace(scene_options(recipe), objects=(1, 1))

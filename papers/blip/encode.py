@@ -107,7 +107,7 @@ def match_probability(model: Blip, tokens: Tensor, images: Tensor, batch: int = 
 
 
 @dataclass(frozen=True)
-class Writing:
+class GenerationConfig:
     """How captions are written. longest, shortest: tokens, with [DEC] and the prompt, as the official code counts.
 
     nucleus: sample from the fewest words that hold this much probability (0.9 in CapFilt); None: beam search.
@@ -145,7 +145,7 @@ def write(
     model: Blip,
     tokenizer: Tokenizer,
     images: Tensor,
-    how: Writing,
+    how: GenerationConfig,
     batch: int = BATCH,
     generator: torch.Generator | None = None,
 ) -> list[str]:

@@ -11,7 +11,7 @@ from papers.blip.config import BlipConfig
 from papers.blip.converter import FORMATS, published_of
 from papers.blip.model import Blip, copied
 from papers.blip.pretrained import load_model
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.files import sha256, whole_folder
 from shared.tokenizers.base import Tokenizer
@@ -28,14 +28,14 @@ KINDS = {  # --to: what the weights have to be able to do, transformers' class, 
 
 
 def export(
-    source: Path, folder: Path, variant: str, to: str, tokenizer: Path | None = None, catalogue: Catalogue | None = None
+    source: Path, folder: Path, variant: str, to: str, tokenizer: Path | None = None, catalog: Catalog | None = None
 ) -> None:
     """Write `source` (any names that converter.py knows) as a new folder of one of KINDS, cut out where it can do more.
 
     tokenizer: the tokenizer.json of weights that were trained here (default: the one beside `source`). The folder
     appears whole or not at all. UserError: an unknown kind, weights that cannot do it, a folder that is not empty.
     """
-    catalogue = catalogue or Catalogue(Path(__file__).resolve().parents[1], __package__.split(".")[0])
+    catalog = catalog or Catalog(Path(__file__).resolve().parents[1], __package__.split(".")[0])
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     if to not in KINDS or folder.suffix in (".pt", ".pth", ".bin"):
@@ -43,14 +43,14 @@ def export(
         raise UserError(f"{folder}: --to {to} is written as *.safetensors; a folder of another name is for {kinds}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; name a new folder")
-    manifest = catalogue.root / "checkpoints_manifest.yaml"
+    manifest = catalog.root / "checkpoints_manifest.yaml"
     model, words = load_model(variant, source, tokenizer, manifest, KINDS[to][0])
     if to == "transformers-vqa" and model.config.vision_width != model.config.text_width:
         raise UserError(f"{variant}: transformers' VQA has pictures and texts of one width; only blip-base can be one")
     with whole_folder(folder) as beside:
         write(beside, model, words, to)
         entry = next((one for one in load_manifest(manifest).values() if one.sha256 == sha256(source)), None)
-        (beside / "README.md").write_text(model_card(catalogue, source, entry, variant, to), encoding="utf-8")
+        (beside / "README.md").write_text(model_card(catalog, source, entry, variant, to), encoding="utf-8")
 
 
 def write(folder: Path, model: nn.Module, words: Tokenizer, to: str) -> None:
@@ -62,7 +62,7 @@ def write(folder: Path, model: nn.Module, words: Tokenizer, to: str) -> None:
         "vocab_size": config.vocabulary,
         "hidden_size": config.text_width,
         "encoder_hidden_size": config.vision_width,
-        "intermediate_size": config.hidden,
+        "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.text_layers,
         "num_attention_heads": config.text_heads,
         "max_position_embeddings": config.positions,
@@ -138,7 +138,7 @@ def write_json(path: Path, content: dict, indent: int | None = 2) -> None:
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant: str, to: str) -> str:
+def model_card(catalog: Catalog, source: Path, entry: Entry | None, variant: str, to: str) -> str:
     """README.md of an exported folder: front matter as model hubs read it, origin, use, evidence, citation."""
     import yaml
 
@@ -146,7 +146,7 @@ def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant:
     from shared.core.provenance import commit_and_dirty
     from shared.report.evidence_table import evidence_table
 
-    card = catalogue.card("blip")
+    card = catalog.card("blip")
     paper = card.paper
     licence = "bsd-3-clause" if entry and entry.licence.startswith("BSD-3-Clause") else "other"
     front = {
@@ -156,7 +156,7 @@ def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant:
         "pipeline_tag": KINDS[to][2],
         "tags": ["blip", "vision-language", *([] if entry else ["not-a-release"])],
     }
-    commit, dirty = commit_and_dirty(catalogue.root)
+    commit, dirty = commit_and_dirty(catalog.root)
     by = f"commit {commit}{', with changes that are not committed' if dirty else ''}" if commit else "an unknown commit"
     file = f"- `{source.name}`, sha256 `{sha256(source)}`."
     origin = (
@@ -177,7 +177,7 @@ def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant:
         "These rows are about the code that trained or converted the weights. *Structure* and *parity* hold for this "
         "architecture; *claims* were measured on small models, trained for that purpose, and say nothing of other "
         "weights; *metrics* are of the released weights.",
-        evidence_table(catalogue, "blip"),
+        evidence_table(catalog, "blip"),
         "## How to cite",
         f"```bibtex\n{bibtex(card).strip()}\n```",
     ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from papers.blip.config import PROMPT
-from papers.blip.encode import Writing, rank_answers, tokens_of, write, write_answers
+from papers.blip.encode import GenerationConfig, rank_answers, tokens_of, write, write_answers
 from papers.blip.pretrained import load_model
 from papers.blip.text import clean_question
 from shared.core.device import on_gpu_if_any
@@ -36,7 +36,7 @@ def captioner(
     """Captions behind the prompt, by beam search or sampled from the nucleus."""
     model, words = load_model(variant, weights, tokenizer, manifest, "caption")
     model = on_gpu_if_any(model)
-    how = Writing(PROMPT if prompt is None else prompt, beams, nucleus, seed=seed)
+    how = GenerationConfig(PROMPT if prompt is None else prompt, beams, nucleus, seed=seed)
     given = len(how.prompt_tokens(words))
     how = replace(how, longest=min(given + LONGEST_CAPTION, model.config.positions))
     how.settings(words)  # what cannot be is told before a picture is read

@@ -64,17 +64,18 @@ class TextEncoder(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        present: Tensor,
+        attention_mask: Tensor,
         context: Tensor | None = None,
-        context_present: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
         seen: list[LayerCache] | None = None,
     ) -> Tensor:
-        """tokens (R, T), present (R, T) False at padding, context (B, S, C), or `looked_at` it -> (R, T, D).
+        """tokens (R, T), attention_mask (R, T) False at padding, context (B, S, C), or `seen`, its
+        `cross_attention_kv` -> (R, T, D).
 
         R is a multiple of B: texts in succession share one row of the context. Without a context no layer looks.
         """
-        given = {"context": context, "context_mask": key_mask(context_present), "caches": seen}
-        return self.layers(self.embeddings(tokens), mask=key_mask(present), **given)
+        given = {"context": context, "context_mask": key_mask(context_attention_mask), "caches": seen}
+        return self.layers(self.embeddings(tokens), mask=key_mask(attention_mask), **given)
 
 
 class TextDecoder(nn.Module):
@@ -98,29 +99,29 @@ class TextDecoder(nn.Module):
         self,
         tokens: Tensor,
         context: Tensor | None,
-        context_present: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
         seen: list[LayerCache] | None = None,
     ) -> Tensor:
         """tokens (R, T) that begin with [DEC], context (B, S, C) or `seen` as in TextEncoder -> (R, T, D)."""
-        given = {"context": context, "context_mask": key_mask(context_present), "caches": seen}
+        given = {"context": context, "context_mask": key_mask(context_attention_mask), "caches": seen}
         return self.layers(self.embeddings(tokens), mask=key_mask(tokens != self.pad), causal=True, **given)
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return self.head(states, self.embeddings.word.weight)
 
-    def loss(self, tokens: Tensor, context: Tensor, context_present: Tensor | None = None) -> Tensor:
+    def loss(self, tokens: Tensor, context: Tensor, context_attention_mask: Tensor | None = None) -> Tensor:
         """Smoothed next-token losses, summed over each text (official code models/med.py, reduction "none"). (R,)"""
         targets = next_token_targets(tokens, tokens != self.pad)
-        logits = self.logits(self.states(tokens, context, context_present)).float()
+        logits = self.logits(self.states(tokens, context, context_attention_mask)).float()
         losses = F.cross_entropy(
             logits.mT, targets, ignore_index=IGNORED, label_smoothing=self.smoothing, reduction="none"
         )
         return losses.sum(1)
 
-    def decoding(self, context: Tensor, context_present: Tensor | None = None) -> BertDecoding:
-        """context (B, S, C), context_present (B, S) -> what nn/generation.py drives; prompts begin with [DEC]."""
-        return BertDecoding(self.embeddings, self.layers, self.head, context, context_present)
+    def decoding(self, context: Tensor, context_attention_mask: Tensor | None = None) -> BertDecoding:
+        """context (B, S, C), context_attention_mask (B, S) -> for nn/generation.py; prompts begin with [DEC]."""
+        return BertDecoding(self.embeddings, self.layers, self.head, context, context_attention_mask)
 
     def whole(self) -> Iterator[nn.Parameter]:
         """Its parameters, those among them that the encoder owns."""
@@ -146,7 +147,7 @@ def _layers(config: BlipConfig, context_width: int) -> BertLayers:
         config.text_layers,
         config.text_width,
         config.text_heads,
-        config.hidden,
+        config.mlp_width,
         context_width=context_width,
         dropout=config.dropout,
     )
@@ -166,14 +167,14 @@ def vision_encoder(config: BlipConfig) -> VisionTransformer:
     )
     for child in encoder.modules():
         if isinstance(child, nn.Linear):
-            nn.init.normal_(child.weight, std=spread(config.vision_width))
+            nn.init.normal_(child.weight, std=init_std(config.vision_width))
             nn.init.zeros_(child.bias)
     for table in (encoder.positions.class_token, encoder.positions.position):
-        nn.init.normal_(table, std=spread(config.vision_width))
+        nn.init.normal_(table, std=init_std(config.vision_width))
     return encoder
 
 
-def spread(width: int) -> float:
+def init_std(width: int) -> float:
     """The standard deviation of initial weights: 0.02, as published, from 768 on; more where a sum has fewer terms."""
     return INIT_STD * max(1.0, 768 / width) ** 0.5
 
@@ -193,7 +194,7 @@ def starting_with(token: int, tokens: Tensor) -> Tensor:
 # ---- pictures that several texts look at
 
 
-class _Seen:
+class _CrossAttentionKV:
     """Answers what BertLayer asks of a filled KVCache: keys and values (B, H, S, K), for the rows that look (R,)."""
 
     def __init__(self, keys: Tensor, values: Tensor, rows: Tensor | None):
@@ -205,7 +206,7 @@ class _Seen:
         return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
 
 
-def looked_at(layers: BertLayers, context: Tensor, rows: Tensor | None = None) -> list[LayerCache]:
+def cross_attention_kv(layers: BertLayers, context: Tensor, rows: Tensor | None = None) -> list[LayerCache]:
     """Keys and values of a context (B, S, C), computed once though text r looks at its row rows[r] (all in turn: None).
 
     With gradients; most of the cost of image-grounded layers, whose texts are short and whose pictures are not.
@@ -216,12 +217,12 @@ def looked_at(layers: BertLayers, context: Tensor, rows: Tensor | None = None) -
 def _looked_at(layer: BertLayer, context: Tensor, rows: Tensor | None) -> LayerCache:
     attention = layer.cross_attention
     keys, values = rearrange(attention.kv(context), "b s (two h k) -> two b h s k", two=2, h=attention.heads)
-    return LayerCache(None, _Seen(keys, values, rows))
+    return LayerCache(None, _CrossAttentionKV(keys, values, rows))
 
 
 def again(seen: list[LayerCache], rows: Tensor | None) -> list[LayerCache]:
     """The same keys and values for other rows."""
-    return [LayerCache(None, _Seen(one.context.keys, one.context.values, rows)) for one in seen]
+    return [LayerCache(None, _CrossAttentionKV(one.context.keys, one.context.values, rows)) for one in seen]
 
 
 # ---- the model
@@ -247,9 +248,9 @@ class Blip(nn.Module):
             self.text_decoder = TextDecoder(config, config.vision_width, self.text_encoder)
         for name, module in self.named_children():
             if name != "vision_encoder":
-                initialise_bert(module, spread(config.text_width))
+                initialise_bert(module, init_std(config.text_width))
 
-    def present(self, tokens: Tensor) -> Tensor:
+    def attention_mask(self, tokens: Tensor) -> Tensor:
         """(R, T) -> bool (R, T), False at padding."""
         return tokens != self.config.pad_token
 
@@ -261,7 +262,7 @@ class Blip(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(R, T) -> (R, T, D), no picture seen."""
-        return self.text_encoder(starting_with(self.config.start_token, tokens), self.present(tokens))
+        return self.text_encoder(starting_with(self.config.start_token, tokens), self.attention_mask(tokens))
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, E), L2-normalised."""
@@ -280,10 +281,10 @@ class Blip(nn.Module):
     def ground(self, tokens: Tensor, image_tokens: Tensor, seen: list[LayerCache] | None = None) -> Tensor:
         """Texts (R, T) that look at pictures (B, S, D), R a multiple of B: texts in succession share one. (R, T, D).
 
-        With `seen` (`looked_at`) each text looks at the row that was chosen there, and image_tokens is not read.
+        With `seen` (`cross_attention_kv`) each text looks at the row that was chosen there; image_tokens is not read.
         """
         tokens = starting_with(self.config.encode_token, tokens)
-        return self.text_encoder(tokens, self.present(tokens), None if seen else image_tokens, seen=seen)
+        return self.text_encoder(tokens, self.attention_mask(tokens), None if seen else image_tokens, seen=seen)
 
     def match(self, tokens: Tensor, image_tokens: Tensor, seen: list[LayerCache] | None = None) -> Tensor:
         """As `ground` -> ITM logits (R, 2); class 1 is a match."""
@@ -305,7 +306,7 @@ class Blip(nn.Module):
         """
         tokens = starting_with(self.config.decode_token, tokens)
         states = self.text_decoder.states(tokens, None if seen else image_tokens, seen=seen)
-        targets = next_token_targets(tokens, self.present(tokens), prompt)
+        targets = next_token_targets(tokens, self.attention_mask(tokens), prompt)
         learned = targets != IGNORED
         return self.text_decoder.logits(states[learned]), targets[learned]
 
@@ -362,9 +363,9 @@ class Momentum(nn.Module):
         """(B, 3, H, W) -> (B, E), L2-normalised."""
         return F.normalize(self.vision_proj(picture_tokens(self.vision_encoder, images)[:, 0]).float(), dim=-1)
 
-    def text_features(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """tokens (B, T) that begin with [CLS], present (B, T) -> (B, E), L2-normalised."""
-        return F.normalize(self.text_proj(self.text_encoder(tokens, present)[:, 0]).float(), dim=-1)
+    def text_features(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """tokens (B, T) that begin with [CLS], attention_mask (B, T) -> (B, E), L2-normalised."""
+        return F.normalize(self.text_proj(self.text_encoder(tokens, attention_mask)[:, 0]).float(), dim=-1)
 
 
 class Objectives(NamedTuple):
@@ -441,7 +442,9 @@ class BlipPretraining(nn.Module):
             if self.training:
                 self.momentum.follow(blip, config.momentum)
             slow_images = self.momentum.image_features(images)
-            slow_texts = self.momentum.text_features(starting_with(config.start_token, tokens), blip.present(tokens))
+            slow_texts = self.momentum.text_features(
+                starting_with(config.start_token, tokens), blip.attention_mask(tokens)
+            )
             image_keys = torch.cat([slow_images, self.queue.images])  # (M, E)
             text_keys = torch.cat([slow_texts, self.queue.texts])
             teacher = similarities(slow_images, slow_texts, image_keys, text_keys, self.temperature)
@@ -471,7 +474,7 @@ class BlipPretraining(nn.Module):
         if layers.recompute:  # it keeps nothing but what enters a layer
             logits, seen = self.blip.match(tokens[texts], image_tokens[pictures]), None
         else:
-            seen = looked_at(layers, image_tokens, pictures)
+            seen = cross_attention_kv(layers, image_tokens, pictures)
             logits = self.blip.match(tokens[texts], image_tokens, seen)
         return logits[: len(own)], logits[len(own) :], seen
 

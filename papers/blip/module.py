@@ -73,7 +73,7 @@ class BlipModule(lightning.LightningModule):
         images, tokens, ids = batch
         self.clamp_temperature()
         if not self.recipe.compile:  # which wants one shape
-            tokens = narrowed(tokens, self.model.config.pad_token)
+            tokens = trim_padding(tokens, self.model.config.pad_token)
         ids = ids if self.recipe.by_picture else None
         output = self.model(images, tokens, ids, self.alpha(self.global_step), self.objectives, self.prompt)
         losses = blip_losses(output, self.model.config.label_smoothing)
@@ -97,7 +97,7 @@ class BlipModule(lightning.LightningModule):
             temperature.clamp_(*TEMPERATURES)
 
 
-def narrowed(tokens: Tensor, pad: int) -> Tensor:
+def trim_padding(tokens: Tensor, pad: int) -> Tensor:
     """(B, T) without the columns that are padding in every row: nobody sees them, and they cost as much as words."""
     return tokens[:, : int((tokens != pad).sum(1).max())]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, caption, fitted, nlvr, retrieval, vqa
+from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, caption, nlvr, retrieval, vqa, with_tokenizer
 from papers.blip.converter import FORMATS, detect, ours_of
 from papers.blip.model import OWN_IN_DECODER, Blip, BlipPretraining
 from papers.blip.tasks import BlipDialogue, BlipNlvr, BlipVqa
@@ -155,7 +155,7 @@ def load_model(
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer}: no such file; --tokenizer takes the tokenizer.json written beside the weights")
     words = load_tokenizer(tokenizer)
-    return useful(load_file(weights, fitted(config, words)), use, weights), words
+    return useful(load_file(weights, with_tokenizer(config, words)), use, weights), words
 
 
 def useful(model: nn.Module, use: str, place: object) -> nn.Module:

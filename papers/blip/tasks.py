@@ -15,8 +15,8 @@ from papers.blip.model import (
     TextDecoder,
     TextEncoder,
     copied,
+    init_std,
     picture_tokens,
-    spread,
     starting_with,
     vision_encoder,
 )
@@ -39,8 +39,8 @@ class BlipVqa(nn.Module):
         self.vision_encoder = vision_encoder(config)
         self.text_encoder = TextEncoder(config, config.vision_width)
         self.text_decoder = TextDecoder(config, config.text_width)
-        initialise_bert(self.text_encoder, spread(config.text_width))
-        initialise_bert(self.text_decoder, spread(config.text_width))
+        initialise_bert(self.text_encoder, init_std(config.text_width))
+        initialise_bert(self.text_decoder, init_std(config.text_width))
 
     @classmethod
     def started_from(cls, blip: Blip, config: BlipConfig | None = None) -> BlipVqa:
@@ -69,14 +69,14 @@ class BlipVqa(nn.Module):
         """(B, 3, H, W) -> (B, 1 + N, D)."""
         return picture_tokens(self.vision_encoder, images)
 
-    def present(self, tokens: Tensor) -> Tensor:
+    def attention_mask(self, tokens: Tensor) -> Tensor:
         """(·, T) -> bool (·, T), False at padding."""
         return tokens != self.config.pad_token
 
     def ask(self, questions: Tensor, image_tokens: Tensor) -> Tensor:
         """Questions (B, T) about pictures (B, S, D) -> states (B, T, D)."""
         tokens = starting_with(self.config.encode_token, questions)
-        return self.text_encoder(tokens, self.present(questions), image_tokens)
+        return self.text_encoder(tokens, self.attention_mask(questions), image_tokens)
 
     def answer_losses(self, states: Tensor, questions: Tensor, answers: Tensor) -> Tensor:
         """Answers (A, T) to questions (Q, T), whose states are (Q, T, D) -> summed smoothed losses (A,).
@@ -84,7 +84,7 @@ class BlipVqa(nn.Module):
         A is a multiple of Q: answers in succession share one question.
         """
         answers = starting_with(self.config.decode_token, answers)
-        return self.text_decoder.loss(answers, states, self.present(questions))
+        return self.text_decoder.loss(answers, states, self.attention_mask(questions))
 
     def forward(
         self, images: Tensor, questions: Tensor, answers: Tensor, asked: Tensor, weights: Tensor | None = None
@@ -103,7 +103,7 @@ class BlipVqa(nn.Module):
         The official code lets a written answer look at a question's padding too (models/blip_vqa.py; it masks it where
         it ranks), so that it depends on the other questions of its batch. Here padding is masked in both.
         """
-        return self.text_decoder.decoding(states, self.present(questions))
+        return self.text_decoder.decoding(states, self.attention_mask(questions))
 
     @torch.no_grad()
     def rank(self, states: Tensor, questions: Tensor, answers: Tensor, candidates: int = ANSWERS_RANKED) -> Tensor:
@@ -112,7 +112,7 @@ class BlipVqa(nn.Module):
         if not len(answers):
             raise UserError("VQA: the list of answers is empty; give at least one, or generate answers")
         start = torch.full_like(questions[:, :1], self.config.decode_token)
-        first = self.text_decoder.states(start, states, self.present(questions))  # (B, 1, D)
+        first = self.text_decoder.states(start, states, self.attention_mask(questions))  # (B, 1, D)
         likely = self.text_decoder.logits(first[:, 0]).float().log_softmax(1)[:, answers[:, 1]]  # (B, A)
         best = likely.topk(min(candidates, len(answers)), dim=1).indices  # (B, C)
         losses = [
@@ -156,8 +156,8 @@ class BlipNlvr(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(config.text_width, config.text_width), nn.ReLU(), nn.Linear(config.text_width, 2)
         )
-        initialise_bert(self.text_encoder, spread(config.text_width))
-        initialise_bert(self.classifier, spread(config.text_width))
+        initialise_bert(self.text_encoder, init_std(config.text_width))
+        initialise_bert(self.classifier, init_std(config.text_width))
 
     @classmethod
     def started_from(cls, blip: Blip, config: BlipConfig | None = None) -> BlipNlvr:
@@ -177,8 +177,8 @@ class BlipNlvr(nn.Module):
         """Two pictures each (B, 2, 3, H, W), statements (B, T) -> logits (B, 2); class 1 is true."""
         image_tokens = picture_tokens(self.vision_encoder, images.flatten(0, 1))
         context = image_tokens.unflatten(0, (-1, 2))  # (B, 2, S, D)
-        present = tokens != self.config.pad_token
-        states = self.text_encoder(starting_with(self.config.encode_token, tokens), present, context)
+        attention_mask = tokens != self.config.pad_token
+        states = self.text_encoder(starting_with(self.config.encode_token, tokens), attention_mask, context)
         return self.classifier(states[:, 0])
 
     def loss(self, images: Tensor, tokens: Tensor, true: Tensor) -> Tensor:
@@ -205,8 +205,8 @@ class BlipDialogue(nn.Module):
         self.vision_encoder = vision_encoder(config)
         self.text_encoder = TextEncoder(config, config.vision_width)
         self.itm_head = nn.Linear(config.text_width, 2)
-        initialise_bert(self.text_encoder, spread(config.text_width))
-        initialise_bert(self.itm_head, spread(config.text_width))
+        initialise_bert(self.text_encoder, init_std(config.text_width))
+        initialise_bert(self.itm_head, init_std(config.text_width))
 
     @classmethod
     def started_from(cls, blip: Blip) -> BlipDialogue:

@@ -27,7 +27,7 @@ from papers.blip2.pretrained import (
     load_encoder,
     load_file,
 )
-from papers.blip2.text import Words, named_words, words_of
+from papers.blip2.text import PromptTokenizer, load_prompt_tokenizer, prompt_tokenizer_of
 from shared.backbones.vision import Encoder
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
@@ -48,13 +48,13 @@ SIZES = ("queries", "width", "layers", "heads", "hidden", "cross_every", "embed_
 
 
 @dataclass(frozen=True)
-class Talker:
+class InferenceModel:
     """All that answers about a picture. chat: a conversation written out by the language model's template, where it has
     one. trained_here: on scenes and the prompts of this repository."""
 
     model: Blip2
     encoder: Encoder
-    words: Words
+    words: PromptTokenizer
     chat: Callable[[Sequence[Mapping[str, str]]], str] | None
     trained_here: bool
 
@@ -126,9 +126,9 @@ def vision_of(encoder: Encoder) -> VisionConfig:
 # ---- reading
 
 
-def load_talker(
+def load_inference_model(
     variant: str, weights: Path | None, tokenizer: Path | None, manifest: str | Path, use: str = "ask"
-) -> Talker:
+) -> InferenceModel:
     """weights: a file that a run of this repository or somebody else has trained; None: the manifest's for that use
     (ask | caption). UserError, before anything large is read, where a part is missing or of another model."""
     if VARIANTS[variant]().language is None:
@@ -156,7 +156,7 @@ def published(variant: str) -> bool:
     return variant.startswith("blip2-vit-")
 
 
-def _released(variant: str, manifest: str | Path, use: str) -> Talker:
+def _released(variant: str, manifest: str | Path, use: str) -> InferenceModel:
     entries = load_manifest(manifest)
     captions = f"{variant}-caption-coco"
     id = captions if use == "caption" and captions in entries else variant
@@ -167,7 +167,7 @@ def _released(variant: str, manifest: str | Path, use: str) -> Talker:
     return _of_file(fetch(entries[id]), config_of(id), manifest)
 
 
-def _of_file(weights: Path, config: Blip2Config, manifest: str | Path) -> Talker:
+def _of_file(weights: Path, config: Blip2Config, manifest: str | Path) -> InferenceModel:
     """A published file or folder, the frozen encoder in it, beside it or in the cache."""
     loaded = load_file(weights, config)
     model = bridge_of(loaded, weights)
@@ -179,7 +179,7 @@ def _of_file(weights: Path, config: Blip2Config, manifest: str | Path) -> Talker
     return joined(model, encoder, language_model, words, chat, False)
 
 
-def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manifest: str | Path) -> Talker:
+def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manifest: str | Path) -> InferenceModel:
     if card["variant"] != variant:
         raise UserError(f"{weights}: weights of {card['variant']}, not of {variant}; give --model {card['variant']}")
     for name, seal in card["sha256"].items():
@@ -191,10 +191,10 @@ def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manif
         pieces = load_tokenizer(tokenizer or weights.with_name(TOKENIZER))
         small = SmallLanguageModel(
             language.vocabulary, language.context, language.width, language.layers, language.heads,
-            kv_heads=language.kv_heads, hidden=language.hidden,
+            kv_heads=language.kv_heads, mlp_width=language.mlp_width,
         )  # fmt: skip
         load_weights(small, weights.with_name(LANGUAGE))
-        speaks: tuple = (small, words_of(pieces, language.context), None)
+        speaks: tuple = (small, prompt_tokenizer_of(pieces, language.context), None)
     else:
         language_model, words, _ = named_language(language, manifest)
         speaks = language_model, words, None  # it learned the paper's prompts, and no conversation
@@ -214,7 +214,7 @@ def bridge_of(loaded: Loaded, place: Path) -> Blip2:
 
 def named_language(
     language: LanguageConfig, manifest: str | Path
-) -> tuple[LanguageModel, Words, Callable[[Sequence[Mapping[str, str]]], str] | None]:
+) -> tuple[LanguageModel, PromptTokenizer, Callable[[Sequence[Mapping[str, str]]], str] | None]:
     """A language model by name, its words, and its way to write out a conversation, if it has one."""
     from shared.backbones.hf_lm import half_of
     from shared.backbones.lm import load_language_model
@@ -223,15 +223,20 @@ def named_language(
     if model.width != language.width:
         raise UserError(f"{language.name}: a language model of width {model.width}, expected {language.width}")
     try:
-        words = named_words(tokenizer, model.context)
+        words = load_prompt_tokenizer(tokenizer, model.context)
     except UserError as error:
         raise UserError(f"{language.name}: {error}") from None
     return model, words, tokenizer.chat if tokenizer.template else None
 
 
 def joined(
-    model: Blip2, encoder: Encoder, language_model: Any, words: Words, chat: Callable | None, trained_here: bool
-) -> Talker:
+    model: Blip2,
+    encoder: Encoder,
+    language_model: Any,
+    words: PromptTokenizer,
+    chat: Callable | None,
+    trained_here: bool,
+) -> InferenceModel:
     """On a GPU where there is one; on a CPU with weights laid out for few rows, as beams are."""
     if model.projector.out_features != language_model.width:
         raise UserError(
@@ -243,7 +248,7 @@ def joined(
     if not torch.cuda.is_available():
         for part in (model, encoder.module, language_model):
             pack(part)
-    return Talker(model.eval(), encoder, words, chat, trained_here)
+    return InferenceModel(model.eval(), encoder, words, chat, trained_here)
 
 
 def read_card(path: Path) -> dict:

@@ -52,7 +52,7 @@ class LanguageConfig:
     vocabulary: int
     layers: int  # t5: of the encoder, and as many of the decoder
     heads: int
-    hidden: int  # of the feed-forward layers
+    mlp_width: int  # of the feed-forward layers
     context: int  # positions, those of the queries included; t5: what it was trained with
     kv_heads: int | None = None  # llama: key/value heads, as many as heads where None
     head_width: int | None = None  # t5: width / heads where None
@@ -77,7 +77,7 @@ class Blip2Config:
     width: int = 768
     layers: int = 12
     heads: int = 12
-    hidden: int = 3072
+    mlp_width: int = 3072
     cross_every: int = 2  # cross-attention in layers 0, 2, 4, ...
     embed_width: int = 256  # of the joint space of ITC
     vocabulary: int = 30_523  # BERT's and [DEC]
@@ -93,7 +93,7 @@ class Blip2Config:
     decode_token: int = 30_522  # [DEC]: image-grounded generation
 
 
-class Words(Protocol):
+class TokenizerInfo(Protocol):
     """What is asked of a tokenizer (shared/tokenizers/base.py)."""
 
     kind: str
@@ -104,7 +104,7 @@ class Words(Protocol):
     decode_start: int
 
 
-def fitted(config: Blip2Config, tokenizer: Words) -> Blip2Config:
+def with_tokenizer(config: Blip2Config, tokenizer: TokenizerInfo) -> Blip2Config:
     """The configuration with the vocabulary and the ids of a tokenizer that was made with SPECIALS."""
     return replace(
         config,
@@ -134,12 +134,16 @@ CLIP_VIT_L = VisionConfig(
 LANGUAGES: dict[str, LanguageConfig] = {
     one.name: one
     for one in (
-        LanguageConfig("opt-2.7b", "opt", 2560, 50_272, layers=32, heads=32, hidden=10_240, context=2048),
-        LanguageConfig("opt-6.7b", "opt", 4096, 50_272, layers=32, heads=32, hidden=16_384, context=2048),
-        LanguageConfig("flan-t5-xl", "t5", 2048, 32_128, layers=24, heads=32, hidden=5120, context=512, head_width=64),
-        LanguageConfig("flan-t5-xxl", "t5", 4096, 32_128, layers=24, heads=64, hidden=10_240, context=512),
-        LanguageConfig("smollm2-135m", "llama", 576, 49_152, layers=30, heads=9, hidden=1536, context=8192, kv_heads=3),
-        LanguageConfig("small", "small", 64, 1_024, layers=2, heads=2, hidden=256, context=96),
+        LanguageConfig("opt-2.7b", "opt", 2560, 50_272, layers=32, heads=32, mlp_width=10_240, context=2048),
+        LanguageConfig("opt-6.7b", "opt", 4096, 50_272, layers=32, heads=32, mlp_width=16_384, context=2048),
+        LanguageConfig(
+            "flan-t5-xl", "t5", 2048, 32_128, layers=24, heads=32, mlp_width=5120, context=512, head_width=64
+        ),
+        LanguageConfig("flan-t5-xxl", "t5", 4096, 32_128, layers=24, heads=64, mlp_width=10_240, context=512),
+        LanguageConfig(
+            "smollm2-135m", "llama", 576, 49_152, layers=30, heads=9, mlp_width=1536, context=8192, kv_heads=3
+        ),
+        LanguageConfig("small", "small", 64, 1_024, layers=2, heads=2, mlp_width=256, context=96),
     )
 }
 
@@ -174,7 +178,7 @@ def _small(vision: VisionConfig, queries: int, width: int, layers: int, heads: i
         width=width,
         layers=layers,
         heads=heads,
-        hidden=4 * width,
+        mlp_width=4 * width,
         vocabulary=vocabulary,
         positions=max(64, context),
         context=context,
@@ -203,7 +207,7 @@ def tiny() -> Blip2Config:
 
 def tiny_small() -> Blip2Config:
     """`tiny` in stage 2."""
-    language = LanguageConfig("small", "small", 40, 300, layers=2, heads=2, hidden=160, context=48)
+    language = LanguageConfig("small", "small", 40, 300, layers=2, heads=2, mlp_width=160, context=48)
     return replace(tiny(), language=language)
 
 

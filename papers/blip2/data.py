@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config, fitted
+from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config, with_tokenizer
 from papers.blip2.recipe import OPEN, Blip2Recipe
 from papers.blip2.text import clean_caption
-from shared.data.dataset import World, load_world, packs
-from shared.data.seeded import Draw
+from shared.data.dataset import DatasetBundle, load_dataset, packs
+from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import KINDS, ask, caption, number_of, with_article
-from shared.data.synthetic.minimal_pairs import distractors
+from shared.data.synthetic.minimal_pairs import minimal_pairs
 from shared.data.synthetic.scenes import COLOURS, Scene, SceneOptions, render_many, sample_scene
 from shared.data.synthetic.sprites import SpritePack
 from shared.experiments.ablations import once_a_seed
@@ -38,7 +38,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Held:
+class EvalSet:
     """Held-out pictures (I, 3, H, W) and right captions, text t belonging to picture owner[t]; further pictures
     (A, 3, H, W) with questions about them, and those of POPE, whose answers are yes and no equally often. None of these
     where the pictures are not generated."""
@@ -60,16 +60,16 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Lab:
+class ExperimentData:
     """texts: (picture, caption) of world.train; asked: questions about it; said: the texts that the small language
     model learns from; answers: every word that an open question can be answered with."""
 
-    world: World
+    dataset: DatasetBundle
     tokenizer: Tokenizer
     config: Blip2Config
     texts: list[tuple[int, str]]
     asked: list[Asked]
-    held: Held
+    eval_set: EvalSet
     said: list[str]
     answers: list[str]
 
@@ -92,7 +92,7 @@ class Lab:
 
     def shown(self) -> list[list[str]]:
         """Of each training picture the answers to the open questions about it, as `open_kinds` has them."""
-        found: list[list[str]] = [[] for _ in range(len(self.world.train.images))]
+        found: list[list[str]] = [[] for _ in range(len(self.dataset.train.images))]
         for one in self.asked:
             if one.kind in OPEN:
                 found[one.picture].append(one.answer)
@@ -112,15 +112,15 @@ class Lab:
         if share == 1:
             return questions
         count = round(min(len(captions) / (1 - share), len(questions) / share))  # of both, each at most once
-        draw = Draw("stage 2", seed)
+        draw = SeededRandom("stage 2", seed)
         return draw.shuffled(
             draw.sample(questions, min(len(questions), round(count * share)))
             + draw.sample(captions, min(len(captions), round(count * (1 - share))))
         )
 
 
-def load(recipe: Blip2Recipe, seed: int) -> World:
-    return load_world(
+def load(recipe: Blip2Recipe, seed: int) -> DatasetBundle:
+    return load_dataset(
         recipe.data,
         root=recipe.data_root or None,
         pairs=recipe.pairs,
@@ -137,38 +137,38 @@ def load(recipe: Blip2Recipe, seed: int) -> World:
     )
 
 
-def lab_of(recipe: Blip2Recipe, seed: int) -> Lab:
-    world = load(recipe, seed)
+def build_data(recipe: Blip2Recipe, seed: int) -> ExperimentData:
+    dataset = load(recipe, seed)
     base = VARIANTS[recipe.model]()
-    texts = [(row, text) for row, several in enumerate(world.train.captions) for text in several]
-    pack = pack_of(recipe, world)
+    texts = [(row, text) for row, several in enumerate(dataset.train.captions) for text in several]
+    pack = pack_of(recipe, dataset)
     if pack is None:
         texts = [(row, clean_caption(text)) for row, text in texts]  # in both stages (LAVIS, blip_caption)
         said, asked, answers = [text for _, text in texts], [], []
-        held = published(world)
+        eval_set = published(dataset)
     else:
         said = documents(pack, recipe)
         asked = questions(pack, recipe, seed)
         answers = [*pack.names, *COLOURS]
-        held = held_of(pack, recipe, seed)
+        eval_set = eval_set_of(pack, recipe, seed)
     # One vocabulary for all seeds where the texts are generated: the small language model is common to them.
     small = base.tokenizer == SmallTokenizer.kind
     tokenizer = (
         SmallTokenizer.train(said, base.vocabulary, SPECIALS) if small else BertTokenizer.uncased(None, SPECIALS)
     )
-    config = fitted(base, tokenizer)
+    config = with_tokenizer(base, tokenizer)
     vision = replace(config.vision, image_size=recipe.image_size)
     dropout = config.dropout if recipe.dropout < 0 else recipe.dropout
     config = replace(config, vision=vision, queries=recipe.queries or config.queries, dropout=dropout)
-    return Lab(world, tokenizer, config, texts, asked, held, said, answers)
+    return ExperimentData(dataset, tokenizer, config, texts, asked, eval_set, said, answers)
 
 
-make_lab = once_a_seed(lab_of)
+data_of = once_a_seed(build_data)
 
 
-def pack_of(recipe: Blip2Recipe, world: World) -> SpritePack | None:
+def pack_of(recipe: Blip2Recipe, dataset: DatasetBundle) -> SpritePack | None:
     """What scenes are made of; None for a published set."""
-    if world.train.noisy is None:
+    if dataset.train.noisy is None:
         return None
     return packs(recipe.data, root=recipe.data_root or None)[0].subset(recipe.classes)
 
@@ -191,14 +191,14 @@ def questions(pack: SpritePack, recipe: Blip2Recipe, seed: int) -> list[Asked]:
 
 
 def about(scene: Scene, row: int, kind: str, names: Sequence[str], key: tuple) -> Asked:
-    draw = Draw(*key)
+    draw = SeededRandom(*key)
     if kind == "yes/no" and draw.chance(0.5):  # what POPE asks: is it there at all?
         return there(scene, row, names, draw, draw.chance(0.5))
     one = ask(scene, names, draw, kind)
     return Asked(row, one.question, one.answer, kind)
 
 
-def there(scene: Scene, row: int, names: Sequence[str], draw: Draw, truth: bool) -> Asked:
+def there(scene: Scene, row: int, names: Sequence[str], draw: SeededRandom, truth: bool) -> Asked:
     """Is a thing in the picture? Where it is not, any other of the world (POPE's `random`, Li et al. 2023)."""
     shown = [thing.name for thing in scene.things]
     name = draw.pick(shown if truth else [name for name in names if name not in shown])
@@ -208,9 +208,9 @@ def there(scene: Scene, row: int, names: Sequence[str], draw: Draw, truth: bool)
     return Asked(row, f"{verb} there {what}?", "yes" if truth else "no", "yes/no")
 
 
-def held_of(pack: SpritePack, recipe: Blip2Recipe, seed: int) -> Held:
+def eval_set_of(pack: SpritePack, recipe: Blip2Recipe, seed: int) -> EvalSet:
     """Groups of scenes that differ in one detail, each caption a near miss for its group; open questions about them."""
-    near = distractors(
+    near = minimal_pairs(
         pack, "test", recipe.test_pairs, size=recipe.image_size, seed=seed, options=options_of(recipe)
     )  # fmt: skip
     kinds = [kind for kind in OPEN if kind in recipe.kinds] or recipe.kinds
@@ -221,15 +221,15 @@ def held_of(pack: SpritePack, recipe: Blip2Recipe, seed: int) -> Held:
     ]
     for row, scene in enumerate(scenes):
         asked += [about(scene, row, kind, names, ("question", seed, "asked", row, kind)) for kind in kinds]
-        pope.append(there(scene, row, names, Draw("pope", seed, row), row % 2 == 0))
+        pope.append(there(scene, row, names, SeededRandom("pope", seed, row), row % 2 == 0))
     images = torch.from_numpy(render_many(scenes, pack, recipe.image_size))
-    return Held(near.images, near.captions, torch.arange(len(near)), images, asked, pope)
+    return EvalSet(near.images, near.captions, torch.arange(len(near)), images, asked, pope)
 
 
-def published(world: World) -> Held:
-    owner = [row for row, several in enumerate(world.test.captions) for _ in several]
-    texts = [clean_caption(text) for several in world.test.captions for text in several]
-    return Held(world.test.images, texts, torch.tensor(owner), world.test.images[:0], [], [])
+def published(dataset: DatasetBundle) -> EvalSet:
+    owner = [row for row, several in enumerate(dataset.test.captions) for _ in several]
+    texts = [clean_caption(text) for several in dataset.test.captions for text in several]
+    return EvalSet(dataset.test.images, texts, torch.tensor(owner), dataset.test.images[:0], [], [])
 
 
 # ---- texts alone
@@ -245,6 +245,6 @@ def documents(pack: SpritePack, recipe: Blip2Recipe) -> list[str]:
 
 def document(pack: SpritePack, recipe: Blip2Recipe, index: int, options: SceneOptions) -> str:
     scene = sample_scene(pack, "language", index, seed=LANGUAGE_SEED, options=options)
-    draw = Draw("document", LANGUAGE_SEED, index)
+    draw = SeededRandom("document", LANGUAGE_SEED, index)
     one = about(scene, index, draw.pick(recipe.kinds), pack.names, ("document", LANGUAGE_SEED, index))
     return f"{caption(scene, draw, full=True)}. {QUESTION.format(one.question)} {one.answer}."

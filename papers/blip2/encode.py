@@ -15,7 +15,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from papers.blip2.model import Blip2, Blip2Qformer
-from papers.blip2.text import Words
+from papers.blip2.text import PromptTokenizer
 from shared.metrics import exact_match, pope, rerank
 from shared.nn.generation import GenerationSettings, generate
 
@@ -81,7 +81,7 @@ def reranked(model: Blip2Qformer, pictures: Encoded, tokens: Tensor, candidates:
 
 
 @dataclass(frozen=True)
-class Writing:
+class GenerationConfig:
     """How texts are written behind a prompt. The lengths count new tokens; of a seq2seq model the shortest counts the
     decoder's start token too, as min_length does where the official code hands it on."""
 
@@ -98,13 +98,18 @@ class Writing:
         )
 
 
-ANSWERING = Writing(length_penalty=-1.0, longest=10)  # Sec. 4.1
-CAPTIONING = Writing(longest=30, shortest=8)  # LAVIS, caption_coco_opt2.7b_eval.yaml
+ANSWERING = GenerationConfig(length_penalty=-1.0, longest=10)  # Sec. 4.1
+CAPTIONING = GenerationConfig(longest=30, shortest=8)  # LAVIS, caption_coco_opt2.7b_eval.yaml
 
 
 @torch.inference_mode()
 def write(
-    model: Blip2, words: Words, features: Tensor | None, prompts: Sequence[str], how: Writing, batch: int = BATCH
+    model: Blip2,
+    words: PromptTokenizer,
+    features: Tensor | None,
+    prompts: Sequence[str],
+    how: GenerationConfig,
+    batch: int = BATCH,
 ) -> list[str]:
     """What the language model says of each picture behind its prompt; behind the prompt alone where features is None.
 
@@ -113,12 +118,14 @@ def write(
     said = []
     for start in range(0, len(prompts), batch):
         chosen = slice(start, start + batch)
-        tokens, present = words.prompts(prompts[chosen], device_of(model))
+        tokens, attention_mask = words.prompts(prompts[chosen], device_of(model))
         if features is None:
             decoding = model.language_model.decoding(no_prefix(model, len(tokens)))
         else:
             decoding = model.decoding(features[chosen].to(tokens.device))
-        found = generate(decoding, tokens, how.settings(words.stop, model.language_model.kind), present=present)
+        found = generate(
+            decoding, tokens, how.settings(words.stop, model.language_model.kind), attention_mask=attention_mask
+        )
         said += [words.decode(one) for one in found.tokens]
     return said
 
@@ -134,7 +141,11 @@ def asked(model: Blip2, questions: Sequence[str]) -> list[str]:
 
 
 def answer(
-    model: Blip2, words: Words, features: Tensor | None, questions: Sequence[str], how: Writing = ANSWERING
+    model: Blip2,
+    words: PromptTokenizer,
+    features: Tensor | None,
+    questions: Sequence[str],
+    how: GenerationConfig = ANSWERING,
 ) -> list[str]:
     """Zero-shot VQA: an answer in the language model's own words, its first line without the final period."""
     said = write(model, words, features, asked(model, questions), how)
@@ -147,7 +158,7 @@ def tidy(text: str) -> str:
 
 
 def caption(
-    model: Blip2, words: Words, features: Tensor, how: Writing = CAPTIONING, prompt: str = CAPTION
+    model: Blip2, words: PromptTokenizer, features: Tensor, how: GenerationConfig = CAPTIONING, prompt: str = CAPTION
 ) -> list[str]:
     """A caption of each picture, without the prompt."""
     return [tidy(one) for one in write(model, words, features, [prompt] * len(features), how)]
@@ -155,28 +166,28 @@ def caption(
 
 @torch.inference_mode()
 def chosen(
-    model: Blip2, words: Words, features: Tensor | None, questions: Sequence[str], answers: Sequence[str]
+    model: Blip2, words: PromptTokenizer, features: Tensor | None, questions: Sequence[str], answers: Sequence[str]
 ) -> list[str]:
     """Of the answers the one whose first token is likeliest: what a model that cannot know the form of the answers is
     scored by, so that a blind one is not called wrong for its manners alone."""
     first = [words.encode(f" {one}")[0] for one in answers]
-    tokens, present = words.prompts(asked(model, questions), device_of(model))
+    tokens, attention_mask = words.prompts(asked(model, questions), device_of(model))
     if features is None:
         decoding = model.language_model.decoding(no_prefix(model, len(tokens)))
     else:
         decoding = model.decoding(features.to(tokens.device))
-    logits = decoding.prefill(tokens, present)[:, torch.tensor(first, device=tokens.device)]  # (B, A)
+    logits = decoding.prefill(tokens, attention_mask)[:, torch.tensor(first, device=tokens.device)]  # (B, A)
     return [answers[place] for place in logits.argmax(1).tolist()]
 
 
 @torch.inference_mode()
 def answer_in_context(
     model: Blip2,
-    words: Words,
+    words: PromptTokenizer,
     features: Tensor,
     questions: Sequence[str],
     examples: Sequence[tuple[Tensor, str, str]],
-    how: Writing = ANSWERING,
+    how: GenerationConfig = ANSWERING,
 ) -> list[str]:
     """The same questions behind answered ones (features (S, C), question, answer), each with its own picture before it:
     [picture, question, answer] ..., picture, question (Sec. 5). The examples are the same for all questions."""
@@ -192,8 +203,10 @@ def answer_in_context(
         part = slice(start, start + BATCH)
         own = model.prefix(features[part].to(device)).float()  # (B, Q, W)
         prefix = torch.cat([before.expand(len(own), -1, -1), own], 1)
-        tokens, present = words.prompts(asked(model, questions[part]), device)
-        said = generate(language.decoding(prefix), tokens, how.settings(words.stop, language.kind), present=present)
+        tokens, attention_mask = words.prompts(asked(model, questions[part]), device)
+        said = generate(
+            language.decoding(prefix), tokens, how.settings(words.stop, language.kind), attention_mask=attention_mask
+        )
         found += [tidy(words.decode(one)) for one in said.tokens]
     return found
 

@@ -17,7 +17,7 @@ from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config
 from papers.blip2.converter import VISION, published_of, with_language
 from papers.blip2.model import Blip2
 from papers.blip2.pretrained import encoder_beside, load_encoder, load_file
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.files import cache_root, sha256, whole_folder
 from shared.tokenizers.base import Tokenizer
@@ -56,7 +56,7 @@ def export(
     variant: str,
     to: str,
     tokenizer: Path | None = None,
-    catalogue: Catalogue | None = None,
+    catalog: Catalog | None = None,
     language: Path | None = None,
 ) -> None:
     """Write `source` (any names that converter.py knows) as a new folder of one of KINDS.
@@ -66,19 +66,19 @@ def export(
     `source`, else in the cache). The image encoder is taken from `source`, else from beside it or the cache. The folder
     appears whole or not at all. UserError: an unknown kind, a part that is missing, a folder that is not empty.
     """
-    catalogue = catalogue or Catalogue(Path(__file__).resolve().parents[1], __package__.split(".")[0])
+    catalog = catalog or Catalog(Path(__file__).resolve().parents[1], __package__.split(".")[0])
     if to not in KINDS or folder.suffix in (".pt", ".pth", ".bin"):
         kinds = ", ".join(KINDS)
         raise UserError(f"{folder}: --to {to} is written as *.safetensors; a folder of another name is for {kinds}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; name a new folder")
-    manifest = catalogue.root / "checkpoints_manifest.yaml"
+    manifest = catalog.root / "checkpoints_manifest.yaml"
     parts = gathered(source, VARIANTS[variant](), to, tokenizer, manifest, language)
     with whole_folder(folder) as beside:
         write(beside, parts, to)
         seal = sha256(source) if source.is_file() else None
         entry = next((one for one in load_manifest(manifest).values() if seal and one.sha256 == seal), None)
-        (beside / "README.md").write_text(model_card(catalogue, source, seal, entry, variant, to), encoding="utf-8")
+        (beside / "README.md").write_text(model_card(catalog, source, seal, entry, variant, to), encoding="utf-8")
 
 
 def gathered(
@@ -188,7 +188,7 @@ def tied_once(language: Any) -> dict[str, Tensor]:
 
 def their_config(config: Blip2Config, parts: Parts, to: str) -> dict[str, Any]:
     vision = config.vision
-    hidden = parts.encoder["blocks.0.mlp.up.weight"].shape[0]
+    mlp_width = parts.encoder["blocks.0.mlp.up.weight"].shape[0]
     return {
         "architectures": [KINDS[to].architecture],
         "model_type": "blip-2",
@@ -198,7 +198,7 @@ def their_config(config: Blip2Config, parts: Parts, to: str) -> dict[str, Any]:
         "vision_config": {
             "model_type": "blip_2_vision_model",
             "hidden_size": vision.width,
-            "intermediate_size": hidden,
+            "intermediate_size": mlp_width,
             "num_hidden_layers": vision.layers,
             "num_attention_heads": vision.heads,
             "image_size": vision.image_size,
@@ -211,7 +211,7 @@ def their_config(config: Blip2Config, parts: Parts, to: str) -> dict[str, Any]:
             "model_type": "blip_2_qformer",
             "vocab_size": config.vocabulary,
             "hidden_size": config.width,
-            "intermediate_size": config.hidden,
+            "intermediate_size": config.mlp_width,
             "num_hidden_layers": config.layers,
             "num_attention_heads": config.heads,
             "max_position_embeddings": config.positions,
@@ -244,7 +244,7 @@ def write_json(path: Path, content: dict, indent: int | None = 2) -> None:
     path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(catalogue: Catalogue, source: Path, seal: str | None, entry: Entry | None, variant: str, to: str) -> str:
+def model_card(catalog: Catalog, source: Path, seal: str | None, entry: Entry | None, variant: str, to: str) -> str:
     """README.md of an exported folder: front matter as model hubs read it, origin, use, evidence, citation."""
     import yaml
 
@@ -252,7 +252,7 @@ def model_card(catalogue: Catalogue, source: Path, seal: str | None, entry: Entr
     from shared.core.provenance import commit_and_dirty
     from shared.report.evidence_table import evidence_table
 
-    card = catalogue.card("blip2")
+    card = catalog.card("blip2")
     paper, kind = card.paper, KINDS[to]
     licence = "bsd-3-clause" if entry and entry.licence.startswith("BSD-3-Clause") and kind.stage == 1 else "other"
     front = {
@@ -262,7 +262,7 @@ def model_card(catalogue: Catalogue, source: Path, seal: str | None, entry: Entr
         "pipeline_tag": kind.listed,
         "tags": ["blip-2", "vision-language", *([] if entry else ["not-a-release"])],
     }
-    commit, dirty = commit_and_dirty(catalogue.root)
+    commit, dirty = commit_and_dirty(catalog.root)
     by = f"commit {commit}{', with changes that are not committed' if dirty else ''}" if commit else "an unknown commit"
     file = f"- `{source.name}`, {f'sha256 `{seal}`' if seal else 'a folder of several files'}."
     origin = (
@@ -286,7 +286,7 @@ def model_card(catalogue: Catalogue, source: Path, seal: str | None, entry: Entr
         "These rows are about the code that trained or converted the weights. *Structure* and *parity* hold for this "
         "architecture; *claims* were measured on small models, trained for that purpose, and say nothing of other "
         "weights; *metrics* are of the released weights.",
-        evidence_table(catalogue, "blip2"),
+        evidence_table(catalog, "blip2"),
         "## How to cite",
         f"```bibtex\n{bibtex(card).strip()}\n```",
     ]

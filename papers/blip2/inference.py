@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from papers.blip2.bundle import Talker, load_talker
-from papers.blip2.encode import ANSWERING, CAPTION, CAPTIONING, PROMPTS, Writing, device_of, tidy
+from papers.blip2.bundle import InferenceModel, load_inference_model
+from papers.blip2.encode import ANSWERING, CAPTION, CAPTIONING, PROMPTS, GenerationConfig, device_of, tidy
 from papers.blip2.text import padded
 from shared.core.errors import UserError
 from shared.inference.predict import Reply, Talk, Task
@@ -19,7 +19,7 @@ from shared.nn.generation import GenerationSettings, generate
 from shared.weights.manifest import MANIFEST
 
 TURN = "Question: {} Answer: {}."  # an answered question, before the next one (LAVIS, blip2_instructed_generation)
-TALKING = Writing(longest=30)  # as LAVIS generates where nothing else is said
+TALKING = GenerationConfig(longest=30)  # as LAVIS generates where nothing else is said
 ASKED = re.compile(r"\s*question:.*answer:\s*", re.IGNORECASE | re.DOTALL)
 
 
@@ -36,7 +36,7 @@ def captioner(
 ) -> Task:
     """Captions behind the prompt, by beam search or sampled from the nucleus. Weights trained here learned captions
     behind no prompt, and shorter ones."""
-    talker = load_talker(variant, weights, tokenizer, manifest, "caption")
+    talker = load_inference_model(variant, weights, tokenizer, manifest, "caption")
     how = replace(CAPTIONING, beams=beams, shortest=1 if talker.trained_here else CAPTIONING.shortest)
     prompt = prompt if prompt is not None else "" if talker.trained_here else CAPTION
     settings = how.settings(talker.words.stop, talker.model.language_model.kind)
@@ -66,7 +66,7 @@ def answerer(
     The question stands in the paper's prompt, unless it is written out as one: "Question: ... Answer:"."""
     if not question.strip():
         raise UserError("the question is empty; ask something, in quotes")
-    talker = load_talker(variant, weights, tokenizer, manifest)
+    talker = load_inference_model(variant, weights, tokenizer, manifest)
     asked = begun(talker, prompt_of(talker, question))
     settings = replace(ANSWERING, beams=beams).settings(talker.words.stop, talker.model.language_model.kind)
     check_room(talker, asked, settings)
@@ -91,7 +91,7 @@ def chatter(
     """A dialogue about one picture. What was said stands before each question, by the language model's own template
     where the weights are released ones and it has one, else as the paper asks; its oldest turns go where the context is
     full."""
-    talker = load_talker(variant, weights, tokenizer, manifest)
+    talker = load_inference_model(variant, weights, tokenizer, manifest)
     how = ANSWERING if talker.trained_here else TALKING  # what was trained here learned short answers
     settings = replace(how, beams=beams).settings(talker.words.stop, talker.model.language_model.kind)
 
@@ -120,7 +120,7 @@ def chatter(
 # ---- prompts as tokens
 
 
-def prompt_of(talker: Talker, question: str) -> str:
+def prompt_of(talker: InferenceModel, question: str) -> str:
     if ASKED.fullmatch(question):
         return question.strip()
     return PROMPTS[talker.model.language_model.kind].format(question.strip())
@@ -132,12 +132,12 @@ def bare(question: str) -> str:
     return (found[1] if found else question).strip()
 
 
-def begun(talker: Talker, prompt: str) -> list[int]:
+def begun(talker: InferenceModel, prompt: str) -> list[int]:
     [tokens], _ = talker.words.prompts([prompt])
     return tokens.tolist()
 
 
-def dialogue(talker: Talker, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
+def dialogue(talker: InferenceModel, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
     """Answered questions and the one that is asked, as tokens."""
     if talker.chat is None:
         before = [TURN.format(asked, told) for asked, told in turns]
@@ -148,14 +148,14 @@ def dialogue(talker: Talker, turns: Sequence[tuple[str, str]], question: str) ->
     return talker.words.encode(talker.chat([*messages, {"role": "user", "content": question}]))
 
 
-def room(talker: Talker, settings: GenerationSettings) -> int:
+def room(talker: InferenceModel, settings: GenerationSettings) -> int:
     """Tokens that a prompt may have: of a causal model's context, what the queries and the answer leave."""
     language = talker.model.language_model
     answer = settings.max_new_tokens if language.kind == "causal" else 0
     return language.context - talker.model.config.queries - answer
 
 
-def check_room(talker: Talker, asked: Sequence[int], settings: GenerationSettings) -> None:
+def check_room(talker: InferenceModel, asked: Sequence[int], settings: GenerationSettings) -> None:
     if len(asked) > (most := room(talker, settings)):
         raise UserError(
             f"a prompt of {len(asked)} tokens: beside the picture and an answer the language model's context has room "
@@ -167,7 +167,7 @@ def check_room(talker: Talker, asked: Sequence[int], settings: GenerationSetting
 
 
 @torch.inference_mode()
-def prefix_of(talker: Talker, images: Tensor) -> Tensor:
+def prefix_of(talker: InferenceModel, images: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) uint8 -> the visual words (B, Q, W)."""
     features = talker.encoder(images.to(talker.encoder.device))
     return talker.model.prefix(features.to(device_of(talker.model)))
@@ -175,7 +175,7 @@ def prefix_of(talker: Talker, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def written(
-    talker: Talker,
+    talker: InferenceModel,
     prefix: Tensor,
     asked: Sequence[int],
     settings: GenerationSettings,
@@ -188,7 +188,7 @@ def written(
 
 
 @torch.inference_mode()
-def likelihoods(talker: Talker, prefix: Tensor, asked: Sequence[int], answers: Sequence[str]) -> Tensor:
+def likelihoods(talker: InferenceModel, prefix: Tensor, asked: Sequence[int], answers: Sequence[str]) -> Tensor:
     """The log-probability of each answer behind the prompt, its end token included. prefix (B, Q, W) -> (B, A)."""
     language, words, device = talker.model.language_model, talker.words, prefix.device
     causal = language.kind == "causal"

@@ -25,7 +25,7 @@ from shared.losses.image_text import (
 from shared.nn.bert import INIT_STD, TokenHead, initialise_bert
 from shared.nn.distributed import all_gather, world
 from shared.nn.frozen import Frozen
-from shared.nn.qformer import Looked, QFormer, QFormerDecoding, QueryCache
+from shared.nn.qformer import CrossAttentionKV, QFormer, QFormerDecoding, QueryCache
 from shared.nn.vit import VisionTransformer
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class VisionNorm(nn.LayerNorm):
         return normed.to(self.weight.dtype)
 
 
-def spread(width: int) -> float:
+def init_std(width: int) -> float:
     """The standard deviation of initial weights: 0.02, as published, from 768 on; more where a sum has fewer terms."""
     return INIT_STD * max(1.0, 768 / width) ** 0.5
 
@@ -79,14 +79,14 @@ def query_transformer(config: Blip2Config, *, text: bool) -> QFormer:
         config.width,
         config.layers,
         config.heads,
-        config.hidden,
+        config.mlp_width,
         config.vision.width,
         vocabulary=config.vocabulary if text else None,
         positions=config.positions,
         cross_every=config.cross_every,
         dropout=config.dropout,
     )
-    qformer.initialise(spread(config.width))
+    qformer.initialise(init_std(config.width))
     return qformer
 
 
@@ -141,10 +141,10 @@ class Blip2Qformer(nn.Module):
         self.text_proj = nn.Linear(config.width, config.embed_width)
         self.itm_head = nn.Linear(config.width, 2)
         self.head = TokenHead(config.width, config.vocabulary)
-        initialise_bert(self.head, spread(config.width))
+        initialise_bert(self.head, init_std(config.width))
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
-    def present(self, tokens: Tensor) -> Tensor:
+    def attention_mask(self, tokens: Tensor) -> Tensor:
         """(R, T) -> bool (R, T), False at padding."""
         return tokens != self.config.pad_token
 
@@ -152,7 +152,7 @@ class Blip2Qformer(nn.Module):
 
     def image_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, C) -> the queries' states (B, Q, D) and unit vectors (B, Q, E)."""
-        states = self.qformer.look(self.vision_norm(features))
+        states = self.qformer.encode_queries(self.vision_norm(features))
         return states, self.image_vectors(states)
 
     def image_vectors(self, states: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Blip2Qformer(nn.Module):
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """(R, T) that begin with [CLS] -> unit vectors (R, E)."""
-        states = self.qformer.read(tokens, self.present(tokens))
+        states = self.qformer.encode_text(tokens, self.attention_mask(tokens))
         return F.normalize(self.text_proj(states[:, 0]).float(), dim=-1)
 
     # grounded in a picture
@@ -173,16 +173,16 @@ class Blip2Qformer(nn.Module):
         """
         return self._match(self.vision_norm(features), tokens)
 
-    def _match(self, context: Tensor | list[Looked | None], tokens: Tensor) -> Tensor:
-        states = self.qformer.match(tokens, self.present(tokens), context)  # (R, Q + T, D)
+    def _match(self, context: Tensor | list[CrossAttentionKV | None], tokens: Tensor) -> Tensor:
+        states = self.qformer.match(tokens, self.attention_mask(tokens), context)  # (R, Q + T, D)
         return self.itm_head(states[:, : self.config.queries]).float().mean(1)
 
     def caption_logits(self, features: Tensor, tokens: Tensor) -> Tensor:
         """(B, S, C), (B, T) -> logits of each next token (B, T, V)."""
         caches = self.qformer.caches()
-        self.qformer.look(self.vision_norm(features), caches=caches)
+        self.qformer.encode_queries(self.vision_norm(features), caches=caches)
         tokens = self.with_start(tokens)
-        return self._logits(self.qformer.write(tokens, self.present(tokens), caches))
+        return self._logits(self.qformer.decode_text(tokens, self.attention_mask(tokens), caches))
 
     def decoding(self, features: Tensor) -> QFormerDecoding:
         """(B, S, C) -> what shared/nn/generation.py drives; prompts begin with [DEC]."""
@@ -217,7 +217,7 @@ class Blip2Qformer(nn.Module):
         context = self.vision_norm(features)  # (B, S, C)
         seen = self.qformer.look_at(context)
         caches = self.qformer.caches() if objectives.itg else None
-        states = self.qformer.look(seen, caches=caches)  # (B, Q, D)
+        states = self.qformer.encode_queries(seen, caches=caches)  # (B, Q, D)
         if objectives.itc:
             ids, all_ids = identities(ids, features)
             targets = same_picture_targets(ids, all_ids)
@@ -241,7 +241,7 @@ class Blip2Qformer(nn.Module):
             return Similarities(image_to_text / self.temperature, text_to_image / self.temperature)
 
     def matching(
-        self, context: Tensor, seen: list[Looked | None], tokens: Tensor, negatives: Negatives
+        self, context: Tensor, seen: list[CrossAttentionKV | None], tokens: Tensor, negatives: Negatives
     ) -> tuple[Tensor, Tensor]:
         """ITM logits of the true pairs (B, 2), and of each text with a false picture and each picture with a false text
         (2B, 2). context (B, S, C), and what the layers see of it."""
@@ -270,9 +270,9 @@ class Blip2Qformer(nn.Module):
         tokens (B, T); caches: what the queries' own pass left, which is not run again.
         """
         tokens = self.with_start(tokens)
-        present = self.present(tokens)
-        states = self.qformer.write(tokens, present, caches)
-        targets = next_token_targets(tokens, present)
+        attention_mask = self.attention_mask(tokens)
+        states = self.qformer.decode_text(tokens, attention_mask, caches)
+        targets = next_token_targets(tokens, attention_mask)
         learned = targets != IGNORED
         return self._logits(states[learned]), targets[learned]
 
@@ -298,7 +298,7 @@ class Prompt(NamedTuple):
     """What the encoder of a seq2seq model reads behind the prefix, or a Q-Former beside its queries."""
 
     tokens: Tensor  # (B, T)
-    present: Tensor  # (B, T) bool, False at padding on either side
+    attention_mask: Tensor  # (B, T) bool, False at padding on either side
 
 
 class Stage2Output(NamedTuple):
@@ -359,7 +359,7 @@ class Blip2(nn.Module):
         """(B, S, C) -> the visual words (B, Q, W). question: in the Q-Former's own tokens, [CLS] first (B, T)."""
         context = self.vision_norm(features)
         if question is None:
-            return self.projector(self.qformer.look(context))
+            return self.projector(self.qformer.encode_queries(context))
         if self.qformer.layers[0].mlp is None:
             raise ValueError("this Q-Former has no text branch to read a question: make it with question=True")
         return self.projector(self.qformer.match(*question, context)[:, : self.config.queries])
@@ -368,11 +368,11 @@ class Blip2(nn.Module):
         self,
         features: Tensor,
         tokens: Tensor,
-        present: Tensor,
+        attention_mask: Tensor,
         prompt: int | Tensor | Prompt = 0,
         question: Prompt | None = None,
     ) -> Stage2Output:
-        """features (B, S, C), tokens (B, T) to be said, present (B, T), False at padding on the right.
+        """features (B, S, C), tokens (B, T) to be said, attention_mask (B, T), False at padding on the right.
 
         prompt, causal: how many leading tokens are given and not learned, of all or of each (B,); the first token is
         learned from the prefix alone where 0. seq2seq: what the encoder reads behind the prefix, nothing where 0.
@@ -380,34 +380,36 @@ class Blip2(nn.Module):
         """
         prefix = self.prefix(features, question)
         if self.language_model.kind == "causal":
-            states, learned = self._continued(prefix, tokens, present, prompt)
+            states, learned = self._continued(prefix, tokens, attention_mask, prompt)
         else:
-            states, learned = self._answered(prefix, tokens, present, prompt)
+            states, learned = self._answered(prefix, tokens, attention_mask, prompt)
         return Stage2Output(self.language_model.logits(states[learned]), tokens[learned])
 
     def _continued(
-        self, prefix: Tensor, tokens: Tensor, present: Tensor, prompt: int | Tensor
+        self, prefix: Tensor, tokens: Tensor, attention_mask: Tensor, prompt: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """The states that each token follows (B, T, W), and which tokens are learned (B, T)."""
         read = tokens[:, :-1]  # nothing follows the last
-        states = self._read(prefix, read, present[:, :-1])[:, prefix.shape[1] - 1 :]
+        states = self._read(prefix, read, attention_mask[:, :-1])[:, prefix.shape[1] - 1 :]
         given = torch.as_tensor(prompt, device=tokens.device).view(-1, 1)  # (B or 1, 1)
-        return states, present & (torch.arange(tokens.shape[1], device=tokens.device) >= given)
+        return states, attention_mask & (torch.arange(tokens.shape[1], device=tokens.device) >= given)
 
-    def _answered(self, prefix: Tensor, tokens: Tensor, present: Tensor, prompt: int | Prompt) -> tuple[Tensor, Tensor]:
+    def _answered(
+        self, prefix: Tensor, tokens: Tensor, attention_mask: Tensor, prompt: int | Prompt
+    ) -> tuple[Tensor, Tensor]:
         """The decoder's states before each token (B, T, W), and which are learned (B, T)."""
         if not isinstance(prompt, Prompt):
             if prompt != 0:
                 raise ValueError(f"a seq2seq language model reads a Prompt, or 0 for none, not {prompt!r}")
             nothing = tokens[:, :0]
             prompt = Prompt(nothing, nothing.bool())
-        return self._read(prefix, *prompt, targets=tokens), present
+        return self._read(prefix, *prompt, targets=tokens), attention_mask
 
-    def _read(self, prefix: Tensor, tokens: Tensor, present: Tensor, **given: Tensor) -> Tensor:
+    def _read(self, prefix: Tensor, tokens: Tensor, attention_mask: Tensor, **given: Tensor) -> Tensor:
         """Prefix (B, Q, W) and then tokens (B, T) through the language model."""
         words = self.language_model.embed(tokens)  # (B, T, W)
         embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
-        return self.language_model.states(embeddings, F.pad(present, (prefix.shape[1], 0), value=True), **given)
+        return self.language_model.states(embeddings, F.pad(attention_mask, (prefix.shape[1], 0), value=True), **given)
 
     def decoding(self, features: Tensor, question: Prompt | None = None):
         """(B, S, C) -> what shared/nn/generation.py drives; prompts follow the prefix (seq2seq: in the encoder)."""

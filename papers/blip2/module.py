@@ -94,7 +94,7 @@ class Stage1Module(BridgeModule):
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
         seen, tokens, ids = batch
         if not self.recipe.compile:  # which wants one shape
-            tokens = narrowed(tokens, self.model.config.pad_token)
+            tokens = trim_padding(tokens, self.model.config.pad_token)
         output = self.model(self.features(seen), tokens, ids if self.recipe.by_picture else None, self.objectives)
         losses = stage1_losses(output, self.model.config.label_smoothing)
         for name, loss in losses._asdict().items():
@@ -108,21 +108,21 @@ class Stage1Module(BridgeModule):
 
 
 class Stage2Module(BridgeModule):
-    """Trains on (features or pictures, tokens (B, T), present (B, T), given (B,)) batches; given: leading tokens of a
-    text that are asked, not learned. With a seq2seq model, in the place of given, asked (B, A) and where it is (B, A):
+    """Trains on (features or pictures, tokens (B, T), attention_mask (B, T), given (B,)) batches; given: leading tokens
+    of a text that are asked, not learned. With a seq2seq model, in the place of given, asked (B, A), its mask (B, A):
     its encoder reads that, its decoder learns the tokens (words.py)."""
 
     model: Blip2
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
-        seen, tokens, present, *asked = batch
+        seen, tokens, attention_mask, *asked = batch
         if not self.recipe.compile:
-            tokens, present = within(tokens, present)
+            tokens, attention_mask = trim_padding_of(tokens, attention_mask)
         if self.model.language_model.kind == "seq2seq":
-            prompt = Prompt(*(asked if self.recipe.compile else within(*asked)))
+            prompt = Prompt(*(asked if self.recipe.compile else trim_padding_of(*asked)))
         else:
             [prompt] = asked
-        loss = stage2_loss(self.model(self.features(seen), tokens, present, prompt))
+        loss = stage2_loss(self.model(self.features(seen), tokens, attention_mask, prompt))
         self.log("loss", loss.detach())
         return loss
 
@@ -149,7 +149,7 @@ class FrozenWatch(Callback):
     optimizer state. ValueError where it is not nothing."""
 
     def __init__(self, frozen: Sequence[nn.Module]):
-        self.parameters = [p for part in frozen for p in held(part).parameters()]
+        self.parameters = [p for part in frozen for p in unwrapped(part).parameters()]
         self.measured = {"frozen_parameters": sum(p.numel() for p in self.parameters)}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
@@ -166,20 +166,20 @@ class FrozenWatch(Callback):
             raise ValueError(f"frozen parts: {gradients} B of gradients, {states} B of state, {asks} ask for gradients")
 
 
-def held(part: nn.Module) -> nn.Module:
+def unwrapped(part: nn.Module) -> nn.Module:
     """What a `Frozen` keeps out of sight."""
     return part.__dict__.get("module", part)
 
 
-def narrowed(tokens: Tensor, pad: int) -> Tensor:
+def trim_padding(tokens: Tensor, pad: int) -> Tensor:
     """(B, T) without the columns that are padding in every row: nobody sees them, and they cost as much as words."""
     return tokens[:, : int((tokens != pad).sum(1).max())]
 
 
-def within(tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+def trim_padding_of(tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Right-padded tokens (B, T) and where they are, without the columns that are padding in every row."""
-    longest = int(present.sum(1).max())
-    return tokens[:, :longest], present[:, :longest]
+    longest = int(attention_mask.sum(1).max())
+    return tokens[:, :longest], attention_mask[:, :longest]
 
 
 def learning_rate_share(step: int, recipe: Blip2Recipe) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.core.errors import UserError
-from shared.data.seeded import Draw
+from shared.data.seeded import SeededRandom
 from shared.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -21,10 +21,11 @@ LONGEST = 50  # words of a text or question, as the release keeps
 
 
 class Texts(NamedTuple):
-    """tokens (N, T), right-padded; present (N, T); given (N,): leading tokens of each that are asked, not learned."""
+    """tokens (N, T), right-padded; attention_mask (N, T); given (N,): leading tokens of each that are asked, not
+    learned."""
 
     tokens: Tensor
-    present: Tensor
+    attention_mask: Tensor
     given: Tensor
 
 
@@ -33,13 +34,13 @@ class Answers(NamedTuple):
     right-padded."""
 
     tokens: Tensor
-    present: Tensor
+    attention_mask: Tensor
     asked: Tensor
-    asked_present: Tensor
+    question_mask: Tensor
 
 
 @dataclass(frozen=True)
-class Words:
+class PromptTokenizer:
     """start: ids before every text; stop: ids that end one, of which the first is appended to what is learned; behind:
     ids after what is asked, which seq2seq models alone have (T5's encoder)."""
 
@@ -78,14 +79,14 @@ class Words:
             rows.append([*before, *behind, self.stop[0]][:longest])
             given.append(len(before) if prompt else 0)
             self._check_prompt(prompt, len(before), longest)
-        tokens, present = padded(rows, self.pad)
+        tokens, attention_mask = padded(rows, self.pad)
         self._check_room(tokens.shape[1], queries)
-        return Texts(tokens, present, torch.tensor(given))
+        return Texts(tokens, attention_mask, torch.tensor(given))
 
     def _answers(self, texts: Sequence[tuple[str, str]], longest: int, queries: int, seed: int) -> Answers:
         asked, said = [], []
         for place, (prompt, text) in enumerate(texts):
-            before, behind = (prompt, text) if prompt else split(text, Draw("split", seed, place))
+            before, behind = (prompt, text) if prompt else split(text, SeededRandom("split", seed, place))
             ids = [*self.begun(before)] if before else list(self.start)
             if prompt:
                 self._check_prompt(prompt, len(ids), longest)
@@ -108,22 +109,22 @@ class Words:
 
     def prompts(self, texts: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Tokens (N, T) padded on the left, and where they are (N, T)."""
-        tokens, present = padded([[*self.begun(text), *self.behind] for text in texts], self.pad, left=True)
-        return tokens.to(device), present.to(device)
+        tokens, attention_mask = padded([[*self.begun(text), *self.behind] for text in texts], self.pad, left=True)
+        return tokens.to(device), attention_mask.to(device)
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
     tokens = torch.full((len(rows), longest), pad)
-    present = torch.zeros(len(rows), longest, dtype=torch.bool)
+    attention_mask = torch.zeros(len(rows), longest, dtype=torch.bool)
     for place, row in enumerate(rows):
         where = slice(longest - len(row), None) if left else slice(0, len(row))
         tokens[place, where] = torch.tensor(row)
-        present[place, where] = True
-    return tokens, present
+        attention_mask[place, where] = True
+    return tokens, attention_mask
 
 
-def split(text: str, draw: Draw) -> tuple[str, str]:
+def split(text: str, draw: SeededRandom) -> tuple[str, str]:
     """A text in two parts of at least a word each; one word alone is all learned."""
     words = text.split()
     if len(words) < 2:
@@ -151,9 +152,9 @@ def clean_question(text: str) -> str:
 # ---- of either kind of language model
 
 
-def words_of(tokenizer: Tokenizer, context: int) -> Words:
+def prompt_tokenizer_of(tokenizer: Tokenizer, context: int) -> PromptTokenizer:
     """Of the small language models, whose texts are sentences: a period ends one, as a newline does with OPT."""
-    return Words(
+    return PromptTokenizer(
         encode=tokenizer.encode,
         decode=tokenizer.decode,
         start=(tokenizer.start,),
@@ -163,9 +164,9 @@ def words_of(tokenizer: Tokenizer, context: int) -> Words:
     )
 
 
-def named_words(tokenizer: LanguageTokenizer, context: int) -> Words:
+def load_prompt_tokenizer(tokenizer: LanguageTokenizer, context: int) -> PromptTokenizer:
     """Of a published language model."""
-    return Words(
+    return PromptTokenizer(
         encode=tokenizer.encode,
         decode=tokenizer.decode,
         start=() if tokenizer.start is None else (tokenizer.start,),

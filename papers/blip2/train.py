@@ -11,8 +11,8 @@ from torch import Tensor
 
 from papers.blip2.bundle import keep_frozen
 from papers.blip2.config import with_language
-from papers.blip2.data import Lab, lab_of
-from papers.blip2.evidence.stages import HALF, Speaker, frozen_encoder, named_speaker
+from papers.blip2.data import ExperimentData, build_data
+from papers.blip2.evidence.stages import HALF, LanguageModelBundle, frozen_encoder, load_language_model_bundle
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import Stage1Module, Stage2Module
 from papers.blip2.pretrained import from_bert, read_bert
@@ -20,8 +20,8 @@ from papers.blip2.recipe import Blip2Recipe
 from shared.backbones.vision import Encoder
 from shared.core.device import device_for
 from shared.core.errors import UserError
-from shared.data.loader import Batches, Rows
-from shared.training.train import Trainable
+from shared.core.paper_package import Trainable
+from shared.data.loader import Batches, IndexedTensor
 from shared.weights.load import load_weights
 
 
@@ -29,62 +29,62 @@ def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
     half = device_for(recipe).type == "cuda"
     encoder = frozen_encoder(recipe.encoder, recipe.layer, recipe.scale, recipe.manifest, half)
     bert = read_bert(Path(recipe.bert_weights)) if recipe.bert_weights and recipe.stage == 1 else None
-    lab = lab_of(recipe, seed)  # last: of the paper's size it takes hours
-    vision = replace(lab.config.vision, width=encoder.width)
-    stage1 = replace(with_language(lab.config, None), vision=vision)
-    seen, runs = pictures(recipe, lab, encoder)
+    data = build_data(recipe, seed)  # last: of the paper's size it takes hours
+    vision = replace(data.config.vision, width=encoder.width)
+    stage1 = replace(with_language(data.config, None), vision=vision)
+    seen, runs = pictures(recipe, data, encoder)
     torch.manual_seed(seed)
     if recipe.stage == 1:
-        rows, tokens = lab.pairs()
+        rows, tokens = data.pairs()
         model = Blip2Qformer(stage1)
         if bert is not None:
             from_bert(model, bert)
         module = Stage1Module(model, recipe, runs)
-        tensors: tuple[Tensor | Rows, ...] = (Rows(seen, rows), tokens, rows)
+        tensors: tuple[Tensor | IndexedTensor, ...] = (IndexedTensor(seen, rows), tokens, rows)
     else:
-        speaker = speaks(recipe)
-        told = lab.learned(recipe.asked, seed)
-        texts = speaker.words.learned(
+        bundle = speaks(recipe)
+        told = data.learned(recipe.asked, seed)
+        texts = bundle.words.learned(
             [(prompt, text) for _, prompt, text in told], recipe.text_tokens, stage1.queries, seed
         )
         rows = torch.tensor([row for row, _, _ in told])
         qformer = Blip2Qformer(stage1)
         if recipe.stage1_weights:
             load_weights(qformer, Path(recipe.stage1_weights))
-        model = Blip2.started_from(qformer, with_language(stage1, speaker.config), speaker.model)
+        model = Blip2.started_from(qformer, with_language(stage1, bundle.config), bundle.model)
         module = Stage2Module(model, recipe, runs)
-        tensors = (Rows(seen, rows), *texts)
-    ids = [lab.world.train.ids[row] for row in rows.tolist()]
+        tensors = (IndexedTensor(seen, rows), *texts)
+    ids = [data.dataset.train.ids[row] for row in rows.tolist()]
 
     def batches(rank: int, ranks: int) -> Batches:
         return Batches(tensors, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
 
     def keep(path: Path) -> None:
         """The tokenizer and, in stage 2, what `python -m papers ask` needs beside the weights."""
-        lab.tokenizer.save(path)
+        data.tokenizer.save(path)
         if recipe.stage == 2:
             config = module.model.config
-            captions = lab.has_captions(recipe.asked)
+            captions = data.has_captions(recipe.asked)
             keep_frozen(
-                path.parent, config, recipe.model, encoder, recipe.encoder, recipe.layer, speaker.model, None, captions
+                path.parent, config, recipe.model, encoder, recipe.encoder, recipe.layer, bundle.model, None, captions
             )
 
-    return Trainable(module, batches, lab.world.digest, keep)
+    return Trainable(module, batches, data.dataset.digest, keep)
 
 
-def pictures(recipe: Blip2Recipe, lab: Lab, encoder: Encoder) -> tuple[Tensor, Encoder | None]:
+def pictures(recipe: Blip2Recipe, data: ExperimentData, encoder: Encoder) -> tuple[Tensor, Encoder | None]:
     """What the batches hold, and the encoder that runs each step on it, if any."""
     if not recipe.cached:
-        return lab.world.train.images, encoder
+        return data.dataset.train.images, encoder
     from shared.backbones.feature_cache import features_of
     from shared.core.files import cache_root
 
     folder = cache_root() / "features"
     dtype = HALF if encoder.dtype is not None else torch.float32
-    return features_of(encoder, lab.world.train.images, key="train", folder=folder, dtype=dtype), None
+    return features_of(encoder, data.dataset.train.images, key="train", folder=folder, dtype=dtype), None
 
 
-def speaks(recipe: Blip2Recipe) -> Speaker:
+def speaks(recipe: Blip2Recipe) -> LanguageModelBundle:
     if recipe.language_model == "small":
         raise UserError("recipe: the small language model is one of the claims'; name another for stage 2 of training")
-    return named_speaker(recipe.language_model, recipe.manifest)
+    return load_language_model_bundle(recipe.language_model, recipe.manifest)

@@ -8,7 +8,7 @@ from pathlib import Path
 from papers.clip.config import ClipConfig
 from papers.clip.converter import OPENAI_RESNET, OPENAI_VIT, TRANSFORMERS
 from papers.clip.pretrained import load_model
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.files import sha256, whole_folder
 from shared.tokenizers.base import Tokenizer
@@ -22,14 +22,14 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def export(
-    source: Path, folder: Path, variant: str, to: str, tokenizer: Path | None = None, catalogue: Catalogue | None = None
+    source: Path, folder: Path, variant: str, to: str, tokenizer: Path | None = None, catalog: Catalog | None = None
 ) -> None:
     """Write `source` (any names that converter.py knows) as a new folder of the library `to`: transformers | open_clip.
 
     tokenizer: the tokenizer.json of weights that were trained here (default: the one beside `source`). The folder
     appears whole or not at all. UserError: an unknown library, a ResNet for transformers, a folder that is not empty.
     """
-    catalogue = catalogue or Catalogue(Path(__file__).resolve().parents[1], __package__.split(".")[0])
+    catalog = catalog or Catalog(Path(__file__).resolve().parents[1], __package__.split(".")[0])
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     if to not in LAYOUTS or folder.suffix in (".pt", ".pth", ".bin"):
@@ -37,13 +37,13 @@ def export(
         raise UserError(f"{folder}: --to {to} is written as *.safetensors; a folder of another name is for {libraries}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; name a new folder")
-    manifest = catalogue.root / "checkpoints_manifest.yaml"
+    manifest = catalog.root / "checkpoints_manifest.yaml"
     model, words = load_model(variant, source, tokenizer, manifest)
     if to == "transformers" and model.config.patch is None:
         raise UserError(f"{variant}: transformers' CLIPModel has no ResNet; use --to open_clip")
     with whole_folder(folder) as beside:
         LAYOUTS[to](beside, model.state_dict(), model.config, words)
-        text = model_card(catalogue, source, released(manifest, source), variant, to)
+        text = model_card(catalog, source, released(manifest, source), variant, to)
         (beside / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -186,7 +186,7 @@ def released(manifest: Path, source: Path) -> Entry | None:
     return next((entry for entry in load_manifest(manifest).values() if entry.sha256 == digest), None)
 
 
-def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant: str, to: str) -> str:
+def model_card(catalog: Catalog, source: Path, entry: Entry | None, variant: str, to: str) -> str:
     """README.md of an exported folder: front matter as model hubs read it, origin, use, evidence, citation."""
     import yaml
 
@@ -194,7 +194,7 @@ def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant:
     from shared.core.provenance import commit_and_dirty
     from shared.report.evidence_table import evidence_table, results
 
-    card = catalogue.card("clip")
+    card = catalog.card("clip")
     paper = card.paper
     licence = identifier(entry)
     front = {
@@ -204,10 +204,10 @@ def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant:
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["clip", "vision-language", *([] if entry else ["not-a-release"])],
     }
-    commit, dirty = commit_and_dirty(catalogue.root)
+    commit, dirty = commit_and_dirty(catalog.root)
     by = f"commit {commit}{', with changes that are not committed' if dirty else ''}" if commit else "an unknown commit"
     runs = []
-    for path in results(catalogue, "clip"):
+    for path in results(catalog, "clip"):
         run = json.loads(path.read_text(encoding="utf-8"))
         seeds = max((row["seeds"] or 0 for row in run["rows"]), default=0)
         runs.append(
@@ -227,7 +227,7 @@ def model_card(catalogue: Catalogue, source: Path, entry: Entry | None, variant:
         "These rows are about the code that trained or converted the weights. *Structure* and *parity* hold for this "
         "architecture; *claims* were measured on small models, trained for that purpose, and say nothing of other "
         "weights; *metrics* are of the released weights.",
-        evidence_table(catalogue, "clip"),
+        evidence_table(catalog, "clip"),
         "\n".join(runs),
         "An effect is followed by its 95 % interval; its unit and the rule of its verdict stand in the paper's "
         "`paper.yaml`.",

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from papers.clip.config import ClipConfig
-from papers.clip.evidence.claims import clip_accuracy, lab_of
+from papers.clip.evidence.claims import build_data, clip_accuracy
 from papers.clip.model import Clip
 from papers.clip.module import ClipModule
 from papers.clip.recipe import ClipRecipe
@@ -27,12 +27,12 @@ def build(part: str, recipe: ClipRecipe, seed: int, folder: Path) -> dict[str, f
     """Train CLIP and leave vision.safetensors in the folder, its configuration inside. -> what is known of it."""
     if part not in PARTS:
         raise UserError(f"clip has no artifact '{part}': choose {', '.join(PARTS)}")
-    lab = lab_of(recipe, seed)
-    model = Clip(lab.config)
-    batches = Batches(lab.pairs, recipe.batch, recipe.steps, seed, accumulate=recipe.accumulate)
-    fit(ClipModule(model, recipe), batches, recipe, folder, [], {"artifact": part, "data": lab.world.digest})
-    save_weights(model.vision_encoder, folder / "vision.safetensors", {"config": asdict(lab.config)})
-    return {"zero-shot accuracy": round(100 * clip_accuracy(model, lab, recipe), 1)}
+    data = build_data(recipe, seed)
+    model = Clip(data.config)
+    batches = Batches(data.pairs, recipe.batch, recipe.steps, seed, accumulate=recipe.accumulate)
+    fit(ClipModule(model, recipe), batches, recipe, folder, [], {"artifact": part, "data": data.dataset.digest})
+    save_weights(model.vision_encoder, folder / "vision.safetensors", {"config": asdict(data.config)})
+    return {"zero-shot accuracy": round(100 * clip_accuracy(model, data, recipe), 1)}
 
 
 def load(folder: Path, layer: str = "second-last", dtype: torch.dtype | None = None) -> Encoder:

@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 from papers.clip.config import VARIANTS
-from papers.clip.evidence.claims import lab_of
+from papers.clip.evidence.claims import build_data
 from papers.clip.model import Clip
 from papers.clip.module import ClipModule
 from papers.clip.recipe import ClipRecipe
+from shared.core.paper_package import Trainable
 from shared.data.loader import Batches
 from shared.data.webdataset import Shards
 from shared.tokenizers.clip import ClipTokenizer
-from shared.training.train import Trainable
 
 
 def prepare(recipe: ClipRecipe, seed: int) -> Trainable:
     """The module, and its batches by rank: from memory, or streamed from shards where data=shards."""
     if recipe.data == "shards":
         return streamed(recipe, seed)
-    lab = lab_of(recipe, seed)
-    module = ClipModule(Clip(lab.config), recipe)
-    ids = [id for id, several in zip(lab.world.train.ids, lab.world.train.captions, strict=True) for _ in several]
+    data = build_data(recipe, seed)
+    module = ClipModule(Clip(data.config), recipe)
+    ids = [id for id, several in zip(data.dataset.train.ids, data.dataset.train.captions, strict=True) for _ in several]
 
     def batches(rank: int, ranks: int) -> Batches:
-        return Batches(lab.pairs, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
+        return Batches(data.pairs, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
 
-    return Trainable(module, batches, lab.world.digest, lab.tokenizer.save)
+    return Trainable(module, batches, data.dataset.digest, data.tokenizer.save)
 
 
 def streamed(recipe: ClipRecipe, seed: int) -> Trainable:

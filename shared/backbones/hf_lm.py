@@ -147,21 +147,21 @@ class CausalAdapter(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         return self.table(tokens)
 
-    def states(self, embeddings: Tensor, present: Tensor | None, targets: Tensor | None = None) -> Tensor:
+    def states(self, embeddings: Tensor, attention_mask: Tensor | None, targets: Tensor | None = None) -> Tensor:
         refuse_targets(targets)
-        return self.run(embeddings, *seen_and_positions(embeddings, present))
+        return self.run(embeddings, *seen_and_positions(embeddings, attention_mask))
 
     def logits(self, states: Tensor) -> Tensor:
         return self.head(states).float()
 
-    def decoding(self, prefix: Tensor, present: Tensor | None = None) -> CausalDecoding:
-        return CausalDecoding(self, prefix, present)
+    def decoding(self, prefix: Tensor, attention_mask: Tensor | None = None) -> CausalDecoding:
+        return CausalDecoding(self, prefix, attention_mask)
 
     def run(
-        self, x: Tensor, present: Tensor | None, positions: Tensor, caches: Sequence[KVCache] | None = None
+        self, x: Tensor, attention_mask: Tensor | None, positions: Tensor, caches: Sequence[KVCache] | None = None
     ) -> Tensor:
         """As SmallLanguageModel.run."""
-        mask = None if present is None else causal_mask(present, x.shape[1])
+        mask = None if attention_mask is None else causal_mask(attention_mask, x.shape[1])
         kept = None if caches is None else _as_theirs(caches)
         return self.stack(
             inputs_embeds=x.to(self.table.weight.dtype),
@@ -197,33 +197,33 @@ class Seq2SeqAdapter(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         return self.table(tokens)
 
-    def states(self, embeddings: Tensor, present: Tensor | None, targets: Tensor | None = None) -> Tensor:
+    def states(self, embeddings: Tensor, attention_mask: Tensor | None, targets: Tensor | None = None) -> Tensor:
         """Targets (B, U), whatever at padding behind them -> the states that say them (B, U, W)."""
         if targets is None:
             raise UserError("an encoder-decoder needs targets: what its decoder is to say")
-        context, seen = self.encode(embeddings, present)
+        context, seen = self.encode(embeddings, attention_mask)
         said = torch.cat([torch.full_like(targets[:, :1], self.first), targets[:, :-1].clamp_min(0)], dim=1)
         return self.decode(said, context, seen)
 
     def logits(self, states: Tensor) -> Tensor:
         return self.head(states * self.scale).float()
 
-    def decoding(self, prefix: Tensor, present: Tensor | None = None) -> Seq2SeqDecoding:
-        return Seq2SeqDecoding(self, prefix, present)
+    def decoding(self, prefix: Tensor, attention_mask: Tensor | None = None) -> Seq2SeqDecoding:
+        return Seq2SeqDecoding(self, prefix, attention_mask)
 
-    def encode(self, embeddings: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def encode(self, embeddings: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, S, W) -> what the decoder looks at (B, S, W), and where it may (B, S), None: everywhere."""
         x = embeddings.to(self.table.weight.dtype)
-        if present is not None and not present.is_meta and not bool(present.all()):
-            order = (~present).long().argsort(dim=1, stable=True)  # (B, S)
-            longest = int(present.sum(1).max())
-            order, present = order[:, :longest], present.gather(1, order)[:, :longest]
+        if attention_mask is not None and not attention_mask.is_meta and not bool(attention_mask.all()):
+            order = (~attention_mask).long().argsort(dim=1, stable=True)  # (B, S)
+            longest = int(attention_mask.sum(1).max())
+            order, attention_mask = order[:, :longest], attention_mask.gather(1, order)[:, :longest]
             x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-            present = None if bool(present.all()) else present
+            attention_mask = None if bool(attention_mask.all()) else attention_mask
         else:
-            present = None
-        seen = None if present is None else key_mask(present)
-        return self.theirs.encoder(inputs_embeds=x, attention_mask=seen).last_hidden_state, present
+            attention_mask = None
+        seen = None if attention_mask is None else key_mask(attention_mask)
+        return self.theirs.encoder(inputs_embeds=x, attention_mask=seen).last_hidden_state, attention_mask
 
     def decode(self, tokens: Tensor, context: Tensor, seen: Tensor | None, kept: Any = None) -> Tensor:
         """The decoder's states (R, U, W) at tokens (R, U), behind those in the cache `kept`."""
@@ -244,27 +244,27 @@ class Seq2SeqDecoding:
 
     prefixed = True
 
-    def __init__(self, model: Seq2SeqAdapter, prefix: Tensor, present: Tensor | None = None):
-        """prefix (B, Q, W), present (B, Q)."""
+    def __init__(self, model: Seq2SeqAdapter, prefix: Tensor, attention_mask: Tensor | None = None):
+        """prefix (B, Q, W), attention_mask (B, Q)."""
         from transformers.cache_utils import EncoderDecoderCache
 
-        self.model, self.prefix, self.prefix_present = model, prefix, present
+        self.model, self.prefix, self.prefix_mask = model, prefix, attention_mask
         self.said = [KVCache() for _ in range(model.layers)]
         self.looked = [KVCache() for _ in range(model.layers)]
         self.kept = EncoderDecoderCache(_as_theirs(self.said), _as_theirs(self.looked))
         self.rows = 0
 
-    def prefill(self, tokens: Tensor, present: Tensor) -> Tensor:
+    def prefill(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Prompts (B, T) for the encoder -> logits of the answer's first token (B, V)."""
         if len(tokens) != len(self.prefix):
             raise ValueError(f"{len(tokens)} prompts for {len(self.prefix)} prefixes")
-        before = self.prefix_present
+        before = self.prefix_mask
         if before is None:
-            before = present.new_ones(self.prefix.shape[:2])
+            before = attention_mask.new_ones(self.prefix.shape[:2])
         x = torch.cat([self.prefix, self.model.embed(tokens)], dim=1)
         if not x.shape[1]:
             raise UserError("generation: neither a prefix nor a prompt; give at least a start token")
-        self.context, self.seen = self.model.encode(x, torch.cat([before, present], dim=1))
+        self.context, self.seen = self.model.encode(x, torch.cat([before, attention_mask], dim=1))
         self.rows = len(x)
         return self.step(tokens.new_full((len(x),), self.model.first))
 

@@ -66,10 +66,10 @@ def vit_encoder(
 class _Tokens(nn.Module):
     """What of a ViT is needed for its tokens after some block."""
 
-    def __init__(self, vit: VisionTransformer, leave_out: int):
+    def __init__(self, vit: VisionTransformer, skip_last_blocks: int):
         super().__init__()
         self.patch_embedding, self.positions, self.input_norm = vit.patch_embedding, vit.positions, vit.input_norm
-        self.blocks = vit.blocks[: len(vit.blocks) - leave_out]
+        self.blocks = vit.blocks[: len(vit.blocks) - skip_last_blocks]
 
     embed = VisionTransformer.embed
 

@@ -15,7 +15,7 @@ from shared.core.recipe import SCALES, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """`folder` holds one folder a paper, importable as `import_name`; recipes and results stand beside it."""
 
     folder: Path
@@ -68,7 +68,7 @@ class Catalogue:
                 raise UserError(f"{path}: no claim '{claim}'; {hint}")
         return recipe
 
-    def speaker(self, variant: str) -> str:
+    def paper_that_answers(self, variant: str) -> str:
         """The paper of a variant whose inference.py has a captioner, or a UserError with the nearest variant."""
         names = [name for name in self.names() if self.package(name).offers("inference", "captioner")]
         paper_of = {known: name for name in names for known in self.variants(name)}

@@ -15,16 +15,44 @@ if TYPE_CHECKING:
     import lightning
     from torch import Tensor
 
-    from shared.core.catalog import Catalogue
     from shared.core.paper_card import MetricRow
     from shared.core.recipe import Recipe
-    from shared.data.dataset import World
-    from shared.experiments.ablations import Claim, Context
-    from shared.experiments.pretrained_parts import Artifact
-    from shared.inference.predict import Talk, Task
-    from shared.report.rows import Figure, Sample
-    from shared.tools.footprint import Workload
-    from shared.training.train import Trainable
+
+
+@dataclass(frozen=True)
+class Claim:
+    """effect(measurements of one seed, {arm: {name: number}}) -> the effect in the unit of paper.yaml's row.
+
+    It may return None where the data has not what the claim needs; `need` then says what would have.
+    """
+
+    arms: tuple[str, ...]
+    effect: Callable[[dict[str, dict]], float | None]
+    need: str = ""
+    shown: Callable[[list[dict[str, dict]]], str] | None = None  # what else the report should say of all seeds
+    seeds: Callable[[Recipe], int] | None = None  # of how many seeds, the first; None: of all. Dear arms leave some out
+
+
+@dataclass
+class Context:
+    """What an arm is given: everything follows from recipe and seed."""
+
+    recipe: Recipe
+    seed: int
+    folder: Path  # of this arm and seed
+    progress: Callable[[int], None]  # samples just seen
+    first: bool  # the seed whose model and figures are kept
+    arm: str = ""
+
+
+@dataclass
+class Trainable:
+    """What a paper's training.prepare(recipe, seed) gives. batches: of (rank, ranks); digest: of the data."""
+
+    module: lightning.LightningModule
+    batches: Callable[[int, int], Any]
+    digest: str
+    save_tokenizer: Callable[[Path], None]
 
 
 class Config(Protocol):
@@ -50,18 +78,17 @@ class Converter(Protocol):
 class Export(Protocol):
     """papers/<name>/export.py."""
 
-    def export(
-        self, source: Path, target: Path, variant: str, to: str, tokenizer: Path | None, catalogue: Catalogue | None
-    ) -> None:
+    def export(self, source: Path, target: Path, variant: str, to: str, tokenizer: Path | None, catalog: Any) -> None:
         """Write weights as a new folder that the library `to` loads, with its tokenizer and card."""
 
 
 class Inference(Protocol):
-    """papers/<name>/inference.py; any of its functions may be missing where the paper has no such task."""
+    """papers/<name>/inference.py; tasks for a user's own pictures (inference/predict.py).
+    What the paper has no task for is missing."""
 
-    captioner: Callable[..., Task]
-    answerer: Callable[..., Task]
-    chatter: Callable[..., Talk]
+    captioner: Callable[..., Any]
+    answerer: Callable[..., Any]
+    chatter: Callable[..., Any]
     classify: Callable[..., Any]
 
 
@@ -100,19 +127,17 @@ class Claims(Protocol):
     ARMS: Mapping[str, Callable[[Context], dict]]
     CLAIMS: Mapping[str, Claim]
 
-    def load(self, recipe: Any, seed: int) -> World:
-        """The data of a seed, as every arm of that seed has it."""
+    def load(self, recipe: Any, seed: int) -> Any:
+        """The data of a seed, as every arm of that seed has it: a DatasetBundle (data/dataset.py)."""
 
-    artifacts: Callable[[Any], list[Artifact]]  # what arms take of other papers; may be missing
+    pretrained_parts: Callable[[Any], Sequence[Any]]  # what arms take of other papers; may be missing
 
 
 class Figures(Protocol):
     """papers/<name>/evidence/figures.py."""
 
-    def draw(
-        self, recipe: Any, outcomes: dict[int, dict[str, dict]], folder: Path
-    ) -> tuple[list[Figure], list[Sample]]:
-        """The report's figures and examples, from what every seed's arms measured and what the first seed left."""
+    def draw(self, recipe: Any, outcomes: dict[int, dict[str, dict]], folder: Path) -> tuple[list[Any], list[Any]]:
+        """Figures and Samples (report/rows.py), from what all arms measured and what the first seed left."""
 
 
 class Benchmarks(Protocol):
@@ -125,8 +150,8 @@ class Benchmarks(Protocol):
 class Cost(Protocol):
     """papers/<name>/evidence/cost.py."""
 
-    def workload(self, variant: str) -> Workload:
-        """What `plan` counts of a training step."""
+    def workload(self, variant: str) -> Any:
+        """What `plan` counts of a training step: a Workload (tools/footprint.py)."""
 
 
 class Bench(Protocol):

@@ -143,7 +143,7 @@ def digest(recipe: Recipe | dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def of_one_arm(recipe: Recipe) -> dict:
+def training_fields(recipe: Recipe) -> dict:
     """The values that decide what one arm computes: not how many arms there are, nor how they are spread."""
     others = ("seeds", "rungs", "claims", "jobs", "workers", "checkpoint_every", "data_root")  # the digest tells data
     return {key: value for key, value in dataclasses.asdict(recipe).items() if key not in others}

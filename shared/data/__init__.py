@@ -1,12 +1,12 @@
 """Data: scenes with an exact graph, adapters for published formats, and worlds made of either.
 
-`load_world` serves a claim with all it needs; `tasks` makes questions, statements, dialogues, episodes and puzzles.
+`load_dataset` serves a claim with all it needs; `tasks` makes questions, statements, dialogues, episodes and puzzles.
 """
 
-from shared.data.dataset import Composition, Split, World, load_world
+from shared.data.dataset import Composition, DatasetBundle, Split, load_dataset
 from shared.data.images import PictureError, decode_image
 from shared.data.readers import Coverage
-from shared.data.seeded import Draw, choose_by_hash, split_of
+from shared.data.seeded import SeededRandom, choose_by_hash, split_of
 from shared.data.synthetic import tasks
 from shared.data.synthetic.captions import caption, class_prompt, with_article
 from shared.data.synthetic.samples import Dialogue, Episode, Pair, Puzzle, Question, Statement
@@ -26,8 +26,8 @@ __all__ = [
     "COLOURS",
     "Composition",
     "Coverage",
+    "DatasetBundle",
     "Dialogue",
-    "Draw",
     "Episode",
     "Pair",
     "PictureError",
@@ -35,19 +35,19 @@ __all__ = [
     "Question",
     "Scene",
     "SceneOptions",
+    "SeededRandom",
     "Split",
     "Sprite",
     "SpritePack",
     "Statement",
     "Thing",
-    "World",
     "caption",
     "choose_by_hash",
     "class_prompt",
     "decode_image",
     "held_out_colours",
+    "load_dataset",
     "load_pack",
-    "load_world",
     "render",
     "render_many",
     "sample_scene",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shared.core.errors import UserError
 from shared.data.readers import Coverage, Record, folder_records, karpathy_records, parquet_records, read_pictures
-from shared.data.seeded import Draw, choose_by_hash, split_of
+from shared.data.seeded import SeededRandom, choose_by_hash, split_of
 from shared.data.synthetic.captions import caption, class_prompt, phrase
 from shared.data.synthetic.scenes import (
     COLOURS,
@@ -79,7 +79,7 @@ class Composition:
 
 
 @dataclass
-class World:
+class DatasetBundle:
     """train, val, test: pairs (val and test for retrieval). class_*: pictures of one class each, with labels.
 
     class_train: those of train. shift: class_test's scenes by another artist. None: the data cannot serve it.
@@ -104,7 +104,7 @@ class World:
         self.digest = self.digest or _digest(self)
 
 
-def load_world(
+def load_dataset(
     name: str,
     *,
     root: str | Path | Mapping[str, str | Path] | None = None,
@@ -124,7 +124,7 @@ def load_world(
     full: bool = False,
     vendor: str | None = None,
     max_dropped: float = 0.001,
-) -> World:
+) -> DatasetBundle:
     """The world `emoji`, `shapes`, `cifar10`, `parquet`, `imagefolder` or `karpathy`; 'karpathy/openclipart' is that
     kind in the folder openclipart of root.
 
@@ -148,10 +148,10 @@ def load_world(
         ours, other = packs(kind, vendor, root)
         count = classes or min(len(ours.sprites), 100)
         options = SceneOptions(tuple(objects), clutter, noise, jitter, small, held_out)
-        made = _SceneWorld(
+        made = _SceneDataset(
             ours.subset(count), other.subset(count), image_size, seed, options, caption_noise, captions, full
         )
-        return made.world(pairs, test_pairs)
+        return made.dataset(pairs, test_pairs)
     if root is None or isinstance(root, Mapping):
         raise UserError(f"data {name!r} lies on your disk: set data_root to its folder ({LOOKS[kind]})")
     folder = Path(root) / inner if inner else Path(root)
@@ -159,7 +159,7 @@ def load_world(
         folder = folder / "cifar10" if (folder / "cifar10").is_dir() else folder
     if not folder.exists():
         raise UserError(f"data {name!r}: no {folder}: set data_root to its folder ({LOOKS[kind]})")
-    read = _karpathy_world if kind == "karpathy" else _labelled_world
+    read = _karpathy_dataset if kind == "karpathy" else _labelled_dataset
     return read(name, kind, folder, pairs, test_pairs, image_size, seed, max_dropped)
 
 
@@ -168,8 +168,8 @@ def entries_of(name: str) -> list[str]:
     return [f"emoji-{vendor}" for vendor in VENDORS["emoji"]] if name == "emoji" else []
 
 
-def fetch_world(name: str, report: Callable[[str, int, int | None], None] | None = None) -> None:
-    """Bring what `load_world` will read, so that its processes find it in the cache."""
+def fetch_dataset(name: str, report: Callable[[str, int, int | None], None] | None = None) -> None:
+    """Bring what `load_dataset` will read, so that its processes find it in the cache."""
     from shared.weights.fetch import fetch
     from shared.weights.manifest import load_manifest
 
@@ -190,7 +190,7 @@ LOOKS = {
 
 
 def packs(name: str, vendor: str | None = None, root=None) -> tuple[SpritePack, SpritePack]:
-    """Of `emoji` or `shapes`: the artist that a world is learned from, and the other one. root: as for load_world."""
+    """Of `emoji` or `shapes`: the artist that a world is learned from, and the other one. root: as for load_dataset."""
     vendors = VENDORS[name]
     ours = vendor or vendors[0]
     other = next((v for v in vendors if v != ours), ours)
@@ -229,7 +229,7 @@ def _is_package(path: Path, vendor: str) -> bool:
 
 
 @dataclass
-class _SceneWorld:
+class _SceneDataset:
     pack: SpritePack
     other: SpritePack
     size: int
@@ -239,7 +239,7 @@ class _SceneWorld:
     captions: int
     full: bool
 
-    def world(self, pairs: int, test_pairs: int) -> World:
+    def dataset(self, pairs: int, test_pairs: int) -> DatasetBundle:
         names = self.pack.names
         # The first thing goes round the classes: every class is in training equally often.
         scenes = [self.scene("train", i, first=names[i % len(names)]) for i in range(pairs)]
@@ -247,7 +247,7 @@ class _SceneWorld:
         alone = [i for i, scene in enumerate(scenes) if len(scene.things) == 1]
         class_train = _part(train, alone) if alone else self.single("class_train", pairs)[0]
         class_test, test_scenes = self.single("class_test", test_pairs)
-        return World(
+        return DatasetBundle(
             name=self.pack.name,
             train=train,
             val=self.retrieval("val", test_pairs),
@@ -277,8 +277,8 @@ class _SceneWorld:
 
         said, noisy = [], []
         for i, scene in enumerate(scenes):
-            draw = Draw("caption", self.seed, "train", i)
-            noisy.append(Draw("noisy", self.seed, i).chance(self.caption_noise))
+            draw = SeededRandom("caption", self.seed, "train", i)
+            noisy.append(SeededRandom("noisy", self.seed, i).chance(self.caption_noise))
             described = self.stranger(scene, i) if noisy[-1] else scene
             said.append([caption(described, draw, full=self.full) for _ in range(self.captions)])
         split = self.split(scenes, said)
@@ -307,14 +307,14 @@ class _SceneWorld:
                     break
             seen.add(graph)
             scenes.append(scene)
-        said = [[caption(s, Draw("caption", self.seed, split, i), full=True)] for i, s in enumerate(scenes)]
+        said = [[caption(s, SeededRandom("caption", self.seed, split, i), full=True)] for i, s in enumerate(scenes)]
         return self.split(scenes, said)
 
     def single(self, split: str, count: int) -> tuple[Split, list[Scene]]:
         """Pictures of one thing each, the classes in turn."""
         names, alone = self.pack.names, self.alone
         scenes = [self.scene(split, i, alone, first=names[i % len(names)]) for i in range(count)]
-        said = [[caption(scene, Draw("caption", self.seed, split, i))] for i, scene in enumerate(scenes)]
+        said = [[caption(scene, SeededRandom("caption", self.seed, split, i))] for i, scene in enumerate(scenes)]
         return self.split(scenes, said), scenes
 
     @property
@@ -329,7 +329,7 @@ class _SceneWorld:
             return None
         scenes, choices = [], []
         for i in range(count):
-            draw = Draw("composition", self.seed, i)
+            draw = SeededRandom("composition", self.seed, i)
             name = names[i % len(names)]
             hidden = held_out_colours(name, self.seed, share)
             colour = draw.pick(sorted(hidden))
@@ -363,7 +363,7 @@ def _part(split: Split, rows: Sequence[int]) -> Split:
 # --- published sets
 
 
-def _labelled_world(name, kind, folder, pairs, test_pairs, size, seed, max_dropped) -> World:
+def _labelled_dataset(name, kind, folder, pairs, test_pairs, size, seed, max_dropped) -> DatasetBundle:
     """A classification set: captions from a few templates over the class's name."""
     suffix = "" if kind == "imagefolder" else ".parquet"
 
@@ -389,14 +389,14 @@ def _labelled_world(name, kind, folder, pairs, test_pairs, size, seed, max_dropp
         raise UserError(f"data {name!r}: classes in val or test that train has not: {', '.join(unknown[:5])}")
 
     def captions(record: Record) -> list[str]:
-        return [class_prompt(record.label, Draw("label caption", seed, record.id).pick(LABEL_CAPTIONS))]
+        return [class_prompt(record.label, SeededRandom("label caption", seed, record.id).pick(LABEL_CAPTIONS))]
 
     parts, coverage = {}, []
     for split, several, most in (("train", train, pairs), ("val", val, test_pairs), ("test", test, test_pairs)):
         chosen = [several[i] for i in choose_by_hash([r.id for r in several], most, seed)]
         parts[split], account = _read(f"{name} {split}", chosen, size, max_dropped, captions, classes)
         coverage.append(account)
-    return World(
+    return DatasetBundle(
         name=name,
         **parts,
         classes=classes,
@@ -408,7 +408,7 @@ def _labelled_world(name, kind, folder, pairs, test_pairs, size, seed, max_dropp
     )
 
 
-def _karpathy_world(name, kind, folder, pairs, test_pairs, size, seed, max_dropped) -> World:
+def _karpathy_dataset(name, kind, folder, pairs, test_pairs, size, seed, max_dropped) -> DatasetBundle:
     """A captioned set. Where it has categories, those with fifty pictures or more are its classes."""
     splits = karpathy_records(folder)
     counts = Counter(record.label for records in splits.values() for record in records if record.label)
@@ -430,7 +430,7 @@ def _karpathy_world(name, kind, folder, pairs, test_pairs, size, seed, max_dropp
             world_classes[f"class_{split}"] = _part(
                 part, [i for i, label in enumerate(part.labels.tolist()) if label >= 0]
             )
-    return World(name=name, **parts, classes=classes, **world_classes, coverage=coverage)
+    return DatasetBundle(name=name, **parts, classes=classes, **world_classes, coverage=coverage)
 
 
 def _read(name, records, size, max_dropped, captions, classes) -> tuple[Split, Coverage]:
@@ -445,11 +445,11 @@ def _read(name, records, size, max_dropped, captions, classes) -> tuple[Split, C
     return split, coverage
 
 
-def _digest(world: World) -> str:
+def _digest(dataset: DatasetBundle) -> str:
     """SHA-256 over everything a model or a metric can see: ids, captions, labels, pixels."""
     digest = sha256()
     for part in ("train", "val", "test", "class_train", "class_val", "class_test", "shift", "compositions"):
-        split = getattr(world, part)
+        split = getattr(dataset, part)
         if split is None:
             continue
         said = split.texts if isinstance(split, Composition) else split.captions

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
-class Rows:
+class IndexedTensor:
     """tensor[rows], gathered as it is asked for: what many samples share, such as a picture of several texts, is held
     once, on the tensor's device."""
 
@@ -34,7 +34,7 @@ class Batches(Dataset):
 
     def __init__(
         self,
-        tensors: tuple[Tensor | Rows, ...],
+        tensors: tuple[Tensor | IndexedTensor, ...],
         batch: int,
         steps: int,
         seed: int,

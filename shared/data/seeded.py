@@ -44,7 +44,7 @@ def choose_by_hash(ids: Sequence[str], count: int | None, seed: int = 0) -> list
     return sorted(order[:count])
 
 
-class Draw:
+class SeededRandom:
     """A stream of choices determined by its key: `Draw("scene", seed, split, index)`."""
 
     def __init__(self, *key: object):

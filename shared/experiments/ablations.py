@@ -20,36 +20,10 @@ from typing import Any, TypeVar
 from shared.core.device import cores
 from shared.core.errors import UserError
 from shared.core.files import write_whole
-from shared.core.paper_package import PaperPackage
-from shared.core.recipe import SEED_BASE, Recipe, digest, of_one_arm
+from shared.core.paper_package import Context, PaperPackage
+from shared.core.recipe import SEED_BASE, Recipe, digest, training_fields
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """effect(measurements of one seed, {arm: {name: number}}) -> the effect in the unit of paper.yaml's row.
-
-    It may return None where the data has not what the claim needs; `need` then says what would have.
-    """
-
-    arms: tuple[str, ...]
-    effect: Callable[[dict[str, dict]], float | None]
-    need: str = ""
-    shown: Callable[[list[dict[str, dict]]], str] | None = None  # what else the report should say of all seeds
-    seeds: Callable[[Recipe], int] | None = None  # of how many seeds, the first; None: of all. Dear arms leave some out
-
-
-@dataclass
-class Context:
-    """What an arm is given: everything follows from recipe and seed."""
-
-    recipe: Recipe
-    seed: int
-    folder: Path  # of this arm and seed
-    progress: Callable[[int], None]  # samples just seen
-    first: bool  # the seed whose model and figures are kept
-    arm: str = ""
 
 
 def once_a_seed(make: Callable[[Recipe, int], T]) -> Callable[[Context], T]:
@@ -117,7 +91,7 @@ class Job:
         if not self.file.is_file():
             return None
         found = json.loads(self.file.read_text())
-        return Outcome(**found["outcome"]) if found["recipe"] == digest(of_one_arm(self.recipe)) else None
+        return Outcome(**found["outcome"]) if found["recipe"] == digest(training_fields(self.recipe)) else None
 
     def run(self, progress: Callable[[int], None]) -> Outcome:
         import lightning
@@ -128,7 +102,7 @@ class Job:
         context = Context(self.recipe, self.seed, self.folder, progress, self.first, self.arm)
         measured = PaperPackage(self.package).claims.ARMS[self.arm](context)
         outcome = Outcome(self.arm, self.seed, round(time.perf_counter() - started, 2), measured)
-        write_whole(self.file, json.dumps({"recipe": digest(of_one_arm(self.recipe)), "outcome": asdict(outcome)}))
+        write_whole(self.file, json.dumps({"recipe": digest(training_fields(self.recipe)), "outcome": asdict(outcome)}))
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # nothing is left to go on with
         return outcome
 

@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.files import write_whole
 from shared.core.paper_card import ClaimRow
+from shared.core.paper_package import Claim
 from shared.core.provenance import code_digest
 from shared.core.recipe import Recipe
-from shared.experiments.ablations import Claim, run_arms
+from shared.experiments.ablations import run_arms
 from shared.metrics.stats import Rule, interval, verdict, wilson
 
 # Seconds a seed, well away from chance. A recipe that lacks a key goes without it.
@@ -58,7 +59,7 @@ class Quantity:
         return ("reproduced", "contradicted") if self.rule.kind == "greater" else ("contradicted",)
 
 
-def run(catalogue: Catalogue, name: str, overrides: list[str], console: Console) -> Path:
+def run(catalog: Catalog, name: str, overrides: list[str], console: Console) -> Path:
     """Train, count and write results/calibration/<paper>.json, or with overrides runs/<paper>/calibration/result.json.
 
     Seeds that the same code has trained already, in runs/<paper>/calibration/, are taken as they are. -> the file
@@ -66,20 +67,20 @@ def run(catalogue: Catalogue, name: str, overrides: list[str], console: Console)
     from shared.core.provenance import commit_and_dirty, machine_description
 
     started, clock = time.strftime("%Y-%m-%dT%H:%M:%S"), time.perf_counter()
-    commit, dirty = commit_and_dirty(catalogue.root)
-    recipe, pairs = cheap_recipe(catalogue, name, overrides), catalogue.recipe(name, "mini", []).seeds
+    commit, dirty = commit_and_dirty(catalog.root)
+    recipe, pairs = cheap_recipe(catalog, name, overrides), catalog.recipe(name, "mini", []).seeds
     groups = recipe.seeds // (2 * pairs)
     if groups < 2:
         raise UserError(
             f"seeds={recipe.seeds}: a run of {pairs} pairs takes {2 * pairs} seeds, so give {4 * pairs} or more"
         )
-    claims, card = catalogue.package(name).claims.CLAIMS, catalogue.card(name)
+    claims, card = catalog.package(name).claims.CLAIMS, catalog.card(name)
     arm = busiest_arm(claims)
-    folder = catalogue.root / "runs" / name / "calibration"
-    arms, samples = folder / code_digest(catalogue.root), recipe.seeds * recipe.steps * recipe.batch
+    folder = catalog.root / "runs" / name / "calibration"
+    arms, samples = folder / code_digest(catalog.root), recipe.seeds * recipe.steps * recipe.batch
     trained: dict[int, Measured] = {}
     with console.progress(samples, f"{arm} x {recipe.seeds} seeds", "samples") as bar:
-        for outcome in run_arms(catalogue.package(name).name, recipe, [arm], arms, bar.advance):
+        for outcome in run_arms(catalog.package(name).name, recipe, [arm], arms, bar.advance):
             trained[outcome.seed] = outcome.measured
             bar.note(f"{len(trained)}/{recipe.seeds} trained")
     measured = [trained[seed] for seed in sorted(trained)]
@@ -101,17 +102,17 @@ def run(catalogue: Catalogue, name: str, overrides: list[str], console: Console)
         "started": started,
         "seconds": round(time.perf_counter() - clock, 1),
     }
-    path = folder / "result.json" if overrides else catalogue.root / "results" / "calibration" / f"{name}.json"
+    path = folder / "result.json" if overrides else catalog.root / "results" / "calibration" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(result, indent=1) + "\n")
     return path
 
 
-def cheap_recipe(catalogue: Catalogue, name: str, overrides: Sequence[str]) -> Recipe:
+def cheap_recipe(catalog: Catalog, name: str, overrides: Sequence[str]) -> Recipe:
     """The mini recipe with CHEAP over it, and the overrides over both."""
-    keys = {field.name for field in dataclasses.fields(catalogue.package(name).recipe_type)}
+    keys = {field.name for field in dataclasses.fields(catalog.package(name).recipe_type)}
     cheap = [f"{key}={value}" for key, value in CHEAP.items() if key in keys]
-    return catalogue.recipe(name, "mini", [*cheap, *overrides])
+    return catalog.recipe(name, "mini", [*cheap, *overrides])
 
 
 def busiest_arm(claims: dict[str, Claim]) -> str:

@@ -18,20 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.files import cache_root, locked, made, sha256, write_whole
 from shared.core.paper_package import PaperPackage
 from shared.core.provenance import code_digest
-from shared.core.recipe import Recipe, digest, of_one_arm
-from shared.experiments.stage_cache import Stages
+from shared.core.recipe import Recipe, digest, training_fields
+from shared.experiments.stage_cache import StageCache
 from shared.weights.manifest import load_manifest
 
 SEAL = "artifact.json"
 
 
 @dataclass(frozen=True)
-class Artifact:
+class PretrainedPart:
     """name: paper and part; changes: of that paper's recipe; digest: sha256 over its files; seconds: what building it
     took; fresh: built just now."""
 
@@ -61,7 +61,7 @@ class Artifact:
         return f"{self.title} {self.digest[:12]}, {made_how}{known}"
 
 
-def artifact(
+def pretrained_part(
     name: str,
     scale: str,
     overrides: Sequence[str] = (),
@@ -70,7 +70,7 @@ def artifact(
     package: str = "papers",
     cache: str | Path | None = None,
     say: Callable[[str], None] | None = None,
-) -> Artifact:
+) -> PretrainedPart:
     """The artifact `name` ("clip:vision") by the other paper's recipe of that scale and `overrides` ("steps=400").
 
     Made where the cache has it not; one that is damaged is made anew, with one warning. Processes that ask at once
@@ -79,14 +79,14 @@ def artifact(
     paper, _, part = name.partition(":")
     if not part:
         raise UserError(f"artifact '{name}': name paper and part, such as clip:vision")
-    catalogue = Catalogue(Path(importlib.import_module(package).__path__[0]), package)
-    recipe = catalogue.recipe(paper, scale, list(overrides))
-    module = catalogue.package(paper).parts
+    catalog = Catalog(Path(importlib.import_module(package).__path__[0]), package)
+    recipe = catalog.recipe(paper, scale, list(overrides))
+    module = catalog.package(paper).parts
     if part not in module.PARTS:
         raise UserError(f"artifact '{name}': {paper} has no {part}; it has {', '.join(module.PARTS)}")
     parent = cache_root(cache) / "artifacts"
-    stages = Stages(parent, seed)
-    stage = f"{paper}-{part}-{_identity(catalogue, recipe, seed)}"
+    stages = StageCache(parent, seed)
+    stage = f"{paper}-{part}-{_identity(catalog, recipe, seed)}"
     final, fresh = parent / stage, []
 
     def make(folder: Path) -> None:
@@ -104,12 +104,12 @@ def artifact(
             if final.is_dir() and _sealed(final) is None:
                 print(f"{final}: damaged; {name} is made anew", file=sys.stderr, flush=True)
                 shutil.rmtree(final)
-    folder = stages.once(stage, make, draws=name)  # the stage's own name changes with every line of code
+    folder = stages.get_or_build(stage, make, draws=name)  # the stage's own name changes with every line of code
     seal = _sealed(folder)
     if seal is None:
         raise UserError(f"{folder}: damaged while it was read; remove it and run again")
     found = hashlib.sha256(json.dumps(seal["files"], sort_keys=True).encode()).hexdigest()
-    return Artifact(name, tuple(overrides), folder, found, seal["seconds"], bool(fresh), seal["known"], package)
+    return PretrainedPart(name, tuple(overrides), folder, found, seal["seconds"], bool(fresh), seal["known"], package)
 
 
 def _sealed(folder: Path) -> dict | None:
@@ -122,14 +122,14 @@ def _sealed(folder: Path) -> dict | None:
         return None
 
 
-def _identity(catalogue: Catalogue, recipe: Recipe, seed: int) -> str:
+def _identity(catalog: Catalog, recipe: Recipe, seed: int) -> str:
     """Sixteen hex digits over recipe, seed, data and the code that trains: shared, and the other paper's."""
     from shared.data.dataset import entries_of
 
     if recipe.data_root:
-        data = catalogue.package(recipe.paper).claims.load(recipe, seed).digest
+        data = catalog.package(recipe.paper).claims.load(recipe, seed).digest
     else:
         data = [load_manifest()[entry].sha256 for entry in entries_of(recipe.data)]
-    code = code_digest(catalogue.root, ("shared", f"{catalogue.folder.name}/{recipe.paper}"))
-    what = [digest(of_one_arm(recipe)), seed, data, code]
+    code = code_digest(catalog.root, ("shared", f"{catalog.folder.name}/{recipe.paper}"))
+    what = [digest(training_fields(recipe)), seed, data, code]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

@@ -9,19 +9,19 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.paper_card import UNITS, ClaimRow, PaperCard
 from shared.core.provenance import commit_and_dirty, environment_text, machine_description
 from shared.core.recipe import Recipe, to_yaml
-from shared.experiments.pretrained_parts import Artifact
+from shared.experiments.pretrained_parts import PretrainedPart
 from shared.experiments.run_dir import RunFolder, open_run
 from shared.report.rows import Report, Row
 from shared.training.tracking import Tracker
 
 
-def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Console, fresh: bool = False) -> Path:
+def reproduce(catalog: Catalog, recipe: Recipe, command: str, console: Console, fresh: bool = False) -> Path:
     """Run the recipe's rungs and return the path of report.json. Everything lands in runs/<paper>/<scale>/<stamp>/.
 
     An interrupted run of the same recipe and code is gone on with, unless `fresh`: no finished arm is trained again.
@@ -33,9 +33,9 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
             f"devices={recipe.devices} nodes={recipe.nodes}: a reproduction trains every arm on one device; "
             "`python -m papers train` trains one model on many"
         )
-    commit, dirty = commit_and_dirty(catalogue.root)  # of what runs, not of what is edited meanwhile
-    name, card = recipe.paper, catalogue.card(recipe.paper)
-    run = open_run(catalogue.root, recipe, fresh)
+    commit, dirty = commit_and_dirty(catalog.root)  # of what runs, not of what is edited meanwhile
+    name, card = recipe.paper, catalog.card(recipe.paper)
+    run = open_run(catalog.root, recipe, fresh)
     folder = run.path
     if run.sessions > 1:
         console.say(f"going on with the interrupted run in {folder} (--fresh begins anew)")
@@ -46,27 +46,27 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
 
     if "structure" in recipe.rungs:
         console.stage("structure: the full-size networks, on the meta device")
-        rows += structure_rows(catalogue, card, console)
+        rows += structure_rows(catalog, card, console)
     if "parity" in recipe.rungs:
         console.stage("parity: against independent implementations, fp32, small random weights")
-        rows += parity_rows(catalogue, name, folder, console)
+        rows += parity_rows(catalog, name, folder, console)
     if "claims" in recipe.rungs:
         console.stage(f"data: {recipe.data}")
-        recipe, data = prepare_data(catalogue, recipe, console)
+        recipe, data = prepare_data(catalog, recipe, console)
         run.same("data", data["digest"])
-        if used := artifacts_of(catalogue, recipe, console):
+        if used := pretrained_parts_of(catalog, recipe, console):
             run.same("artifacts", {one.title: one.digest for one in used})
             data["artifacts"] = [one.line for one in used]
         console.stage("claims: every arm and seed, trained and measured")
-        claim_rows_found, outcomes, tracker = run_claims(catalogue, card, recipe, data, run, command, console)
+        claim_rows_found, outcomes, tracker = run_claims(catalog, card, recipe, data, run, command, console)
         rows += claim_rows_found
         try:
-            figures, samples = catalogue.package(name).figures.draw(recipe, outcomes, folder)
+            figures, samples = catalog.package(name).figures.draw(recipe, outcomes, folder)
         except Exception as error:  # a figure must not cost the rows that were trained for
             console.say(f"figures could not be drawn: {type(error).__name__}: {error}")
     if "metrics" in recipe.rungs:
         console.stage("metrics: released weights on the paper's benchmarks")
-        rows += metric_rows(catalogue, card, recipe, console)
+        rows += metric_rows(catalog, card, recipe, console)
 
     console.stage("report")
     if run.sessions > 1:
@@ -98,8 +98,8 @@ def reproduce(catalogue: Catalogue, recipe: Recipe, command: str, console: Conso
 # ---- structure
 
 
-def structure_rows(catalogue: Catalogue, card: PaperCard, console: Console) -> list[Row]:
-    measure = catalogue.package(card.paper.key).structure.measure
+def structure_rows(catalog: Catalog, card: PaperCard, console: Console) -> list[Row]:
+    measure = catalog.package(card.paper.key).structure.measure
     by_variant = defaultdict(list)
     for row in card.structure:
         by_variant[row.variant].append(row)
@@ -128,18 +128,16 @@ def structure_rows(catalogue: Catalogue, card: PaperCard, console: Console) -> l
 # ---- parity
 
 
-def parity_rows(catalogue: Catalogue, name: str, folder: Path, console: Console) -> list[Row]:
+def parity_rows(catalog: Catalog, name: str, folder: Path, console: Console) -> list[Row]:
     """Run tests/parity/test_<paper>.py in a process of its own and read the differences it measured."""
-    test = catalogue.root / "tests" / "parity" / f"test_{name}.py"
-    need = (
-        f"the development extras: pip install -e '.[dev]', then `python -m pytest {test.relative_to(catalogue.root)}`"
-    )
+    test = catalog.root / "tests" / "parity" / f"test_{name}.py"
+    need = f"the development extras: pip install -e '.[dev]', then `python -m pytest {test.relative_to(catalog.root)}`"
     out, log = folder / "parity.json", folder / "parity.log"
     if not test.is_file() or any(missing(module) for module in ("pytest", "transformers")):
         return [Row("parity", f"{name}.parity", "against independent implementations", verdict="not run", need=need)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test), "--rows", str(out)]
     with console.waiting("parity tests"):
-        ran = subprocess.run(command, cwd=catalogue.root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        ran = subprocess.run(command, cwd=catalog.root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     log.write_text(ran.stdout + ran.stderr)
     if not out.is_file() or ran.returncode not in (0, 1):
         raise UserError(f"the parity tests did not run (exit code {ran.returncode}); see {log}")
@@ -152,7 +150,7 @@ def parity_rows(catalogue: Catalogue, name: str, folder: Path, console: Console)
             match = found["found"] == found["expected"]
             reported, value, tolerance = found["expected"], found["found"], 0
         verdict = "match" if match else "mismatch"
-        source = test.relative_to(catalogue.root).as_posix()
+        source = test.relative_to(catalog.root).as_posix()
         rows.append(
             Row("parity", found["id"], found["what"], reported, value, None, None, tolerance, None, verdict, source)
         )
@@ -170,16 +168,16 @@ def missing(module: str) -> bool:
 # ---- claims
 
 
-def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tuple[Recipe, dict]:
+def prepare_data(catalog: Catalog, recipe: Recipe, console: Console) -> tuple[Recipe, dict]:
     """Fetch what the data needs, load it once to see that it is sound, and describe it for the report."""
-    from shared.data.dataset import fetch_world
+    from shared.data.dataset import fetch_dataset
     from shared.experiments.ablations import seeds_of
 
     note = None
     try:
         with console.waiting(f"fetching {recipe.data}") as say:
             if not recipe.data_root:
-                fetch_world(recipe.data, report=lambda entry, done, total: say(f"{entry}: {done / 1e6:.0f} MB"))
+                fetch_dataset(recipe.data, report=lambda entry, done, total: say(f"{entry}: {done / 1e6:.0f} MB"))
     except UserError as error:
         if recipe.data != "emoji":
             raise
@@ -187,24 +185,24 @@ def prepare_data(catalogue: Catalogue, recipe: Recipe, console: Console) -> tupl
         console.say(note)
         recipe = dataclasses.replace(recipe, data="shapes")
     with console.waiting("reading the data"):
-        world = catalogue.package(recipe.paper).claims.load(recipe, seeds_of(recipe)[0])
+        dataset = catalog.package(recipe.paper).claims.load(recipe, seeds_of(recipe)[0])
     console.say(
-        f"{world.name}: {len(world.train.ids)} training pictures, {len(world.test.ids)} test pictures"
-        + (f", {len(world.classes)} classes" if world.classes else "")
+        f"{dataset.name}: {len(dataset.train.ids)} training pictures, {len(dataset.test.ids)} test pictures"
+        + (f", {len(dataset.classes)} classes" if dataset.classes else "")
     )
-    coverage = [dataclasses.asdict(one) for one in world.coverage]
+    coverage = [dataclasses.asdict(one) for one in dataset.coverage]
     return recipe, {
-        "name": world.name,
-        "digest": world.digest,
+        "name": dataset.name,
+        "digest": dataset.digest,
         "coverage": coverage,
-        "credits": list(world.credits),
-        "note": note or world.note,
+        "credits": list(dataset.credits),
+        "note": note or dataset.note,
     }
 
 
-def artifacts_of(catalogue: Catalogue, recipe: Recipe, console: Console) -> list[Artifact]:
+def pretrained_parts_of(catalog: Catalog, recipe: Recipe, console: Console) -> list[PretrainedPart]:
     """What the paper's claims take of other papers (claims.artifacts(recipe), where there is one), made beforehand."""
-    offered = getattr(catalogue.package(recipe.paper).claims, "artifacts", None)
+    offered = getattr(catalog.package(recipe.paper).claims, "pretrained_parts", None)
     if offered is None:
         return []
     with console.waiting("artifacts of other papers"):
@@ -212,13 +210,13 @@ def artifacts_of(catalogue: Catalogue, recipe: Recipe, console: Console) -> list
 
 
 def run_claims(
-    catalogue: Catalogue, card: PaperCard, recipe: Recipe, data: dict, run: RunFolder, command: str, console: Console
+    catalog: Catalog, card: PaperCard, recipe: Recipe, data: dict, run: RunFolder, command: str, console: Console
 ) -> tuple[list[Row], dict[int, dict[str, dict]], Tracker]:
     """Train every arm once a seed, then let each claim compare them. -> rows, {seed: {arm: measurements}}, its run."""
     from shared.experiments.ablations import run_arms, seeds_of
 
     wanted = [row for row in card.claims if not recipe.claims or row.id in recipe.claims]
-    claims = catalogue.package(recipe.paper).claims.CLAIMS
+    claims = catalog.package(recipe.paper).claims.CLAIMS
     arms = list(dict.fromkeys(arm for row in wanted for arm in claims[row.id].arms))
     total = len(arms) * recipe.seeds * recipe.steps * recipe.batch
     outcomes: dict[int, dict[str, dict]] = defaultdict(dict)
@@ -226,8 +224,8 @@ def run_claims(
     tracker = Tracker(
         experiment=recipe.paper,
         name=f"{recipe.scale} {data['name']}",
-        folder=catalogue.root,
-        root=catalogue.root,
+        folder=catalog.root,
+        root=catalog.root,
         data=data["name"],
         data_digest=data["digest"],
         command=command,
@@ -237,7 +235,7 @@ def run_claims(
         resume=run.get("tracking"),
     )
     run.keep(tracking=tracker.key)
-    package = catalogue.package(recipe.paper).name
+    package = catalog.package(recipe.paper).name
     with tracker, console.progress(total, f"{len(arms)} arms x {recipe.seeds} seeds", "samples") as bar:
         tracker.log_text(to_yaml(recipe), "recipe.yaml")
         for outcome in run_arms(package, recipe, arms, folder / "arms", bar.advance):
@@ -298,9 +296,9 @@ def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str
 # ---- metrics
 
 
-def metric_rows(catalogue: Catalogue, card: PaperCard, recipe: Recipe, console: Console) -> list[Row]:
+def metric_rows(catalog: Catalog, card: PaperCard, recipe: Recipe, console: Console) -> list[Row]:
     """Score the released weights where weights and data are at hand; say exactly what is lacking where not."""
-    measure = catalogue.package(recipe.paper).benchmarks.measure
+    measure = catalog.package(recipe.paper).benchmarks.measure
     rows = []
     for row in console.bar(card.metrics, "rows"):
         what = f"{row.variant} on {row.dataset} ({row.split}): {row.metric}"

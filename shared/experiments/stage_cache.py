@@ -18,13 +18,13 @@ from shared.core.files import locked, made
 
 
 @dataclass(frozen=True)
-class Stages:
+class StageCache:
     """folder: of one recipe, seed and data; its name says which. seed: what every stage draws from."""
 
     folder: Path
     seed: int
 
-    def once(self, name: str, make: Callable[[Path], None], draws: str = "") -> Path:
+    def get_or_build(self, name: str, make: Callable[[Path], None], draws: str = "") -> Path:
         """The folder of stage `name`, filled by `make(folder)` where it is not there yet.
 
         What `make` leaves half done stays in that folder: it is given the same one again and may go on from there.

@@ -56,7 +56,9 @@ class LayerCache(NamedTuple):
 class BertLayer(nn.Module):
     """Self-attention, cross-attention where `context_width` is given, feed-forward; each added, then normalised."""
 
-    def __init__(self, width: int, heads: int, hidden: int, *, context_width: int | None = None, dropout: float = 0.1):
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, *, context_width: int | None = None, dropout: float = 0.1
+    ):
         super().__init__()
         self.attention = Attention(width, heads, dropout=dropout)
         self.attention_norm = nn.LayerNorm(width, eps=EPS)
@@ -64,7 +66,7 @@ class BertLayer(nn.Module):
         if context_width is not None:
             self.cross_attention = Attention(width, heads, context_width=context_width, dropout=dropout)
             self.cross_norm = nn.LayerNorm(width, eps=EPS)
-        self.mlp = MLP(width, hidden)
+        self.mlp = MLP(width, mlp_width)
         self.mlp_norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(dropout)
 
@@ -122,7 +124,7 @@ class BertLayers(Blocks):
         layers: int,
         width: int,
         heads: int,
-        hidden: int,
+        mlp_width: int,
         *,
         context_width: int | None = None,
         cross: Sequence[int] | None = None,
@@ -130,7 +132,9 @@ class BertLayers(Blocks):
     ) -> BertLayers:
         with_cross = range(layers) if cross is None else cross
         return cls(
-            BertLayer(width, heads, hidden, context_width=context_width if i in with_cross else None, dropout=dropout)
+            BertLayer(
+                width, heads, mlp_width, context_width=context_width if i in with_cross else None, dropout=dropout
+            )
             for i in range(layers)
         )
 
@@ -185,19 +189,19 @@ class TokenHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(x))), word_table, self.bias)
 
 
-def key_mask(present: Tensor | None) -> Tensor | None:
-    """present (B, S) bool, False at padding -> a mask over keys (B, 1, 1, S)."""
-    return None if present is None else rearrange(present, "b s -> b 1 1 s")
+def key_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """attention_mask (B, S) bool, False at padding -> a mask over keys (B, 1, 1, S)."""
+    return None if attention_mask is None else rearrange(attention_mask, "b s -> b 1 1 s")
 
 
-def _unless_all(present: Tensor | None) -> Tensor | None:
+def _unless_all(attention_mask: Tensor | None) -> Tensor | None:
     """None where nothing is padding, so that attention runs without a mask."""
-    return None if present is None or bool(present.all()) else present
+    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
-def positions_of(present: Tensor) -> Tensor:
+def positions_of(attention_mask: Tensor) -> Tensor:
     """Where each token of (B, T) stands, padding on either side not counted. (B, T)"""
-    return (present.long().cumsum(1) - 1).clamp_min(0)
+    return (attention_mask.long().cumsum(1) - 1).clamp_min(0)
 
 
 def initialise_bert(module: nn.Module, std: float = INIT_STD) -> None:
@@ -225,44 +229,44 @@ class BertDecoding:
         layers: BertLayers,
         head: TokenHead,
         context: Tensor | None = None,
-        context_present: Tensor | None = None,
+        context_attention_mask: Tensor | None = None,
     ):
-        """context (B, S, C), context_present (B, S) bool."""
+        """context (B, S, C), context_attention_mask (B, S) bool."""
         self.embeddings, self.layers, self.head = embeddings, layers, head
-        self.context, self.context_mask = context, key_mask(_unless_all(context_present))
+        self.context, self.context_mask = context, key_mask(_unless_all(context_attention_mask))
         self.caches = [LayerCache(KVCache(), KVCache()) for _ in layers]
-        self.present: Tensor | None = None  # (R, T) where any prompt is padded
+        self.attention_mask: Tensor | None = None  # (R, T) where any prompt is padded
         self.length = 0  # tokens of the longest prompt and of what followed
 
-    def prefill(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Prompts (B, T), present (B, T) False at padding, left or right -> logits of the next token (B, V)."""
-        self.present = _unless_all(present)
-        self._lengthen(int(present.sum(1).max()))
-        x = self.embeddings(tokens, None if self.present is None else positions_of(present))
+    def prefill(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Prompts (B, T), attention_mask (B, T) False at padding, left or right -> logits of the next token (B, V)."""
+        self.attention_mask = _unless_all(attention_mask)
+        self._lengthen(int(attention_mask.sum(1).max()))
+        x = self.embeddings(tokens, None if self.attention_mask is None else positions_of(attention_mask))
         x = self.layers(
-            x, mask=key_mask(self.present), causal=True, context=self.context, context_mask=self.context_mask,
+            x, mask=key_mask(self.attention_mask), causal=True, context=self.context, context_mask=self.context_mask,
             caches=self.caches,
         )  # fmt: skip
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        last = torch.where(present, places, -1).argmax(1)  # (B,)
+        last = torch.where(attention_mask, places, -1).argmax(1)  # (B,)
         return self._logits(x[torch.arange(len(x), device=x.device), last])
 
     def step(self, tokens: Tensor) -> Tensor:
         """One more token a row (R,) -> logits of the next (R, V)."""
         self._lengthen(1)
-        if self.present is None:
+        if self.attention_mask is None:
             position = torch.full_like(tokens[:1], self.length - 1)  # (1,)
         else:
-            position = self.present.sum(1, keepdim=True)  # (R, 1)
-            self.present = torch.cat([self.present, torch.ones_like(self.present[:, :1])], dim=1)
+            position = self.attention_mask.sum(1, keepdim=True)  # (R, 1)
+            self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1)
         x = self.embeddings(tokens[:, None], position)
-        x = self.layers(x, mask=key_mask(self.present), context_mask=self.context_mask, caches=self.caches)
+        x = self.layers(x, mask=key_mask(self.attention_mask), context_mask=self.context_mask, caches=self.caches)
         return self._logits(x[:, 0])
 
     def select(self, rows: Tensor, contexts: Tensor | None = None) -> None:
         """Keep these rows, in this order (they may repeat); contexts: which rows of the context, all where None."""
-        if self.present is not None:
-            self.present = self.present[rows]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[rows]
         for cache in self.caches:
             cache.tokens.reorder(rows)
             if contexts is not None:

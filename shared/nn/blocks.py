@@ -47,11 +47,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGELU, "gel
 class MLP(nn.Module):
     """Linear, activation, linear. (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, hidden: int, activation: str = "gelu"):
+    def __init__(self, width: int, mlp_width: int, activation: str = "gelu"):
         super().__init__()
-        self.up = nn.Linear(width, hidden)
+        self.up = nn.Linear(width, mlp_width)
         self.activation = ACTIVATIONS[activation]()
-        self.down = nn.Linear(hidden, width)
+        self.down = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))

@@ -35,8 +35,8 @@ class LanguageModel(Protocol):
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) -> their embeddings (B, T, W), without any position."""
 
-    def states(self, embeddings: Tensor, present: Tensor | None, targets: Tensor | None = None) -> Tensor:
-        """Embeddings (B, S, W), present (B, S) bool False at padding on either side -> what `logits` reads.
+    def states(self, embeddings: Tensor, attention_mask: Tensor | None, targets: Tensor | None = None) -> Tensor:
+        """Embeddings (B, S, W), attention_mask (B, S) bool False at padding on either side -> what `logits` reads.
 
         causal: the state at every slot (B, S, W); that of a slot says the token behind it. seq2seq: embeddings go to
         the encoder, and each state (B, U, W) says the target of its own place; targets (B, U), padded on the right.
@@ -45,8 +45,8 @@ class LanguageModel(Protocol):
     def logits(self, states: Tensor) -> Tensor:
         """States (..., W) -> fp32 logits (..., V). Give only those that have a label: V is large."""
 
-    def decoding(self, prefix: Tensor, present: Tensor | None = None) -> Decoding:
-        """Text behind a prefix of embeddings (B, Q, W), present (B, Q): its prompts come behind the prefix."""
+    def decoding(self, prefix: Tensor, attention_mask: Tensor | None = None) -> Decoding:
+        """Text behind a prefix of embeddings (B, Q, W), attention_mask (B, Q): its prompts come behind the prefix."""
 
 
 class RMSNorm(nn.Module):
@@ -65,10 +65,10 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """down(silu(gate x) * up x), without biases; gate and up in one matrix, [gate; up]. (B, T, W) -> (B, T, W)."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, mlp_width: int):
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.down = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -78,12 +78,12 @@ class GatedMLP(nn.Module):
 class LanguageBlock(nn.Module):
     """Llama's layer: causal attention and a gated feed-forward, each behind a norm and added. (B, T, W) -> same."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int, eps: float):
+    def __init__(self, width: int, heads: int, kv_heads: int, mlp_width: int, eps: float):
         super().__init__()
         self.attention_norm = RMSNorm(width, eps)
         self.attention = Attention(width, heads, kv_heads=kv_heads, bias=False)
         self.mlp_norm = RMSNorm(width, eps)
-        self.mlp = GatedMLP(width, hidden)
+        self.mlp = GatedMLP(width, mlp_width)
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary: Callable, cache: KVCache | None = None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask=mask, causal=True, rotary=rotary, cache=cache)
@@ -107,7 +107,7 @@ class SmallLanguageModel(nn.Module):
         heads: int,
         *,
         kv_heads: int | None = None,
-        hidden: int | None = None,
+        mlp_width: int | None = None,
         rotary_base: float = 10_000.0,
         eps: float = 1e-5,
     ):
@@ -118,8 +118,10 @@ class SmallLanguageModel(nn.Module):
         if self.head_width % 2:
             raise UserError(f"language model: {heads} heads of {self.head_width} channels, rotary positions need even")
         self.word = nn.Embedding(vocabulary, width)
-        hidden = hidden or 4 * width
-        self.blocks = nn.ModuleList(LanguageBlock(width, heads, kv_heads or heads, hidden, eps) for _ in range(layers))
+        mlp_width = mlp_width or 4 * width
+        self.blocks = nn.ModuleList(
+            LanguageBlock(width, heads, kv_heads or heads, mlp_width, eps) for _ in range(layers)
+        )
         self.norm = RMSNorm(width, eps)
         for parameter in self.parameters():
             if parameter.ndim == 2:
@@ -132,28 +134,28 @@ class SmallLanguageModel(nn.Module):
         """Tokens (B, T) -> (B, T, W)."""
         return self.word(tokens)
 
-    def states(self, embeddings: Tensor, present: Tensor | None, targets: Tensor | None = None) -> Tensor:
-        """Embeddings (B, S, W), present (B, S) -> the state at every slot (B, S, W)."""
+    def states(self, embeddings: Tensor, attention_mask: Tensor | None, targets: Tensor | None = None) -> Tensor:
+        """Embeddings (B, S, W), attention_mask (B, S) -> the state at every slot (B, S, W)."""
         refuse_targets(targets)
-        return self.run(embeddings, *seen_and_positions(embeddings, present))
+        return self.run(embeddings, *seen_and_positions(embeddings, attention_mask))
 
     def logits(self, states: Tensor) -> Tensor:
         """(..., W) -> fp32 (..., V)."""
         return F.linear(states, self.word.weight).float()
 
-    def decoding(self, prefix: Tensor, present: Tensor | None = None) -> CausalDecoding:
-        """Text behind a prefix (B, Q, W), present (B, Q)."""
-        return CausalDecoding(self, prefix, present)
+    def decoding(self, prefix: Tensor, attention_mask: Tensor | None = None) -> CausalDecoding:
+        """Text behind a prefix (B, Q, W), attention_mask (B, Q)."""
+        return CausalDecoding(self, prefix, attention_mask)
 
     def run(
-        self, x: Tensor, present: Tensor | None, positions: Tensor, caches: Sequence[KVCache] | None = None
+        self, x: Tensor, attention_mask: Tensor | None, positions: Tensor, caches: Sequence[KVCache] | None = None
     ) -> Tensor:
-        """New slots (R, T, W) behind cached ones, present (R, S) of all slots where any is padding, positions (R or 1,
-        T) of the new ones -> their states (R, T, W)."""
+        """New slots (R, T, W) behind cached ones, attention_mask (R, S) of all slots where any is padding, positions
+        (R or 1, T) of the new ones -> their states (R, T, W)."""
         x = x.to(self.word.weight.dtype)
         angles = self._angles(positions)
         rotary = _Turn(angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        mask = key_mask(present)
+        mask = key_mask(attention_mask)
         for index, block in enumerate(self.blocks):
             x = block(x, mask, rotary, caches[index] if caches else None)
         return self.norm(x)
@@ -187,28 +189,29 @@ def refuse_targets(targets: Tensor | None) -> None:
         raise UserError("a causal language model takes no targets: put the answer behind the prompt")
 
 
-def seen_and_positions(embeddings: Tensor, present: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """What a causal stack has to know of the slots of embeddings (B, S, W): present (B, S), and positions (B or 1, S).
+def seen_and_positions(embeddings: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """What a causal stack has to know of the slots of embeddings (B, S, W): attention_mask (B, S), and positions
+    (B or 1, S).
 
     Padding behind a text is seen by none of its tokens: then no mask is needed, and None comes back.
     """
-    if present is None or present.is_meta or not _padded_before(present):
+    if attention_mask is None or attention_mask.is_meta or not _padded_before(attention_mask):
         return None, torch.arange(embeddings.shape[1], device=embeddings.device)[None]
-    return present, positions_of(present)
+    return attention_mask, positions_of(attention_mask)
 
 
-def _padded_before(present: Tensor) -> bool:
+def _padded_before(attention_mask: Tensor) -> bool:
     """Whether padding stands before any token of its row."""
-    return bool((~present[:, :-1] & present[:, 1:]).any())
+    return bool((~attention_mask[:, :-1] & attention_mask[:, 1:]).any())
 
 
-def causal_mask(present: Tensor, new: int) -> Tensor:
-    """present (R, S) -> who may attend to whom (R, 1, T, S) for the last `new` = T slots. Padding sees itself, or its
-    softmax would be over nothing."""
-    S = present.shape[1]
-    before = torch.ones(new, S, dtype=torch.bool, device=present.device).tril(S - new)
-    itself = torch.eye(S, dtype=torch.bool, device=present.device)[S - new :]
-    return rearrange((before & present[:, None]) | itself, "r t s -> r 1 t s")
+def causal_mask(attention_mask: Tensor, new: int) -> Tensor:
+    """attention_mask (R, S) -> who may attend to whom (R, 1, T, S) for the last `new` = T slots. Padding sees itself,
+    or its softmax would be over nothing."""
+    S = attention_mask.shape[1]
+    before = torch.ones(new, S, dtype=torch.bool, device=attention_mask.device).tril(S - new)
+    itself = torch.eye(S, dtype=torch.bool, device=attention_mask.device)[S - new :]
+    return rearrange((before & attention_mask[:, None]) | itself, "r t s -> r 1 t s")
 
 
 class CausalDecoding:
@@ -220,52 +223,52 @@ class CausalDecoding:
 
     prefixed = True  # so a prompt may be empty
 
-    def __init__(self, model: Any, prefix: Tensor, present: Tensor | None = None):
+    def __init__(self, model: Any, prefix: Tensor, attention_mask: Tensor | None = None):
         """model: embed, run, logits, caches and context as SmallLanguageModel has them. prefix (B, Q, W)."""
-        self.model, self.prefix, self.prefix_present = model, prefix, present
+        self.model, self.prefix, self.prefix_mask = model, prefix, attention_mask
         self.caches: list[KVCache] = model.caches()
-        self.present: Tensor | None = None  # (R, S) where any slot is padding
+        self.attention_mask: Tensor | None = None  # (R, S) where any slot is padding
         self.rows = self.start = self.length = 0  # start: slots of prefix and prompt; length: slots so far
 
-    def prefill(self, tokens: Tensor, present: Tensor) -> Tensor:
+    def prefill(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Prompts (B, T), T may be 0 where there is a prefix -> logits of the next token (B, V)."""
         if len(tokens) != len(self.prefix):
             raise ValueError(f"{len(tokens)} prompts for {len(self.prefix)} prefixes")
-        before = self.prefix_present
+        before = self.prefix_mask
         if before is None:
-            before = present.new_ones(self.prefix.shape[:2])
-        present = torch.cat([before, present], dim=1)  # (B, S)
+            before = attention_mask.new_ones(self.prefix.shape[:2])
+        attention_mask = torch.cat([before, attention_mask], dim=1)  # (B, S)
         x = torch.cat([self.prefix, self.model.embed(tokens)], dim=1)
         if not x.shape[1]:
             raise UserError("generation: neither a prefix nor a prompt; give at least a start token")
         self._lengthen(x.shape[1])
         self.rows, self.start = len(x), x.shape[1]
-        states = self.model.run(x, *seen_and_positions(x, present), self.caches)
-        self.present = None if bool(present.all()) else present
-        if self.present is None:
+        states = self.model.run(x, *seen_and_positions(x, attention_mask), self.caches)
+        self.attention_mask = None if bool(attention_mask.all()) else attention_mask
+        if self.attention_mask is None:
             last = states[:, -1]
         else:
             places = torch.arange(x.shape[1], device=x.device)
-            last = states[torch.arange(len(x), device=x.device), torch.where(present, places, -1).argmax(1)]
+            last = states[torch.arange(len(x), device=x.device), torch.where(attention_mask, places, -1).argmax(1)]
         return self.model.logits(last)
 
     def step(self, tokens: Tensor) -> Tensor:
         """One more token a row (R,) -> logits of the next (R, V)."""
         self._lengthen(1)
-        if self.present is None:
+        if self.attention_mask is None:
             positions = torch.full((1, 1), self.length - 1, device=tokens.device)
         else:
-            positions = self.present.sum(1, keepdim=True)  # (R, 1)
-            self.present = torch.cat([self.present, torch.ones_like(self.present[:, :1])], dim=1)
-        states = self.model.run(self.model.embed(tokens[:, None]), self.present, positions, self.caches)
+            positions = self.attention_mask.sum(1, keepdim=True)  # (R, 1)
+            self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1)
+        states = self.model.run(self.model.embed(tokens[:, None]), self.attention_mask, positions, self.caches)
         return self.model.logits(states[:, 0])
 
     def select(self, rows: Tensor, contexts: Tensor | None = None) -> None:
         """Keep these rows, in this order (they may repeat); contexts: the prompts that stay, all where None."""
         since = self.start if contexts is None and len(rows) == self.rows else 0
         self.rows = len(rows)
-        if self.present is not None and not since:
-            self.present = self.present[rows]
+        if self.attention_mask is not None and not since:
+            self.attention_mask = self.attention_mask[rows]
         for cache in self.caches:
             cache.reorder(rows, since)
 

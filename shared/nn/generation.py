@@ -24,8 +24,9 @@ class Decoding(Protocol):
     prefix of embeddings (shared/nn/causal_lm.py): its prompts may be empty, and penalties do not count the prefix.
     """
 
-    def prefill(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Prompts (B, T), present (B, T) bool False at padding on either side -> logits of the next token (B, V)."""
+    def prefill(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Prompts (B, T), attention_mask (B, T) bool, False at padding on either side -> logits of the next token
+        (B, V)."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """One more token a row (R,) -> logits of the next (R, V)."""
@@ -108,23 +109,23 @@ def generate(
     prompts: Tensor,
     settings: GenerationSettings,
     *,
-    present: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Generated:
-    """Continue prompts (B, T), present (B, T) bool False at padding on either side (all present where None).
+    """Continue prompts (B, T), attention_mask (B, T) bool False at padding on either side (all present where None).
 
     A text that is complete leaves the batch at once. Sampling takes one seed a prompt from `generator` (a CPU one;
     torch's global one where None), in their order: what is sampled depends on no other prompt, and cutting a data set
     into larger or smaller batches changes nothing. Raises UserError for an empty prompt (but behind a prefix) or too
     small a vocabulary.
     """
-    present = torch.ones_like(prompts, dtype=torch.bool) if present is None else present.bool()
-    histories = [row[real].tolist() for row, real in zip(prompts.cpu(), present.cpu(), strict=True)]
+    attention_mask = torch.ones_like(prompts, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    histories = [row[real].tolist() for row, real in zip(prompts.cpu(), attention_mask.cpu(), strict=True)]
     if [] in histories and not getattr(decoding, "prefixed", False):
         raise UserError(f"generation: prompt {histories.index([])} of the batch is empty; give at least a start token")
     if not histories:
         return Generated([], [], [])
-    logits = decoding.prefill(prompts, present)
+    logits = decoding.prefill(prompts, attention_mask)
     if settings.beams > 1:
         return _beam_search(decoding, logits, histories, settings)
     return _one_by_one(decoding, logits, histories, settings, generator)

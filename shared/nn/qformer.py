@@ -41,7 +41,7 @@ class QueryCache:
         return torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
 
 
-class Looked:
+class CrossAttentionKV:
     """Keys and values of a context in one layer (B, H, S, K), with gradients, for the texts or queries of `rows` (R,):
     what Attention takes for a filled cache."""
 
@@ -53,13 +53,13 @@ class Looked:
             return self.keys, self.values
         return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
 
-    def of(self, rows: Tensor) -> Looked:
+    def of(self, rows: Tensor) -> CrossAttentionKV:
         """The same keys and values for others to look at."""
-        return Looked(self.keys, self.values, rows)
+        return CrossAttentionKV(self.keys, self.values, rows)
 
-    def behind(self, other: Looked) -> Looked:
+    def behind(self, other: CrossAttentionKV) -> CrossAttentionKV:
         """These contexts after another's, rows not yet chosen."""
-        return Looked(torch.cat([other.keys, self.keys]), torch.cat([other.values, self.values]))
+        return CrossAttentionKV(torch.cat([other.keys, self.keys]), torch.cat([other.values, self.values]))
 
 
 class QFormerLayer(nn.Module):
@@ -69,7 +69,7 @@ class QFormerLayer(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, *, context_width: int | None, text: bool, dropout: float = 0.1
+        self, width: int, heads: int, mlp_width: int, *, context_width: int | None, text: bool, dropout: float = 0.1
     ):
         super().__init__()
         self.attention = Attention(width, heads, dropout=dropout)
@@ -78,9 +78,9 @@ class QFormerLayer(nn.Module):
         if context_width is not None:
             self.cross_attention = Attention(width, heads, context_width=context_width, dropout=dropout)
             self.cross_norm = nn.LayerNorm(width, eps=EPS)
-        self.query_mlp = MLP(width, hidden)
+        self.query_mlp = MLP(width, mlp_width)
         self.query_mlp_norm = nn.LayerNorm(width, eps=EPS)
-        self.mlp = MLP(width, hidden) if text else None
+        self.mlp = MLP(width, mlp_width) if text else None
         self.mlp_norm = nn.LayerNorm(width, eps=EPS) if text else None
         self.dropout = nn.Dropout(dropout)
 
@@ -91,7 +91,7 @@ class QFormerLayer(nn.Module):
         *,
         mask: Tensor | StructuredMask | None = None,
         causal: bool = False,
-        context: Tensor | Looked | None = None,
+        context: Tensor | CrossAttentionKV | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """x (B, Q + T, D), whose first `queries` positions are queries; context (B, S, C) -> (B, Q + T, D)."""
@@ -100,7 +100,7 @@ class QFormerLayer(nn.Module):
         parts = []
         if queries:
             if self.cross_attention is not None:
-                seen = (None, context) if isinstance(context, Looked) else (context, None)
+                seen = (None, context) if isinstance(context, CrossAttentionKV) else (context, None)
                 looked = self.cross_attention(looking, seen[0], cache=seen[1])
                 looking = self.cross_norm(looking + self.dropout(looked))
             parts.append(self.query_mlp_norm(looking + self.dropout(self.query_mlp(looking))))
@@ -108,12 +108,12 @@ class QFormerLayer(nn.Module):
             parts.append(self.mlp_norm(text + self.dropout(self.mlp(text))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def look_at(self, context: Tensor) -> Looked | None:
+    def look_at(self, context: Tensor) -> CrossAttentionKV | None:
         """Keys and values of a context (B, S, C); None where the layer has no cross-attention."""
         cross = self.cross_attention
         if cross is None:
             return None
-        return Looked(*rearrange(cross.kv(context), "b s (two h k) -> two b h s k", two=2, h=cross.heads))
+        return CrossAttentionKV(*rearrange(cross.kv(context), "b s (two h k) -> two b h s k", two=2, h=cross.heads))
 
 
 class QFormerLayers(Blocks):
@@ -121,11 +121,11 @@ class QFormerLayers(Blocks):
 
     @classmethod
     def make(
-        cls, layers: int, width: int, heads: int, hidden: int, *, context_width: int, cross_every: int, text: bool,
+        cls, layers: int, width: int, heads: int, mlp_width: int, *, context_width: int, cross_every: int, text: bool,
         dropout: float,
     ) -> QFormerLayers:  # fmt: skip
         widths = [None if i % cross_every else context_width for i in range(layers)]
-        return cls(QFormerLayer(width, heads, hidden, context_width=c, text=text, dropout=dropout) for c in widths)
+        return cls(QFormerLayer(width, heads, mlp_width, context_width=c, text=text, dropout=dropout) for c in widths)
 
     def forward(
         self,
@@ -134,7 +134,7 @@ class QFormerLayers(Blocks):
         *,
         mask: Tensor | StructuredMask | None = None,
         causal: bool = False,
-        context: Tensor | Sequence[Looked | None] | None = None,
+        context: Tensor | Sequence[CrossAttentionKV | None] | None = None,
         caches: Sequence[Cache] | None = None,
     ) -> Tensor:
         """As QFormerLayer, through all layers; context (B, S, C), or what each layer saw of it. (B, Q + T, D)."""
@@ -161,7 +161,7 @@ class QFormer(nn.Module):
     """Learned queries and a text in one BERT whose layers 0, `cross_every`, ... let the queries look at a context.
 
     Without a vocabulary there is no text: no tables and no text feed-forward, as in BLIP-2's second stage. A context is
-    (B, S, C), or what `look_at` gives. present (B, T) is False at padding.
+    (B, S, C), or what `look_at` gives. attention_mask (B, T) is False at padding.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class QFormer(nn.Module):
         width: int,
         layers: int,
         heads: int,
-        hidden: int,
+        mlp_width: int,
         context_width: int,
         *,
         vocabulary: int | None,
@@ -187,7 +187,7 @@ class QFormer(nn.Module):
             else _QueryEmbeddings(width, dropout)
         )
         self.layers = QFormerLayers.make(
-            layers, width, heads, hidden, context_width=context_width, cross_every=cross_every, text=has_text,
+            layers, width, heads, mlp_width, context_width=context_width, cross_every=cross_every, text=has_text,
             dropout=dropout,
         )  # fmt: skip
         self.initialise()
@@ -208,42 +208,50 @@ class QFormer(nn.Module):
 
     # ---- what attends to what
 
-    def look_at(self, context: Tensor) -> list[Looked | None]:
+    def look_at(self, context: Tensor) -> list[CrossAttentionKV | None]:
         """Keys and values of a context (B, S, C), computed once however often it is looked at."""
         return [layer.look_at(context) for layer in self.layers]
 
-    def look(self, context: Tensor | Sequence[Looked | None], *, caches: Sequence[Cache] | None = None) -> Tensor:
+    def encode_queries(
+        self, context: Tensor | Sequence[CrossAttentionKV | None], *, caches: Sequence[Cache] | None = None
+    ) -> Tensor:
         """The queries alone. context (B, S, C) -> (B, Q, D); caches, one a layer, are filled where given."""
         return self.layers(self._queries(_rows(context)), len(self.query_tokens), context=context, caches=caches)
 
-    def read(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """The text alone, in both directions. tokens (B, T), present (B, T) -> (B, T, D)."""
-        return self.layers(self.embeddings(tokens), 0, mask=key_mask(present))
+    def encode_text(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """The text alone, in both directions. tokens (B, T), attention_mask (B, T) -> (B, T, D)."""
+        return self.layers(self.embeddings(tokens), 0, mask=key_mask(attention_mask))
 
-    def match(self, tokens: Tensor, present: Tensor, context: Tensor | Sequence[Looked | None]) -> Tensor:
-        """Queries and text see each other, in both directions. tokens (R, T), present (R, T) -> (R, Q + T, D).
+    def match(
+        self, tokens: Tensor, attention_mask: Tensor, context: Tensor | Sequence[CrossAttentionKV | None]
+    ) -> Tensor:
+        """Queries and text see each other, in both directions. tokens (R, T), attention_mask (R, T) -> (R, Q + T, D).
 
         R is a multiple of the context's rows: texts in succession share one.
         """
         x = torch.cat([self._queries(len(tokens)), self.embeddings(tokens)], dim=1)
-        return self.layers(x, len(self.query_tokens), mask=key_mask(self._behind(present)), context=context)
+        return self.layers(x, len(self.query_tokens), mask=key_mask(self._behind(attention_mask)), context=context)
 
-    def write(self, tokens: Tensor, present: Tensor, caches: Sequence[Cache]) -> Tensor:
-        """The text behind queries that `look` cached: it sees them all and the text so far. (B, T) -> (B, T, D).
+    def decode_text(self, tokens: Tensor, attention_mask: Tensor, caches: Sequence[Cache]) -> Tensor:
+        """The text behind queries that `encode_queries` cached: it sees them all and the text so far.
+        (B, T) -> (B, T, D).
 
         Positions begin at 0, padding is on the right. Gradients flow through the cache into the queries' pass.
         """
-        mask = key_mask(self._behind(present))
+        mask = key_mask(self._behind(attention_mask))
         return self.layers(self.embeddings(tokens), 0, mask=mask, causal=True, caches=caches)
 
-    def joint_causal(self, tokens: Tensor, present: Tensor, context: Tensor | Sequence[Looked | None]) -> Tensor:
-        """`look` and `write` in one pass under the multimodal causal mask (Fig. 2). (B, T) -> (B, Q + T, D)."""
+    def joint_causal(
+        self, tokens: Tensor, attention_mask: Tensor, context: Tensor | Sequence[CrossAttentionKV | None]
+    ) -> Tensor:
+        """`encode_queries` and `decode_text` in one pass under the multimodal causal mask (Fig. 2).
+        (B, T) -> (B, Q + T, D)."""
         x = torch.cat([self._queries(len(tokens)), self.embeddings(tokens)], dim=1)
-        mask = multimodal_causal_mask(len(self.query_tokens), self._behind(present))
+        mask = multimodal_causal_mask(len(self.query_tokens), self._behind(attention_mask))
         return self.layers(x, len(self.query_tokens), mask=mask, context=context)
 
     def caches(self) -> list[QueryCache]:
-        """Empty, for `look` to fill and `write` to read."""
+        """Empty, for `encode_queries` to fill and `decode_text` to read."""
         return [QueryCache() for _ in self.layers]
 
     def decoding(self, head: TokenHead, context: Tensor) -> QFormerDecoding:
@@ -254,22 +262,22 @@ class QFormer(nn.Module):
         queries = self.embeddings.norm(self.query_tokens)
         return self.embeddings.dropout(queries.expand(rows, -1, -1))  # (B, Q, D)
 
-    def _behind(self, present: Tensor) -> Tensor:
-        """present (B, T) with the queries, which always are, in front. (B, Q + T)"""
-        return F.pad(present, (len(self.query_tokens), 0), value=True)
+    def _behind(self, attention_mask: Tensor) -> Tensor:
+        """attention_mask (B, T) with the queries, which always are, in front. (B, Q + T)"""
+        return F.pad(attention_mask, (len(self.query_tokens), 0), value=True)
 
 
-def multimodal_causal_mask(queries: int, present: Tensor) -> StructuredMask:
-    """Queries see queries, text sees them and the text so far. present (B, Q + T) bool, False at padding."""
-    rows, length = present.shape
+def multimodal_causal_mask(queries: int, attention_mask: Tensor) -> StructuredMask:
+    """Queries see queries, text sees them and the text so far. attention_mask (B, Q + T) bool, False at padding."""
+    rows, length = attention_mask.shape
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return ((k < queries) | ((q >= queries) & (k <= q))) & present[b, k]
+        return ((k < queries) | ((q >= queries) & (k <= q))) & attention_mask[b, k]
 
     return StructuredMask(allowed, rows, 1, length, length)
 
 
-def _rows(context: Tensor | Sequence[Looked | None]) -> int:
+def _rows(context: Tensor | Sequence[CrossAttentionKV | None]) -> int:
     if isinstance(context, Tensor):
         return len(context)
     first = context[0]  # layer 0 always looks
@@ -287,36 +295,36 @@ class QFormerDecoding:
         """context (B, S, C)."""
         self.qformer, self.head = qformer, head
         self.caches = [KVCache() for _ in qformer.layers]
-        qformer.look(context, caches=self.caches)
-        self.present: Tensor | None = None  # (R, T)
+        qformer.encode_queries(context, caches=self.caches)
+        self.attention_mask: Tensor | None = None  # (R, T)
         self.length = 0  # tokens of the longest prompt and of what followed
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Prompts (B, T), present (B, T) False at padding, left or right -> logits of the next token (B, V)."""
-        self._lengthen(int(present.sum(1).max()))
-        self.present = present
-        x = self._written(tokens, positions_of(present))
+    def prefill(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Prompts (B, T), attention_mask (B, T) False at padding, left or right -> logits of the next token (B, V)."""
+        self._lengthen(int(attention_mask.sum(1).max()))
+        self.attention_mask = attention_mask
+        x = self._written(tokens, positions_of(attention_mask))
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        last = torch.where(present, places, -1).argmax(1)  # (B,)
+        last = torch.where(attention_mask, places, -1).argmax(1)  # (B,)
         return self._logits(x[torch.arange(len(x), device=x.device), last])
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """One more token a row (R,) -> logits of the next (R, V)."""
         self._lengthen(1)
-        position = self.present.sum(1, keepdim=True)  # (R, 1)
-        self.present = F.pad(self.present, (0, 1), value=True)
+        position = self.attention_mask.sum(1, keepdim=True)  # (R, 1)
+        self.attention_mask = F.pad(self.attention_mask, (0, 1), value=True)
         return self._logits(self._written(tokens[:, None], position)[:, 0])
 
     def select(self, rows: Tensor, contexts: Tensor | None = None) -> None:
         """Keep these rows, in this order (they may repeat); the contexts were looked at already."""
-        self.present = self.present[rows]
+        self.attention_mask = self.attention_mask[rows]
         for cache in self.caches:
             cache.reorder(rows)
 
     def _written(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        mask = key_mask(self.qformer._behind(self.present))
+        mask = key_mask(self.qformer._behind(self.attention_mask))
         return self.qformer.layers(
             self.qformer.embeddings(tokens, positions), 0, mask=mask, causal=True, caches=self.caches
         )

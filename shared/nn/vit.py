@@ -78,9 +78,9 @@ class VisionTransformer(nn.Module):
         grid = (images.shape[-2] // patch, images.shape[-1] // patch)
         return self.input_norm(self.positions(self.patch_embedding(images), grid))
 
-    def tokens(self, images: Tensor, *, leave_out: int = 0) -> Tensor:
-        """All tokens after the blocks, the last `leave_out` blocks left out, without the output norm. (B, 1 + N, D)."""
-        blocks = self.blocks[: len(self.blocks) - leave_out]
+    def tokens(self, images: Tensor, *, skip_last_blocks: int = 0) -> Tensor:
+        """All tokens after the blocks but the last `skip_last_blocks`, without the output norm. (B, 1 + N, D)."""
+        blocks = self.blocks[: len(self.blocks) - skip_last_blocks]
         blocks.recompute = self.blocks.recompute  # a slice is a new stack
         return blocks(self.embed(images))
 

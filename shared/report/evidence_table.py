@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.files import write_whole
 
@@ -21,23 +21,23 @@ def tally(rows: list[dict]) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
-def results(catalogue: Catalogue, name: str) -> list[Path]:
-    return sorted((catalogue.root / "results" / name).glob("*.json"))
+def results(catalog: Catalog, name: str) -> list[Path]:
+    return sorted((catalog.root / "results" / name).glob("*.json"))
 
 
-def default_result(catalogue: Catalogue, name: str) -> list[dict]:
+def default_result(catalog: Catalog, name: str) -> list[dict]:
     """Rows of the committed mini run on the default data; none where there is no such run."""
-    path = catalogue.root / "results" / name / "mini-emoji.json"
+    path = catalog.root / "results" / name / "mini-emoji.json"
     return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
-def evidence_table(catalogue: Catalogue, name: str) -> str:
+def evidence_table(catalog: Catalog, name: str) -> str:
     """The claims of a card, one column a committed run, and the tally of the other rungs."""
-    runs = {path.stem: json.loads(path.read_text())["rows"] for path in results(catalogue, name)}
+    runs = {path.stem: json.loads(path.read_text())["rows"] for path in results(catalog, name)}
     if not runs:
         return "No committed run yet."
     lines = ["| claim | reported | " + " | ".join(runs) + " |", "| --- | --- |" + " --- |" * len(runs)]
-    for claim in catalogue.card(name).claims:
+    for claim in catalog.card(name).claims:
         cells = [f"`{claim.id}`", claim.reported_as or "-"]
         for rows in runs.values():
             found = next((row for row in rows if row["id"] == claim.id), None)
@@ -61,13 +61,13 @@ def claim_cell(row: dict | None) -> str:
 JUDGED = "verdicts taken anew from the stored intervals, by the rule of today (shared/metrics/stats.py)"
 
 
-def judge_results(catalogue: Catalogue, name: str) -> list[Path]:
+def judge_results(catalog: Catalog, name: str) -> list[Path]:
     """Take the verdicts of a paper's kept evidence anew where the rule has changed since. -> the files that changed"""
     from shared.metrics.stats import Rule, verdict_of_interval
 
-    rules = {row.id: Rule(row.direction, row.margin or 0.0) for row in catalogue.card(name).claims}
+    rules = {row.id: Rule(row.direction, row.margin or 0.0) for row in catalog.card(name).claims}
     written = []
-    for path in results(catalogue, name):
+    for path in results(catalog, name):
         found, changed = json.loads(path.read_text()), False
         for row in found["rows"]:
             if row["rung"] != "claims" or row["low"] is None or row["id"] not in rules:
@@ -83,7 +83,7 @@ def judge_results(catalogue: Catalogue, name: str) -> list[Path]:
     return written
 
 
-def keep_result(catalogue: Catalogue, report: Path) -> Path:
+def keep_result(catalog: Catalog, report: Path) -> Path:
     """Put a report.json at results/<paper>/<scale>-<data>.json: what was measured becomes committed evidence.
 
     Where the data lay is a matter of one machine: PATH stands for it.
@@ -96,7 +96,7 @@ def keep_result(catalogue: Catalogue, report: Path) -> Path:
     if changed or found["scale"] == "smoke":
         why = f"a changed recipe ({', '.join(sorted(changed))})" if changed else "smoke proves only that it runs"
         raise UserError(f"{report}: not kept as evidence: {why}; run the recipe as it is committed")
-    target = catalogue.root / "results" / found["paper"] / f"{found['scale']}-{found['data']['name']}.json"
+    target = catalog.root / "results" / found["paper"] / f"{found['scale']}-{found['data']['name']}.json"
     if target.is_file():
         lost = {row["rung"] for row in json.loads(target.read_text())["rows"]} - {row["rung"] for row in found["rows"]}
         if lost:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from html import escape
 
 from shared.core.provenance import machine_line
-from shared.report.rows import RUNGS, Figure, Report, Row, Sample, _clean
+from shared.report.rows import RUNGS, Figure, Report, Row, Sample, _clean, _png
 from shared.report.text import data_lines, duration, show, show_interval, show_reproduced, show_seeds
-from shared.report.write import _png
 
 # the mark tells verdicts apart where colour does not
 _CHIPS = {

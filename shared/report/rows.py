@@ -151,3 +151,7 @@ def _clean(text: str) -> str:
     text = str(text)
     more = f" ... ({len(text):,} characters)" if len(text) > LONGEST else ""
     return "".join(c if c.isprintable() else " " for c in text[:LONGEST]) + more
+
+
+def _png(figure: Figure) -> bytes:
+    return figure.image if isinstance(figure.image, bytes) else Path(figure.image).read_bytes()

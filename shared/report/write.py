@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.core.errors import UserError
-from shared.report.rows import RUNGS, Figure, Report, Row, _clean, _figure_file
+from shared.report.rows import RUNGS, Figure, Report, Row, _clean, _figure_file, _png
 from shared.report.text import _columns, _pad, _plain, duration, markdown
 
 
@@ -106,10 +106,6 @@ def compare(paths: Sequence[str | Path]) -> str:
     if any(report.dirty for report in reports):
         lines.append("+ the sources differed from that commit")
     return "\n".join(lines) + "\n"
-
-
-def _png(figure: Figure) -> bytes:
-    return figure.image if isinstance(figure.image, bytes) else Path(figure.image).read_bytes()
 
 
 def _replace(path: Path, content: str | bytes) -> None:

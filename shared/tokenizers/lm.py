@@ -22,7 +22,7 @@ class LanguageTokenizer:
 
     start         before every text (OPT, SmolLM2), None where the model knows no such token (T5)
     end           behind every answer
-    pad           fills up a batch; `present` says where, so that no model reads it
+    pad           fills up a batch; `attention_mask` says where, so that no model reads it
     prompt_end    behind every prompt: what T5's encoder expects, otherwise None
     stops         ids that end a generated text
     """
@@ -65,13 +65,14 @@ class LanguageTokenizer:
         return self.pieces.decode([int(token) for token in ids], skip_special_tokens=True).strip()
 
     def prompts(self, texts: Sequence[str] | str, context: int, side: str = "left") -> tuple[Tensor, Tensor]:
-        """What is to be gone on with: tokens (B, T) and present (B, T), padded on the `side`. A prompt of more than
-        `context` tokens is a UserError: cut, it would ask something else."""
+        """What is to be gone on with: tokens (B, T) and attention_mask (B, T), padded on the `side`. A prompt of more
+        than `context` tokens is a UserError: cut, it would ask something else."""
         return self._batch(texts, context, side, self.prompt_end, cut=False)
 
     def answers(self, texts: Sequence[str] | str, context: int, *, starts: bool = True) -> tuple[Tensor, Tensor]:
-        """What is to be learned, `end` behind it: tokens (B, T) and present (B, T), padded on the right. One of more
-        than `context` tokens loses its tail and keeps its end. starts: behind no prompt that has a `start` already."""
+        """What is to be learned, `end` behind it: tokens (B, T) and attention_mask (B, T), padded on the right. One of
+        more than `context` tokens loses its tail and keeps its end. starts: behind no prompt that has a
+        `start` already."""
         return self._batch(texts, context, "right", self.end, cut=True, starts=starts)
 
     def _batch(
@@ -92,11 +93,11 @@ class LanguageTokenizer:
         longest = max(map(len, rows), default=0)
         ragged = any(len(row) < longest for row in rows)
         tokens = torch.full((len(rows), longest), self.pad if ragged else 0)
-        present = torch.zeros(len(rows), longest, dtype=torch.bool)
+        attention_mask = torch.zeros(len(rows), longest, dtype=torch.bool)
         for index, row in enumerate(rows):
             place = slice(longest - len(row), None) if side == "left" else slice(len(row))
-            tokens[index, place], present[index, place] = torch.tensor(row, dtype=torch.long), True
-        return tokens, present
+            tokens[index, place], attention_mask[index, place] = torch.tensor(row, dtype=torch.long), True
+        return tokens, attention_mask
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, reply: bool = True) -> str:
         """A conversation [{"role": "user", "content": ...}, ...] written out by the model's template, ready for

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 
 # Over the smoke recipe. A recipe that lacks a key goes without it.
@@ -28,7 +28,7 @@ LONGEST = 600  # seconds that one start may take
 
 
 @dataclass
-class Chaos:
+class CrashTest:
     """What was done, and what came out of it. lost: steps that had to be trained again, per kill."""
 
     kills: int = 0
@@ -49,24 +49,24 @@ class Chaos:
 
 
 def chaos(
-    catalogue: Catalogue,
+    catalog: Catalog,
     name: str,
     kills: int,
     seed: int,
     folder: Path,
     overrides: list[str],
     say: Callable[[str], None],
-) -> Chaos:
+) -> CrashTest:
     """Kill the paper's first arm `kills` times, over as many whole runs as that takes. folder: a new, empty one.
 
     UserError where a run does not end, or fails without having been killed.
     """
     drawn = random.Random(seed)
-    keys = {one.name for one in dataclasses.fields(catalogue.package(name).recipe_type)}
+    keys = {one.name for one in dataclasses.fields(catalog.package(name).recipe_type)}
     overrides = [*(f"{key}={value}" for key, value in SMALL.items() if key in keys), *overrides]
-    recipe = catalogue.recipe(name, "smoke", overrides)  # a mistake in it is told here, not by every child
-    command = [sys.executable, "-c", CHILD, str(catalogue.root), catalogue.import_name, name, json.dumps(overrides)]
-    found = Chaos()
+    recipe = catalog.recipe(name, "smoke", overrides)  # a mistake in it is told here, not by every child
+    command = [sys.executable, "-c", CHILD, str(catalog.root), catalog.import_name, name, json.dumps(overrides)]
+    found = CrashTest()
     say("an uninterrupted run")
     expected, duration = ended(Child(command, folder / "whole"))
     while found.kills < kills:
@@ -102,7 +102,7 @@ class Child:
         folder.mkdir(parents=True, exist_ok=True)
         self.progress, self.log = folder / "progress", folder / "log.txt"
         self.progress.unlink(missing_ok=True)
-        environment = os.environ | {"PYTHONPATH": command[3], "OMP_NUM_THREADS": "1"}  # the root of the catalogue
+        environment = os.environ | {"PYTHONPATH": command[3], "OMP_NUM_THREADS": "1"}  # the root of the catalog
         with self.log.open("a") as log:
             self.process = subprocess.Popen([*command, str(folder)], stdout=log, stderr=log, env=environment)
         self.limit = time.monotonic() + LONGEST
@@ -176,14 +176,14 @@ def ended(child: Child) -> tuple[dict, float]:
 CHILD = """
 import json, sys
 from pathlib import Path
-from shared.catalogue import Catalogue
+from shared.catalogue import Catalog
 from shared.chaos import run_child
 root, package, name, overrides, folder = sys.argv[1:]
-run_child(Catalogue(Path(root) / package, package), name, json.loads(overrides), Path(folder))
+run_child(Catalog(Path(root) / package, package), name, json.loads(overrides), Path(folder))
 """
 
 
-def run_child(catalogue: Catalogue, name: str, overrides: list[str], folder: Path) -> None:
+def run_child(catalog: Catalog, name: str, overrides: list[str], folder: Path) -> None:
     """What is started and killed: the first arm of the paper at smoke scale, as `reproduce` runs it.
 
     folder/progress then holds the number of steps trained so far.
@@ -196,8 +196,8 @@ def run_child(catalogue: Catalogue, name: str, overrides: list[str], folder: Pat
 
     quiet()
     torch.set_num_threads(1)
-    recipe = catalogue.recipe(name, "smoke", overrides)
-    arm = next(iter(catalogue.package(name).claims.ARMS))
+    recipe = catalog.recipe(name, "smoke", overrides)
+    arm = next(iter(catalog.package(name).claims.ARMS))
     seen, file = 0, (folder / "progress").open("w")
 
     def progress(samples: int) -> None:
@@ -207,4 +207,4 @@ def run_child(catalogue: Catalogue, name: str, overrides: list[str], folder: Pat
         file.write(str(seen))
         file.flush()
 
-    Job(catalogue.package(name).name, recipe, arm, SEED_BASE, folder, True).run(progress)
+    Job(catalog.package(name).name, recipe, arm, SEED_BASE, folder, True).run(progress)

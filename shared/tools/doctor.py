@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.device import cores
 from shared.core.errors import UserError
 from shared.core.provenance import commit_and_dirty
@@ -42,22 +42,22 @@ class Finding:
         return f"{self.level:8} {self.what}" + (f": {self.way_out}" if self.way_out else "")
 
 
-def doctor(catalogue: Catalogue, paper: str | None = None, scale: str = "mini", verify: bool = False) -> int:
+def doctor(catalog: Catalog, paper: str | None = None, scale: str = "mini", verify: bool = False) -> int:
     """Print every finding as it is made, and the block; 1 where there is a problem, else 0."""
     if paper is not None:
-        catalogue.known(paper)
-    catalogue.recipe_path(catalogue.names()[0], scale)  # a scale that there is
+        catalog.known(paper)
+    catalog.recipe_path(catalog.names()[0], scale)  # a scale that there is
     findings = []
-    for finding in examine(catalogue, paper, scale, verify):
+    for finding in examine(catalog, paper, scale, verify):
         print(finding, flush=True)
         findings.append(finding)
-    print(f"\nto paste into an issue:\n\n{block(findings, catalogue.root)}")
+    print(f"\nto paste into an issue:\n\n{block(findings, catalog.root)}")
     return int(any(finding.level == "problem" for finding in findings))
 
 
-def examine(catalogue: Catalogue, paper: str | None, scale: str, verify: bool) -> Iterator[Finding]:
+def examine(catalog: Catalog, paper: str | None, scale: str, verify: bool) -> Iterator[Finding]:
     """All findings, one after the other; where a part cannot be examined, that is one."""
-    root, names = catalogue.root, [paper] if paper else catalogue.names()
+    root, names = catalog.root, [paper] if paper else catalog.names()
     parts = [
         code(root),
         versions(root),
@@ -65,8 +65,8 @@ def examine(catalogue: Catalogue, paper: str | None, scale: str, verify: bool) -
         machine(root),
         cache(),
         network(),
-        weights(catalogue, verify),
-        *(recipe(catalogue, name, scale, estimated=paper is not None) for name in names),
+        weights(catalog, verify),
+        *(recipe(catalog, name, scale, estimated=paper is not None) for name in names),
     ]
     for part in parts:
         try:
@@ -229,13 +229,13 @@ def network() -> Iterator[Finding]:
 # ---- weights and data
 
 
-def weights(catalogue: Catalogue, verify: bool) -> Iterator[Finding]:
+def weights(catalog: Catalog, verify: bool) -> Iterator[Finding]:
     """Every entry of the manifest that the cache has: the right size and hash, or named as a problem."""
     from shared.core.files import cache_root
     from shared.weights.fetch import cached
     from shared.weights.manifest import load_manifest
 
-    manifest, root = load_manifest(catalogue.root / "checkpoints_manifest.yaml"), cache_root()
+    manifest, root = load_manifest(catalog.root / "checkpoints_manifest.yaml"), cache_root()
     entries = [entry for entry in manifest.values() if entry.source["type"] != "path"]
     whole, sized = [], []
     for entry in entries:
@@ -266,12 +266,12 @@ def weights(catalogue: Catalogue, verify: bool) -> Iterator[Finding]:
 # ---- recipes
 
 
-def recipe(catalogue: Catalogue, name: str, scale: str, estimated: bool) -> Iterator[Finding]:
+def recipe(catalog: Catalog, name: str, scale: str, estimated: bool) -> Iterator[Finding]:
     """What a recipe was measured to take, here or in the committed run, and (loading the paper) what it should take."""
     if estimated:
-        yield _estimate(catalogue, name, scale)
-    here = sorted((catalogue.root / "runs" / name / scale).glob("*/report.json"), key=lambda path: path.stat().st_mtime)
-    committed = sorted((catalogue.root / "results" / name).glob(f"{scale}-*.json"))
+        yield _estimate(catalog, name, scale)
+    here = sorted((catalog.root / "runs" / name / scale).glob("*/report.json"), key=lambda path: path.stat().st_mtime)
+    committed = sorted((catalog.root / "results" / name).glob(f"{scale}-*.json"))
     for path in [*reversed(here), *committed]:
         try:
             found = json.loads(path.read_text())
@@ -288,14 +288,14 @@ def recipe(catalogue: Catalogue, name: str, scale: str, estimated: bool) -> Iter
     yield Finding("note", f"{name} {scale}: never measured", f"make reproduce PAPER={name} SCALE={scale}")
 
 
-def _estimate(catalogue: Catalogue, name: str, scale: str) -> Finding:
+def _estimate(catalog: Catalog, name: str, scale: str) -> Finding:
     from shared.tools.plan import claims_and_arms, estimate
 
-    settings = catalogue.recipe(name, scale, [])
+    settings = catalog.recipe(name, scale, [])
     if "claims" not in settings.rungs:
         return Finding("ok", f"{name} {scale} trains nothing; for a training past this machine: python -m papers plan")
-    _, arms = claims_and_arms(catalogue, settings)
-    structure = catalogue.package(name).structure
+    _, arms = claims_and_arms(catalog, settings)
+    structure = catalog.package(name).structure
     parameters, forward = structure.measure(settings.model)["total"], structure.forward_flops(settings.model)
     wanted, free = estimate(settings, parameters, forward, len(arms)), available_memory()
     what = f"{name} {scale}, estimated to a factor of two: {wanted}"

@@ -13,7 +13,7 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.console import Console
 from shared.core.device import cores
 from shared.core.errors import UserError
@@ -39,21 +39,21 @@ STAGES = (0, 1, 2, 3)
 # ---- DRY=1
 
 
-def dry_run(catalogue: Catalogue, recipe: Recipe) -> str:
+def dry_run(catalog: Catalog, recipe: Recipe) -> str:
     """Resolved recipe, parameters, downloads with size and hash, claims, and an estimate of time and memory."""
     from shared.data.dataset import entries_of
     from shared.weights.fetch import cached
     from shared.weights.manifest import load_manifest
 
-    card = catalogue.card(recipe.paper)
-    structure = catalogue.package(recipe.paper).structure
+    card = catalog.card(recipe.paper)
+    structure = catalog.package(recipe.paper).structure
     parameters = structure.measure(recipe.model)["total"]
     lines = [f"{recipe.paper} at scale {recipe.scale}: {card.paper.title}", "", "recipe (resolved)"]
     lines += [f"  {line}" for line in to_yaml(recipe).splitlines()]
     lines += ["", f"model {recipe.model}: {parameters:,} parameters"]
 
     lines += ["", "would be downloaded"]
-    manifest = load_manifest(catalogue.root / "checkpoints_manifest.yaml")
+    manifest = load_manifest(catalog.root / "checkpoints_manifest.yaml")
     entries = entries_of(recipe.data) if "claims" in recipe.rungs else []
     if "metrics" in recipe.rungs and recipe.scale == "paper":
         entries = [*entries, *dict.fromkeys(row.need.weights for row in card.metrics)]
@@ -66,7 +66,7 @@ def dry_run(catalogue: Catalogue, recipe: Recipe) -> str:
         lines.append("  nothing")
 
     if "claims" in recipe.rungs:
-        wanted, arms = claims_and_arms(catalogue, recipe)
+        wanted, arms = claims_and_arms(catalog, recipe)
         lines += ["", f"claims that would be tested ({recipe.seeds} paired seeds, {len(arms)} arms: {', '.join(arms)})"]
         lines += [f"  {row.id}: {row.statement}" for row in wanted]
         found = estimate(recipe, parameters, structure.forward_flops(recipe.model), len(arms))
@@ -74,10 +74,10 @@ def dry_run(catalogue: Catalogue, recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def claims_and_arms(catalogue: Catalogue, recipe: Recipe) -> tuple[list, list[str]]:
+def claims_and_arms(catalog: Catalog, recipe: Recipe) -> tuple[list, list[str]]:
     """The claim rows that the recipe tests, and the arms that they need, each once."""
-    claims = catalogue.package(recipe.paper).claims.CLAIMS
-    wanted = [row for row in catalogue.card(recipe.paper).claims if not recipe.claims or row.id in recipe.claims]
+    claims = catalog.package(recipe.paper).claims.CLAIMS
+    wanted = [row for row in catalog.card(recipe.paper).claims if not recipe.claims or row.id in recipe.claims]
     return wanted, list(dict.fromkeys(arm for row in wanted for arm in claims[row.id].arms))
 
 
@@ -258,7 +258,7 @@ class Plan:
 
 
 def make_plan(
-    catalogue: Catalogue,
+    catalog: Catalog,
     variant: str,
     gpus: int = 1,
     gpu: str = "h100",
@@ -270,7 +270,7 @@ def make_plan(
 ) -> Plan:
     """Count a variant, and lay out its paper's recipe at scale `paper` on `gpus` GPUs. zero: one stage, None: all."""
     paper = variant.split("-")[0]
-    catalogue.variant(paper, variant)
+    catalog.variant(paper, variant)
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}, but must be at least 1")
     efficiency = EFFICIENCY if efficiency is None else efficiency
@@ -278,18 +278,18 @@ def make_plan(
         raise UserError(f"--efficiency is {efficiency:g}, but is a share of the peak: above 0, at most 1")
     if zero is not None and zero not in STAGES:
         raise UserError(f"--zero is {zero}, but there are the stages {', '.join(map(str, STAGES))} (0 is DDP)")
-    if not catalogue.package(paper).offers("evidence.cost", "workload"):
+    if not catalog.package(paper).offers("evidence.cost", "workload"):
         raise UserError(
             f"papers/{paper} has no evidence/cost.py, so it cannot be counted; papers/clip/evidence/cost.py is one"
         )
     asked = [f"model={variant}", *([] if batch is None else [f"batch={batch}"]), *(overrides or [])]
-    recipe, stages = catalogue.recipe(paper, "paper", asked), STAGES if zero is None else (zero,)
+    recipe, stages = catalog.recipe(paper, "paper", asked), STAGES if zero is None else (zero,)
     if recipe.batch < gpus:
         raise UserError(f"a batch of {recipe.batch} is less than a sample for each of {gpus} GPUs; use fewer GPUs")
     found = find_gpu(gpu)
     found.peak(recipe.precision)
     with console.waiting(f"counting {variant}, on shapes alone") if console else nullcontext():
-        counted = count(catalogue.package(paper).cost, variant, recipe, stages)
+        counted = count(catalog.package(paper).cost, variant, recipe, stages)
     return Plan(variant, recipe, found, gpus, efficiency, **counted, stages=stages)
 
 

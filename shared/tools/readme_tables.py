@@ -6,22 +6,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.recipe import SCALES
 from shared.report.evidence_table import default_result, evidence_table, tally
 
 
-def papers_table(catalogue: Catalogue) -> str:
+def papers_table(catalog: Catalog) -> str:
     """One line a paper: what it is, its scales, rows a rung, and how the newest committed mini run ended."""
     lines = [
         "| paper | title | scales | structure | parity | claims | metrics |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name in catalogue.names():
-        card = catalogue.card(name)
-        scales = [s for s in SCALES if (catalogue.root / "recipes" / name / f"{s}.yaml").is_file()]
-        rows = default_result(catalogue, name)
+    for name in catalog.names():
+        card = catalog.card(name)
+        scales = [s for s in SCALES if (catalog.root / "recipes" / name / f"{s}.yaml").is_file()]
+        rows = default_result(catalog, name)
         cells = [f"[{name}](papers/{name})", f"{card.paper.title} ({card.paper.year})", ", ".join(scales)]
         declared = {"structure": len(card.structure), "claims": len(card.claims), "metrics": len(card.metrics)}
         for rung in ("structure", "parity", "claims", "metrics"):
@@ -31,12 +31,12 @@ def papers_table(catalogue: Catalogue) -> str:
     return "\n".join(lines)
 
 
-def speed_table(catalogue: Catalogue) -> str:
+def speed_table(catalog: Catalog) -> str:
     """Every committed race of ours against other libraries: one line a setting, with the spread of its ratios."""
     from shared.core.provenance import machine_line
     from shared.tools.bench_output import by_setting, ratio_text
 
-    found = [json.loads(path.read_text()) for path in sorted((catalogue.root / "results" / "bench").glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted((catalog.root / "results" / "bench").glob("*.json"))]
     races = [race for race in found if race["rows"][0].get("name") == "ours" and "median_s" in race["rows"][0]]
     if not races:
         return "No committed race yet."
@@ -58,25 +58,25 @@ def speed_table(catalogue: Catalogue) -> str:
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", how])
 
 
-def trust_lines(catalogue: Catalogue) -> str:
+def trust_lines(catalog: Catalog) -> str:
     """What A/A runs and planted effects said of the verdicts, a paragraph a paper."""
     from shared.experiments.calibration import line
 
-    paths = sorted((catalogue.root / "results" / "calibration").glob("*.json"))
+    paths = sorted((catalog.root / "results" / "calibration").glob("*.json"))
     return "\n\n".join(line(path) for path in paths) or "No committed calibration yet."
 
 
-def generated(catalogue: Catalogue) -> dict[Path, str]:
+def generated(catalog: Catalog) -> dict[Path, str]:
     """{file: its text with every generated part fresh}."""
     parts = {"table": papers_table, "speed": speed_table, "trust": trust_lines}
-    readme = catalogue.root / "README.md"
+    readme = catalog.root / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, make in parts.items():
-        text = between_markers(readme, text, name, make(catalogue))
+        text = between_markers(readme, text, name, make(catalog))
     wanted = {readme: text}
-    for name in catalogue.names():
-        card = catalogue.folder / name / "README.md"
-        wanted[card] = between_markers(card, card.read_text(encoding="utf-8"), "table", evidence_table(catalogue, name))
+    for name in catalog.names():
+        card = catalog.folder / name / "README.md"
+        wanted[card] = between_markers(card, card.read_text(encoding="utf-8"), "table", evidence_table(catalog, name))
     return wanted
 
 
@@ -90,13 +90,13 @@ def between_markers(path: Path, text: str, name: str, part: str) -> str:
     return f"{before}{begin}\n{part}\n{end}{after}"
 
 
-def stale_tables(catalogue: Catalogue) -> dict[Path, str]:
+def stale_tables(catalog: Catalog) -> dict[Path, str]:
     """{file: its fresh text}, only those that differ from what is written."""
-    return {path: text for path, text in generated(catalogue).items() if path.read_text(encoding="utf-8") != text}
+    return {path: text for path, text in generated(catalog).items() if path.read_text(encoding="utf-8") != text}
 
 
-def write_tables(catalogue: Catalogue) -> list[Path]:
-    stale = stale_tables(catalogue)
+def write_tables(catalog: Catalog) -> list[Path]:
+    stale = stale_tables(catalog)
     for path, text in stale.items():
         path.write_text(text, encoding="utf-8")
     return list(stale)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from shared.core.errors import UserError
 
 
-class Curves(Callback):
+class MetricRecorder(Callback):
     """Keeps what the module logs as {name: [(samples seen, value)]} and reports every finished step to `progress`."""
 
     def __init__(self, batch: int, progress: Callable[[int], None] | None = None, every: int = 5):
@@ -39,7 +39,7 @@ class Curves(Callback):
         self.values = {name: [tuple(point) for point in curve] for name, curve in state["values"].items()}
 
 
-class At(Callback):
+class EvalAtSteps(Callback):
     """Keeps `measure()` as [(samples seen, value)] after the given steps, in eval mode and without gradients."""
 
     def __init__(self, steps: list[int], batch: int, measure: Callable[[], float]):
@@ -60,7 +60,7 @@ class At(Callback):
         self.values = [tuple(point) for point in state["values"]]
 
 
-class Finite(Callback):
+class NonFiniteGuard(Callback):
     """Stops every rank before the optimizer's step where loss or gradient of any rank is not a finite number.
 
     The samples of the batch are named in the error and in not-finite.json. Gradients are not looked at under 16-mixed,

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.recipe import SEED_BASE, Recipe, to_yaml
-from shared.data.loader import Batches
 
 
-@dataclass
-class Trainable:
-    """What a paper's training.prepare(recipe, seed) gives. batches: of (rank, ranks); digest: of the data."""
-
-    module: lightning.LightningModule
-    batches: Callable[[int, int], Batches]
-    digest: str
-    save_tokenizer: Callable[[Path], None]
-
-
-def train(catalogue: Catalogue, recipe: Recipe, folder: Path | None, console: Console) -> Path:
+def train(catalog: Catalog, recipe: Recipe, folder: Path | None, console: Console) -> Path:
     """Train, or go on with what the same command began. -> the folder with model.safetensors.
 
     folder: default runs/<paper>/train-<scale>. On several ranks every one calls this, and the first one writes.
@@ -34,15 +22,15 @@ def train(catalogue: Catalogue, recipe: Recipe, folder: Path | None, console: Co
     from lightning.pytorch.callbacks import LambdaCallback
 
     from shared.core.files import write_whole
-    from shared.training.callbacks import Curves
+    from shared.training.callbacks import MetricRecorder
     from shared.training.tracking import Tracker
     from shared.training.trainer import fit, world_rank
     from shared.weights.consolidate import consolidate_to, refuse_outside
 
-    package = catalogue.package(recipe.paper)
+    package = catalog.package(recipe.paper)
     if not package.offers("train", "prepare"):
         raise UserError(f"papers/{recipe.paper} has no train.py, so it trains in its claims alone: make reproduce")
-    folder = folder or catalogue.root / "runs" / recipe.paper / f"train-{recipe.scale}"
+    folder = folder or catalog.root / "runs" / recipe.paper / f"train-{recipe.scale}"
     first = world_rank() == 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,15 +51,15 @@ def train(catalogue: Catalogue, recipe: Recipe, folder: Path | None, console: Co
     devices = recipe.devices * recipe.nodes
     title = f"{recipe.model} on {devices} device{'s' if devices > 1 else ''}"
     with console.progress(recipe.steps * recipe.batch, title, "samples") as bar:
-        curves = Curves(recipe.batch, bar.advance if first else None)
+        curves = MetricRecorder(recipe.batch, bar.advance if first else None)
         callbacks = [curves, LambdaCallback(on_train_start=keep)]
         waited = fit(trainable.module, trainable.batches, recipe, folder, callbacks, identity, keep_last=True)
     if first:
         consolidate_to(folder / "checkpoints" / f"step-{recipe.steps:08d}", folder / "model.safetensors")
         name = f"train {recipe.model} {recipe.scale}"
         tracker = Tracker(
-            experiment=recipe.paper, name=name, folder=catalogue.root, root=catalogue.root,
-            about=catalogue.card(recipe.paper).paper.title, data_digest=trainable.digest,
+            experiment=recipe.paper, name=name, folder=catalog.root, root=catalog.root,
+            about=catalog.card(recipe.paper).paper.title, data_digest=trainable.digest,
             tags={"scale": recipe.scale, "data": recipe.data}, params=asdict(recipe),
         )  # fmt: skip
         with tracker:

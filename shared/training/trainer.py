@@ -12,9 +12,9 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from shared.core.recipe import Recipe, of_one_arm
+from shared.core.recipe import Recipe, training_fields
 from shared.data.loader import Batches, StepLoader
-from shared.training.callbacks import Finite
+from shared.training.callbacks import NonFiniteGuard
 from shared.training.checkpointing import Sealed, SealedCheckpoints, newest
 from shared.training.strategies import strategy_of
 
@@ -54,12 +54,12 @@ def fit(
     if world_rank() == 0:
         for stale in checkpoints.glob("*.partial"):
             shutil.rmtree(stale, ignore_errors=True)
-    identity = identity | {"recipe": of_one_arm(recipe), "ranks": recipe.devices * recipe.nodes}
+    identity = identity | {"recipe": training_fields(recipe), "ranks": recipe.devices * recipe.nodes}
     conditions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     found = newest(checkpoints, identity, conditions)
     sealed = SealedCheckpoints(checkpoints, recipe.checkpoint_every, identity, conditions, found, keep_last)
     loading = Loading(batches, recipe.workers, found)
-    trainer = make_trainer(recipe, folder, [Finite(folder), *callbacks, sealed])
+    trainer = make_trainer(recipe, folder, [NonFiniteGuard(folder), *callbacks, sealed])
     clock = time.perf_counter()
     state = str(found.state) if found else None
     # DeepSpeed's own files hold more than weights_only lets through; the seal has told that they are ours

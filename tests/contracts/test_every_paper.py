@@ -5,17 +5,17 @@ import sys
 
 import pytest
 import torch
-from tests_common import CATALOGUE, ROOT
+from tests_common import CATALOG, ROOT
 
 from shared.tools.plan import dry_run
 
-PAPERS = CATALOGUE.names()
+PAPERS = CATALOG.names()
 pytestmark = pytest.mark.parametrize("name", PAPERS)
 
 
 def example(name, pictures):
     torch.manual_seed(0)
-    return CATALOGUE.package(name).module.example(pictures)
+    return CATALOG.package(name).module.example(pictures)
 
 
 def loss_of(module, batch):
@@ -70,22 +70,22 @@ def test_every_recipe_parses_against_the_real_schema_and_can_be_planned(name):
     paths = sorted((ROOT / "recipes" / name).glob("*.yaml"))
     assert {path.stem for path in paths} >= {"smoke", "mini", "gpu", "paper"}
     for path in paths:
-        assert "would be downloaded" in dry_run(CATALOGUE, CATALOGUE.recipe(name, path.stem, []))
+        assert "would be downloaded" in dry_run(CATALOG, CATALOG.recipe(name, path.stem, []))
 
 
 def test_every_claim_of_the_card_has_an_effect_and_every_effect_its_row(name):
-    claims = CATALOGUE.package(name).claims
-    assert set(claims.CLAIMS) == {row.id for row in CATALOGUE.card(name).claims}
+    claims = CATALOG.package(name).claims
+    assert set(claims.CLAIMS) == {row.id for row in CATALOG.card(name).claims}
     for id, claim in claims.CLAIMS.items():
         assert set(claim.arms) <= set(claims.ARMS), id
 
 
 def test_every_structure_row_is_measured(name):
-    measure = CATALOGUE.package(name).structure.measure
-    rows = CATALOGUE.card(name).structure
+    measure = CATALOG.package(name).structure.measure
+    rows = CATALOG.card(name).structure
     variant = rows[0].variant
     measured = measure(variant)
     assert [row.part for row in rows if row.variant == variant and row.part not in measured] == []
     shown = {row.part for row in rows}  # counting FLOPs takes seconds: what no row shows is left to forward_flops
     assert {part for part in measured if "flops" in part} <= shown
-    assert CATALOGUE.package(name).structure.forward_flops(variant) > 0
+    assert CATALOG.package(name).structure.forward_flops(variant) > 0

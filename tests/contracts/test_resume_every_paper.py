@@ -6,7 +6,7 @@ import contextlib
 import lightning
 import pytest
 import torch
-from tests_common import CATALOGUE
+from tests_common import CATALOG
 
 from shared.data.loader import Batches
 from shared.training.checkpointing import newest_valid
@@ -14,7 +14,7 @@ from shared.training.trainer import fit
 
 ROWS, BATCH, STEPS = 8, 4, 5
 STOPPED, KEPT = 3, 2  # it ends after this step; the checkpoint of a step is written before the next one
-pytestmark = pytest.mark.parametrize("name", CATALOGUE.names())
+pytestmark = pytest.mark.parametrize("name", CATALOG.names())
 
 
 class Stop(Exception):
@@ -24,10 +24,10 @@ class Stop(Exception):
 def trained(name, folder, seed, stop_at=None):
     """Train the paper's example, or stop after a step. -> ({what is kept: value}, the same before the first step)"""
     torch.manual_seed(0)
-    _, rows = CATALOGUE.package(name).module.example(ROWS)
+    _, rows = CATALOG.package(name).module.example(ROWS)
     lightning.seed_everything(seed, verbose=False)
-    module, _ = CATALOGUE.package(name).module.example(2)
-    recipe = CATALOGUE.package(name).recipe_type(
+    module, _ = CATALOG.package(name).module.example(2)
+    recipe = CATALOG.package(name).recipe_type(
         paper=name, model="tiny", steps=STEPS, batch=BATCH, pairs=ROWS, accelerator="cpu", checkpoint_every=1
     )
     kept, before = {}, state_of(module)

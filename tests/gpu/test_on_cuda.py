@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tests_common import CATALOGUE
+from tests_common import CATALOG
 
 from papers.blip2.config import VARIANTS as BLIP2
 from papers.blip2.evidence import bench as blip2_bench
@@ -21,11 +21,11 @@ from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
 from shared.nn.attention import StructuredMask, attention, use_backend
 from shared.tools import bench_timing
 from shared.tools.bench import compiled
-from shared.training.callbacks import Curves
+from shared.training.callbacks import MetricRecorder
 from shared.training.trainer import make_trainer
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry
-PAPERS = CATALOGUE.names()
+PAPERS = CATALOG.names()
 GPU = "cuda"
 
 
@@ -116,13 +116,13 @@ def test_the_qformer_reads_looks_and_writes_as_on_the_cpu():
     @torch.no_grad()
     def outputs(model, features, tokens):
         seen = model.qformer.look_at(model.vision_norm(features))
-        present, started = model.present(tokens), model.with_start(tokens)
-        matched = model.qformer.match(tokens, present, seen)
+        attention_mask, started = model.attention_mask(tokens), model.with_start(tokens)
+        matched = model.qformer.match(tokens, attention_mask, seen)
         return (
-            model.qformer.look(seen),
+            model.qformer.encode_queries(seen),
             model.text_features(tokens),
             matched,
-            model.qformer.joint_causal(started, present, seen),
+            model.qformer.joint_causal(started, attention_mask, seen),
         )
 
     expected = outputs(model, features, tokens)
@@ -169,7 +169,7 @@ def test_beams_write_the_same_words_as_transformers_on_either_device():
 @pytest.mark.parametrize("name", PAPERS)
 def test_one_batch_can_be_learned_by_heart(name):
     torch.manual_seed(0)
-    module, batch = CATALOGUE.package(name).module.example(8)
+    module, batch = CATALOG.package(name).module.example(8)
     module.log = lambda *args, **kwargs: None
     module, batch = module.to(GPU), on_gpu(batch)
     configured = module.configure_optimizers()
@@ -190,7 +190,7 @@ def test_one_batch_can_be_learned_by_heart(name):
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_first_loss_is_that_of_the_cpu(name):
     torch.manual_seed(0)
-    module, batch = CATALOGUE.package(name).module.example(8)
+    module, batch = CATALOG.package(name).module.example(8)
     module.log = lambda *args, **kwargs: None
     expected = module.eval().training_step(batch, 0)
     found = module.to(GPU).training_step(on_gpu(batch), 0)
@@ -203,7 +203,7 @@ def test_lightning_trains_on_the_gpu_and_keeps_the_curve(tmp_path, precision):
     module.recipe = ClipRecipe(
         model="clip-tiny", steps=6, batch=8, pairs=16, accelerator=GPU, precision=precision, learning_rate=2e-3
     )
-    curves = Curves(8, every=2)
+    curves = MetricRecorder(8, every=2)
     make_trainer(module.recipe, tmp_path, [curves]).fit(module, Batches(batch, 8, 6, 0).loader())
     losses = [value for _, value in curves.values["loss"]]
     assert len(losses) == 3 and all(map(math.isfinite, losses))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 
 ROOT = Path(__file__).resolve().parents[2]
-CATALOGUE = Catalogue(ROOT / "papers", "papers")
+CATALOG = Catalog(ROOT / "papers", "papers")

@@ -38,6 +38,7 @@ _config = _of("papers/clip/config.py", "papers/clip/test_clip_metrics")
 _converter = _of("papers/clip/converter.py", "parity/test_clip")
 _evaluate = _of("papers/clip/encode.py", "papers/clip/test_clip_claims")
 _claims = _of("papers/clip/evidence/claims.py", "papers/clip/test_clip_claims")
+_clip_bpe = _of("shared/tokenizers/clip.py", "shared/tokenizers/test_tokenizers")
 _tokens = _of("shared/tokenizers/base.py", "shared/tokenizers/test_tokenizers")
 _scoring = _of("shared/metrics/classification.py", "shared/metrics/test_metrics")
 _retrieval = _of("shared/metrics/retrieval.py", "shared/metrics/test_metrics")
@@ -48,6 +49,8 @@ _world = _of("shared/data/dataset.py", "shared/data/test_dataset")
 _wording = _of("shared/data/synthetic/captions.py", "shared/data/test_scenes")
 _batches = _of("shared/data/loader.py", "shared/training/test_trainer")
 _adapters = _of("shared/data/readers.py", "shared/data/test_readers")
+_optim = _of("shared/training/optim.py", "shared/training/test_trainer")
+_callbacks = _of("shared/training/callbacks.py", "shared/training/test_trainer")
 _training = _of("shared/training/trainer.py", "shared/training/test_trainer")
 _arms = _of("shared/experiments/ablations.py", "shared/training/test_trainer")
 _labs = _of("shared/experiments/ablations.py", "papers/clip/test_clip_claims")
@@ -98,7 +101,7 @@ MUTANTS = (
     _text("text-read-at-the-largest-id", "(tokens == self.end_token).int().argmax(dim=1)", "tokens.argmax(dim=1)"),
     _text("text-read-before-its-end", "device=x.device), end]", "device=x.device), end - 1]"),
     _tokens("truncation-loses-the-end-token", "[*ids[: context - 1], self.end]", "ids[:context]"),
-    _tokens("capitals-kept", '" ".join(text.split()).lower()', '" ".join(text.split())'),
+    _clip_bpe("capitals-kept", '" ".join(text.split()).lower()', '" ".join(text.split())'),
     # objective
     _model("temperature-inverted", "self.logit_scale.exp())", "(-self.logit_scale).exp())"),
     _model(
@@ -123,9 +126,9 @@ MUTANTS = (
         "gradient[: ctx.rows]",
     ),
     # training
-    _training("biases-decay", 'if p.ndim < 2], "weight_decay": 0.0}', 'if p.ndim < 2], "weight_decay": weight_decay}'),
-    _training("warm-up-begins-at-nothing", "(step + 1) / recipe.warmup_steps", "step / recipe.warmup_steps"),
-    _training("measured-in-training-mode", "pl_module.eval()", "pass"),
+    _optim("biases-decay", 'if p.ndim < 2], "weight_decay": 0.0}', 'if p.ndim < 2], "weight_decay": weight_decay}'),
+    _optim("warm-up-begins-at-nothing", "(step + 1) / recipe.warmup_steps", "step / recipe.warmup_steps"),
+    _callbacks("measured-in-training-mode", "pl_module.eval()", "pass"),
     _batches("every-epoch-in-the-same-order", "* 1_000_003 + epoch", "* 1_000_003"),
     _batches("ranks-see-the-same-share", "[self.rank :: self.ranks]\n", "[:: self.ranks]\n"),
     _arms("arms-of-a-seed-start-apart", "seed_everything(self.seed,", "seed_everything(self.seed + len(self.arm),"),
@@ -144,8 +147,8 @@ MUTANTS = (
     # data
     _scenes(
         "test-shows-the-scenes-of-training",
-        'Draw("scene", seed, split, index, attempt)',
-        'Draw("scene", seed, index, attempt)',
+        'SeededRandom("scene", seed, split, index, attempt)',
+        'SeededRandom("scene", seed, index, attempt)',
     ),
     _scenes("held-out-compositions-in-training", "if colour not in held_out_colours(name, seed, share))", ")"),
     _splits("validation-leaks-into-training", "place -= share", "place -= share / 2"),
@@ -193,13 +196,15 @@ MUTANTS = (
         "for template in templates for name in classes",
     ),
     _claims(
-        "ensemble-of-one-template", '"ensemble": (lab.phrases, ENSEMBLE)', '"ensemble": (lab.phrases, (TEMPLATE,))'
+        "ensemble-of-one-template", '"ensemble": (data.phrases, ENSEMBLE)', '"ensemble": (data.phrases, (TEMPLATE,))'
     ),
-    _claims("bare-names-in-the-template", '"bare": (world.classes, ("{}",))', '"bare": (world.classes, (TEMPLATE,))'),
+    _claims(
+        "bare-names-in-the-template", '"bare": (dataset.classes, ("{}",))', '"bare": (dataset.classes, (TEMPLATE,))'
+    ),
     _claims("raw-captions-keep-their-prefix", "raw = [without_prefix(text) for text in texts]", "raw = texts"),
     _claims(
         "shift-measured-at-home",
-        "image_features(model, world.shift.images)",
+        "image_features(model, dataset.shift.images)",
         "image_features(model, world.class_test.images)",
     ),
     _claims("compositions-against-any-text", "torch.zeros(len(offered), dtype=torch.long)", "offered.argmax(1)"),
@@ -265,18 +270,18 @@ MUTANTS = (
     _qformer("the-queries-branch-begins-at-random", "        self.copy_text_branch()\n", ""),
     _qformer(
         "padding-is-read",
-        "self.layers(self.embeddings(tokens), 0, mask=key_mask(present))",
+        "self.layers(self.embeddings(tokens), 0, mask=key_mask(attention_mask))",
         "self.layers(self.embeddings(tokens), 0)",
     ),
     _qformer(
         "left-padding-counts-as-positions",
-        "self._written(tokens, positions_of(present))",
+        "self._written(tokens, positions_of(attention_mask))",
         "self._written(tokens, None)",
     ),
     _qformer(
         "a-written-token-stands-one-too-early",
-        "position = self.present.sum(1, keepdim=True)",
-        "position = self.present.sum(1, keepdim=True) - 1",
+        "position = self.attention_mask.sum(1, keepdim=True)",
+        "position = self.attention_mask.sum(1, keepdim=True) - 1",
     ),
     _qformer("beams-keep-other-beams-keys", "            cache.reorder(rows)\n", "            cache.length\n"),
     _bridge("queries-pooled-by-their-mean", "gathered(texts)).amax(-1)", "gathered(texts)).mean(-1)"),
@@ -311,12 +316,16 @@ MUTANTS = (
         "tokens[:, 0] = self.config.decode_token",
         "tokens[:, 0] = self.config.start_token",
     ),
-    _bridge("prompt-is-learned", "present & (torch.arange(tokens.shape[1], device=tokens.device) >= given)", "present"),
+    _bridge(
+        "prompt-is-learned",
+        "attention_mask & (torch.arange(tokens.shape[1], device=tokens.device) >= given)",
+        "attention_mask",
+    ),
     _bridge("prompt-mis-split-by-one", ">= given)", "> given)"),
     _bridge(
         "the-language-model-does-not-see-the-prefix",
-        "F.pad(present, (prefix.shape[1], 0), value=True)",
-        "F.pad(present, (prefix.shape[1], 0), value=False)",
+        "F.pad(attention_mask, (prefix.shape[1], 0), value=True)",
+        "F.pad(attention_mask, (prefix.shape[1], 0), value=False)",
     ),
     _bridge(
         "vision-norm-in-half-precision",

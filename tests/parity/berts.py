@@ -24,10 +24,10 @@ FUSED = {
 class Ours(torch.nn.Module):
     """Embeddings, layers and head under one roof, so that gradients have names."""
 
-    def __init__(self, *, vocabulary, width, heads, hidden, layers, positions=40, token_types=0, context_width=None):
+    def __init__(self, *, vocabulary, width, heads, mlp_width, layers, positions=40, token_types=0, context_width=None):
         super().__init__()
         self.embeddings = BertEmbeddings(vocabulary, width, positions, token_types=token_types, dropout=0.0)
-        self.layers = BertLayers.make(layers, width, heads, hidden, context_width=context_width, dropout=0.0)
+        self.layers = BertLayers.make(layers, width, heads, mlp_width, context_width=context_width, dropout=0.0)
         self.head = TokenHead(width, vocabulary)
 
 

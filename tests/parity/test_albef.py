@@ -35,7 +35,7 @@ CONFIG = AlbefConfig(
     text_layers=2,
     fusion_layers=3,
     text_heads=4,
-    hidden=56,
+    mlp_width=56,
     vocabulary=67,
     positions=14,
     context=11,
@@ -199,10 +199,10 @@ def test_features_of_both_towers_equal_the_reference(agree, perturb):
         "image": (student.image_features(student.encode_image(images)), image),
         "text": (student.text_features(student.encode_text(tokens)), text),
     }
-    present = tokens != CONFIG.pad
+    attention_mask = tokens != CONFIG.pad
     for name, (one, other) in ours.items():
         if name == "text-states":  # what stands at padding is read by nobody
-            one, other = one[present], other[present]
+            one, other = one[attention_mask], other[attention_mask]
         agree(f"albef.parity.features.{name}", f"{name.replace('-', ' ')} of random weights", one, other)
 
 
@@ -314,11 +314,11 @@ def test_words_are_corrupted_as_often_and_as_said(count):
     masked = AlbefPretraining(Albef(CONFIG)).mask(tokens)
     chosen, changed = masked.labels != IGNORED, masked.tokens != tokens
     open_ = (tokens != CONFIG.pad) & (tokens != CONFIG.start)
-    hidden = chosen & (masked.tokens == CONFIG.mask)
-    other = chosen & changed & ~hidden
+    mlp_width = chosen & (masked.tokens == CONFIG.mask)
+    other = chosen & changed & ~mlp_width
     shares = {
         "chosen": (chosen.sum() / open_.sum(), 0.15),
-        "hidden": (hidden.sum() / chosen.sum(), 0.8 + 0.1 / CONFIG.vocabulary),
+        "hidden": (mlp_width.sum() / chosen.sum(), 0.8 + 0.1 / CONFIG.vocabulary),
         "replaced": (other.sum() / chosen.sum(), 0.1 * (1 - 2 / CONFIG.vocabulary)),
         "kept": ((chosen & ~changed).sum() / chosen.sum(), 0.1 * (1 + 1 / CONFIG.vocabulary)),
         "end": (chosen[tokens == CONFIG.end].float().mean(), 0.15),
@@ -390,7 +390,7 @@ def test_deit_and_bert_fill_the_encoders(agree):
     ).eval()  # fmt: skip
     bert = transformers.BertForPreTraining(
         transformers.BertConfig(
-            vocab_size=CONFIG.vocabulary, hidden_size=CONFIG.text_width, intermediate_size=CONFIG.hidden,
+            vocab_size=CONFIG.vocabulary, hidden_size=CONFIG.text_width, intermediate_size=CONFIG.mlp_width,
             num_hidden_layers=CONFIG.text_layers + CONFIG.fusion_layers, num_attention_heads=CONFIG.text_heads,
             max_position_embeddings=CONFIG.positions, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )
@@ -408,15 +408,15 @@ def test_deit_and_bert_fill_the_encoders(agree):
     with torch.no_grad():
         agree("albef.parity.start.deit", "tokens of timm's ViT", albef.encode_image(images), theirs.forward_features(
             normalised(images)))  # fmt: skip
-        present = tokens != CONFIG.pad
-        output = bert(tokens, attention_mask=present.long(), output_hidden_states=True)
+        attention_mask = tokens != CONFIG.pad
+        output = bert(tokens, attention_mask=attention_mask.long(), output_hidden_states=True)
         states = albef.encode_text(tokens)
         lower = output.hidden_states[CONFIG.text_layers]
-        agree("albef.parity.start.bert-lower", "BERT's lower layers", states[present], lower[present])
-        fused = albef.multimodal_encoder(states, mask=present[:, None, None])
-        words = albef.mlm_head(fused[present], albef.text_encoder.embeddings.word.weight)
+        agree("albef.parity.start.bert-lower", "BERT's lower layers", states[attention_mask], lower[attention_mask])
+        fused = albef.multimodal_encoder(states, mask=attention_mask[:, None, None])
+        words = albef.mlm_head(fused[attention_mask], albef.text_encoder.embeddings.word.weight)
         agree("albef.parity.start.bert-upper", "BERT's upper layers and word head", words, output.prediction_logits[
-            present])  # fmt: skip
+            attention_mask])  # fmt: skip
     kept = [k for k in before if ".cross_" in k or k.startswith(("vision_proj", "text_proj", "itm_head"))]
     assert kept and all(torch.equal(albef.state_dict()[key], before[key]) for key in kept)
     larger = Albef(replace(config, image_size=30))
@@ -507,8 +507,8 @@ def _no_cross_attention(monkeypatch, model):
 def _masked_words_not_encoded_anew(monkeypatch, model):
     student = model.student
 
-    def words(tokens, present, image_tokens, wanted):
-        fused = student.multimodal_encoder(student.text_encoder.embeddings(tokens), mask=present[:, None, None],
+    def words(tokens, attention_mask, image_tokens, wanted):
+        fused = student.multimodal_encoder(student.text_encoder.embeddings(tokens), mask=attention_mask[:, None, None],
                                            context=image_tokens)  # fmt: skip
         return student.mlm_head(fused[wanted], student.text_encoder.embeddings.word.weight)
 
@@ -517,12 +517,12 @@ def _masked_words_not_encoded_anew(monkeypatch, model):
 
 def _padding_of_the_corrupted_text(monkeypatch, model):
     real = model.student.words
-    monkeypatch.setattr(model.student, "words", lambda tokens, present, *args: real(
-        tokens, model.student.present(tokens), *args))  # fmt: skip
+    monkeypatch.setattr(model.student, "words", lambda tokens, attention_mask, *args: real(
+        tokens, model.student.attention_mask(tokens), *args))  # fmt: skip
 
 
 def _padding_is_seen(monkeypatch, model):
-    monkeypatch.setattr(model_file, "key_mask", lambda present: None)
+    monkeypatch.setattr(model_file, "key_mask", lambda attention_mask: None)
 
 
 def _output_norm_skipped(monkeypatch, model):

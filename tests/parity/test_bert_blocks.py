@@ -159,12 +159,12 @@ def test_decoding_step_by_step_gives_the_logits_of_the_whole_text(pair, side):
     kind, model, ours, tokens, context = pair
     lengths = PRESENT.sum(1)
     following = torch.randint(VOCABULARY, (len(tokens), 4))
-    prompt, present = tokens, PRESENT
+    prompt, attention_mask = tokens, PRESENT
     if side == "left":
-        present = PRESENT.flip(1)
+        attention_mask = PRESENT.flip(1)
         prompt = torch.stack([row.roll(int(9 - n)) for row, n in zip(tokens, lengths, strict=True)])
     decoding = BertDecoding(ours.embeddings, ours.layers, ours.head, context, SEEN[kind])
-    found = [decoding.prefill(prompt, present)]
+    found = [decoding.prefill(prompt, attention_mask)]
     found += [decoding.step(following[:, i]) for i in range(4)]
     for row, length in enumerate(lengths.tolist()):
         whole = torch.cat([tokens[row, :length], following[row]])[None]
@@ -175,5 +175,5 @@ def test_decoding_step_by_step_gives_the_logits_of_the_whole_text(pair, side):
 
 
 def test_positions_count_tokens_and_no_padding():
-    present = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
-    assert positions_of(present)[present].tolist() == [0, 1, 2, 0, 1]
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    assert positions_of(attention_mask)[attention_mask].tolist() == [0, 1, 2, 0, 1]

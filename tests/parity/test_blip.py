@@ -33,7 +33,7 @@ CONFIG = BlipConfig(
     text_width=40,
     text_layers=2,
     text_heads=4,
-    hidden=72,
+    mlp_width=72,
     vocabulary=97,
     positions=23,
     context=13,
@@ -53,7 +53,7 @@ def make(kind, config=CONFIG):
     text = {
         "vocab_size": config.vocabulary,
         "hidden_size": config.text_width,
-        "intermediate_size": config.hidden,
+        "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.text_layers,
         "num_attention_heads": config.text_heads,
         "max_position_embeddings": config.positions,
@@ -134,8 +134,10 @@ def captions(model, tokens, images):
 
 def their_captions(reference, tokens, images):
     tokens = first(CONFIG.decode_token, tokens)
-    present = (tokens != CONFIG.pad_token).long()
-    output = reference(pixel_values=images, input_ids=tokens, attention_mask=present, labels=targets_of(tokens, PROMPT))
+    attention_mask = (tokens != CONFIG.pad_token).long()
+    output = reference(
+        pixel_values=images, input_ids=tokens, attention_mask=attention_mask, labels=targets_of(tokens, PROMPT)
+    )
     return output.logits, output.loss
 
 
@@ -153,8 +155,8 @@ def retrieval_loss(cosines, matches):
 
 
 def their_retrieval(reference, tokens, images):
-    present = (tokens != CONFIG.pad_token).long()
-    given = {"pixel_values": images, "attention_mask": present}
+    attention_mask = (tokens != CONFIG.pad_token).long()
+    given = {"pixel_values": images, "attention_mask": attention_mask}
     itc = reference(input_ids=first(CONFIG.start_token, tokens), use_itm_head=False, **given).itm_score
     itm = reference(input_ids=first(CONFIG.encode_token, tokens), use_itm_head=True, **given).itm_score
     return retrieval_loss(itc, itm)

@@ -40,7 +40,7 @@ CONFIG = Blip2Config(
     width=40,
     layers=5,
     heads=4,
-    hidden=72,
+    mlp_width=72,
     embed_width=28,
     vocabulary=97,
     positions=23,
@@ -50,8 +50,8 @@ CONFIG = Blip2Config(
     end_token=92,
     decode_token=96,
 )
-OPT = LanguageConfig("opt-test", "opt", 36, 89, layers=2, heads=2, hidden=56, context=64)
-T5 = LanguageConfig("t5-test", "t5", 44, 83, layers=2, heads=3, hidden=60, context=64, head_width=9)
+OPT = LanguageConfig("opt-test", "opt", 36, 89, layers=2, heads=2, mlp_width=56, context=64)
+T5 = LanguageConfig("t5-test", "t5", 44, 83, layers=2, heads=3, mlp_width=60, context=64, head_width=9)
 BATCH = 6
 
 
@@ -150,8 +150,10 @@ def words(size, length, vocabulary, seed=3):
     """A language model's tokens (B, T) of different lengths, 4 and more, and where they are; padding is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     used = torch.tensor([4 + (row * 2) % (length - 3) for row in range(size)])
-    present = torch.arange(length) < used[:, None]
-    return torch.randint(3, vocabulary - 1, (size, length), generator=generator).masked_fill(~present, 1), present
+    attention_mask = torch.arange(length) < used[:, None]
+    return torch.randint(3, vocabulary - 1, (size, length), generator=generator).masked_fill(
+        ~attention_mask, 1
+    ), attention_mask
 
 
 def pictures(size, seed=2):
@@ -173,7 +175,7 @@ def test_queries_equal_transformers_qformer(agree, perturb):
     carried = to_ours(state(reference), names)
     ours.load_state_dict(carried | {"query_tokens": torch.randn(7, 40)}, strict=True)
     context = features()
-    mine = ours.look(context)
+    mine = ours.encode_queries(context)
     theirs = reference(ours.query_tokens.detach().expand(BATCH, -1, -1), encoder_hidden_states=context)[0]
     for one in (mine, theirs):
         one.square().mean().backward()
@@ -227,17 +229,19 @@ GENERATION = "transformers-generation"
 PROMPT = 2
 
 
-def our_causal(encoder, model, tokens, present, images):
+def our_causal(encoder, model, tokens, attention_mask, images):
     """(logits of the learned tokens, their loss)."""
-    output = model(encoder.tokens(images), tokens, present, PROMPT)
+    output = model(encoder.tokens(images), tokens, attention_mask, PROMPT)
     return output.logits, stage2_loss(output)
 
 
-def their_causal(reference, tokens, present, images):
+def their_causal(reference, tokens, attention_mask, images):
     rows, queries = len(tokens), CONFIG.queries
     ids = torch.cat([torch.full((rows, queries), OPT.vocabulary - 1), tokens], 1)
-    labels = torch.cat([torch.full((rows, queries + PROMPT), -100), tokens.masked_fill(~present, -100)[:, PROMPT:]], 1)
-    seen = F.pad(present, (queries, 0), value=True).long()
+    labels = torch.cat(
+        [torch.full((rows, queries + PROMPT), -100), tokens.masked_fill(~attention_mask, -100)[:, PROMPT:]], 1
+    )
+    seen = F.pad(attention_mask, (queries, 0), value=True).long()
     output = reference(pixel_values=images, input_ids=ids, attention_mask=seen, labels=labels)
     return output.logits[:, :-1][labels[:, 1:] != -100], output.loss
 
@@ -258,19 +262,19 @@ def test_the_whole_model_with_opt_equals_transformers(agree, perturb):
     gradients_agree(agree, "opt", "the model with OPT", encoder, model, reference, GENERATION)
 
 
-def our_seq2seq(encoder, model, prompt, asked, tokens, present, images):
-    output = model(encoder.tokens(images), tokens, present, Prompt(prompt, asked))
+def our_seq2seq(encoder, model, prompt, asked, tokens, attention_mask, images):
+    output = model(encoder.tokens(images), tokens, attention_mask, Prompt(prompt, asked))
     return output.logits, stage2_loss(output)
 
 
-def their_seq2seq(reference, prompt, asked, tokens, present, images):
+def their_seq2seq(reference, prompt, asked, tokens, attention_mask, images):
     rows, queries = len(tokens), CONFIG.queries
     ids = torch.cat([torch.full((rows, queries), T5.vocabulary - 1), prompt], 1)
     output = reference(
         pixel_values=images, input_ids=ids, attention_mask=F.pad(asked, (queries, 0), value=True).long(),
-        labels=tokens.masked_fill(~present, -100),
+        labels=tokens.masked_fill(~attention_mask, -100),
     )  # fmt: skip
-    return output.logits[present], output.loss
+    return output.logits[attention_mask], output.loss
 
 
 def test_the_whole_model_with_t5_equals_transformers(agree, perturb):
@@ -462,7 +466,7 @@ def _layers_in_reverse(monkeypatch, model):
 
 
 def _padding_is_seen(monkeypatch, model):
-    monkeypatch.setattr(qformer_file, "key_mask", lambda present: None)
+    monkeypatch.setattr(qformer_file, "key_mask", lambda attention_mask: None)
 
 
 def _positions_behind_the_queries(monkeypatch, model):
@@ -506,8 +510,8 @@ def _match_by_query_0(monkeypatch, model):
 
 
 def _text_from_its_second_token(monkeypatch, model):
-    real = model.qformer.read
-    monkeypatch.setattr(model.qformer, "read", lambda *given: real(*given)[:, 1:])
+    real = model.qformer.encode_text
+    monkeypatch.setattr(model.qformer, "encode_text", lambda *given: real(*given)[:, 1:])
 
 
 def _vectors_not_of_unit_length(monkeypatch, model):
@@ -544,9 +548,9 @@ FOR_TEXT = [
 def _prefix_behind_the_text(monkeypatch, model):
     language = model.language_model
 
-    def behind(prefix, tokens, present, **given):
+    def behind(prefix, tokens, attention_mask, **given):
         turned = torch.cat([language.embed(tokens), prefix], dim=1)
-        return language.states(turned, F.pad(present, (0, prefix.shape[1]), value=True), **given)
+        return language.states(turned, F.pad(attention_mask, (0, prefix.shape[1]), value=True), **given)
 
     monkeypatch.setattr(model, "_read", behind)
 
@@ -561,20 +565,23 @@ def _projector_without_bias(monkeypatch, model):
 
 def _prompt_learned(monkeypatch, model):
     real = model.forward
-    monkeypatch.setattr(model, "forward", lambda seen, tokens, present, prompt: real(seen, tokens, present, 0))
+    monkeypatch.setattr(
+        model, "forward", lambda seen, tokens, attention_mask, prompt: real(seen, tokens, attention_mask, 0)
+    )
 
 
 def _one_token_more_given(monkeypatch, model):
     """The prefix split a token late: of what is to be said, the first token goes to the encoder."""
     real = model.forward
 
-    def late(seen, tokens, present, prompt):
+    def late(seen, tokens, attention_mask, prompt):
         if isinstance(prompt, Prompt):
             prompt = Prompt(
-                torch.cat([prompt.tokens, tokens[:, :1]], 1), torch.cat([prompt.present, present[:, :1]], 1)
+                torch.cat([prompt.tokens, tokens[:, :1]], 1),
+                torch.cat([prompt.attention_mask, attention_mask[:, :1]], 1),
             )
-            return real(seen, tokens[:, 1:], present[:, 1:], prompt)
-        return real(seen, tokens, present, prompt + 1)
+            return real(seen, tokens[:, 1:], attention_mask[:, 1:], prompt)
+        return real(seen, tokens, attention_mask, prompt + 1)
 
     monkeypatch.setattr(model, "forward", late)
 
@@ -584,16 +591,16 @@ def _labels_of_the_same_token(monkeypatch, model):
     if model.language_model.kind == "causal":
         real = model._continued
 
-        def unshifted(prefix, tokens, present, prompt):
-            states, learned = real(prefix, tokens, present, prompt)
+        def unshifted(prefix, tokens, attention_mask, prompt):
+            states, learned = real(prefix, tokens, attention_mask, prompt)
             return torch.cat([states[:, 1:], states[:, :1]], 1), learned
 
         monkeypatch.setattr(model, "_continued", unshifted)
     else:
         real = model._read
 
-        def unshifted(prefix, tokens, present, targets):
-            return real(prefix, tokens, present, targets=targets.roll(-1, 1))
+        def unshifted(prefix, tokens, attention_mask, targets):
+            return real(prefix, tokens, attention_mask, targets=targets.roll(-1, 1))
 
         monkeypatch.setattr(model, "_read", unshifted)
 
@@ -601,7 +608,7 @@ def _labels_of_the_same_token(monkeypatch, model):
 def _padding_read(monkeypatch, model):
     real = model._read
     monkeypatch.setattr(
-        model, "_read", lambda prefix, tokens, present, **given: real(prefix, tokens, torch.ones_like(present), **given)
+        model, "_read", lambda prefix, tokens, mask, **given: real(prefix, tokens, torch.ones_like(mask), **given)
     )  # fmt: skip
 
 
@@ -714,9 +721,9 @@ def _text_behind_sees_what_follows(monkeypatch, model):
 
 
 def _text_behind_sees_no_queries(monkeypatch, model):
-    real = model.qformer.write
-    monkeypatch.setattr(model.qformer, "write", lambda tokens, present, caches: real(
-        tokens, present, Blind(model.qformer, len(tokens))))  # fmt: skip
+    real = model.qformer.decode_text
+    monkeypatch.setattr(model.qformer, "decode_text", lambda tokens, attention_mask, caches: real(
+        tokens, attention_mask, Blind(model.qformer, len(tokens))))  # fmt: skip
 
 
 class Blind(list):
@@ -732,14 +739,14 @@ class Blind(list):
 
 
 def _no_gradient_through_the_cache(monkeypatch, model):
-    real = model.qformer.write
+    real = model.qformer.decode_text
 
-    def cut(tokens, present, caches):
+    def cut(tokens, attention_mask, caches):
         for cache in caches:
             cache.keys, cache.values = cache.keys.detach(), cache.values.detach()
-        return real(tokens, present, caches)
+        return real(tokens, attention_mask, caches)
 
-    monkeypatch.setattr(model.qformer, "write", cut)
+    monkeypatch.setattr(model.qformer, "decode_text", cut)
 
 
 def _keys_of_contrast_with_gradient(monkeypatch, model):

@@ -9,7 +9,7 @@ from PIL import Image
 from test_blip2 import CONFIG, OPT, T5, pictures, texts, their_config, words
 
 from papers.blip2 import config as configs
-from papers.blip2.config import SPECIALS, fitted
+from papers.blip2.config import SPECIALS, with_tokenizer
 from papers.blip2.converter import VISION, convert
 from papers.blip2.export import KINDS, export, gathered
 from papers.blip2.model import Blip2, Blip2Qformer, Prompt, vision_encoder
@@ -38,7 +38,7 @@ def made(tmp_path, perturb, monkeypatch):
         if config.language is None:
             words = words or SmallTokenizer.train(["a cat on a mat", "some grapes & a dog"] * 5, 300, SPECIALS)
             words.save(tmp_path / "tokenizer.json")
-            config = fitted(config, words)
+            config = with_tokenizer(config, words)
             model = Blip2Qformer(config)
         else:
             model = Blip2(config, Silent(config))
@@ -52,7 +52,7 @@ def made(tmp_path, perturb, monkeypatch):
     return make
 
 
-def speaker(folder, language, perturb, pieces=None):
+def lm(folder, language, perturb, pieces=None):
     """A tiny language model in transformers' form, its tokenizer as large as its vocabulary or of `pieces` words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -100,7 +100,7 @@ def test_transformers_loads_the_generation_folder_and_gives_our_logits(
 ):
     if language is T5:  # as FlanT5: BLIP-2 reads it with the exact GELU
         monkeypatch.setitem(PUBLISHED, T5.name, Published("t5-test", {"dense_act_fn": "gelu"}))
-    place = speaker(tmp_path / language.name, language, perturb, pieces)
+    place = lm(tmp_path / language.name, language, perturb, pieces)
     model, encoder, source, _ = made(replace(CONFIG, language=language))
     export(source, tmp_path / "folder", "blip2-test", "transformers-generation")
     theirs = loaded("transformers-generation", tmp_path / "folder")
@@ -115,29 +115,29 @@ def test_transformers_loads_the_generation_folder_and_gives_our_logits(
     speaks = ADAPTERS[config.model_type](kind.from_pretrained(place, config=config))
     ours = Blip2(model.config, speaks).eval()
     ours.load_state_dict(model.state_dict())
-    tokens, present = words(3, 9, 50)
+    tokens, attention_mask = words(3, 9, 50)
     asked, seen = words(3, 7, 50, seed=8)
     images, queries = pictures(3), CONFIG.queries
     slots = torch.full((3, queries), theirs.config.image_token_index)
     with torch.no_grad():
         if language is OPT:
-            mine = ours(encoder.tokens(images), tokens, present).logits
+            mine = ours(encoder.tokens(images), tokens, attention_mask).logits
             found = theirs(
-                images, torch.cat([slots, tokens], 1), torch.nn.functional.pad(present, (queries, 0), value=1)
+                images, torch.cat([slots, tokens], 1), torch.nn.functional.pad(attention_mask, (queries, 0), value=1)
             )
-            found = found.logits[:, queries - 1 : -1][present]
+            found = found.logits[:, queries - 1 : -1][attention_mask]
         else:
-            mine = ours(encoder.tokens(images), tokens, present, Prompt(asked, seen)).logits
+            mine = ours(encoder.tokens(images), tokens, attention_mask, Prompt(asked, seen)).logits
             mask = torch.nn.functional.pad(seen, (queries, 0), value=1)
-            found = theirs(images, torch.cat([slots, asked], 1), mask, labels=tokens.masked_fill(~present, -100))
-            found = found.logits[present]
+            found = theirs(images, torch.cat([slots, asked], 1), mask, labels=tokens.masked_fill(~attention_mask, -100))
+            found = found.logits[attention_mask]
     agree(f"blip2.export.{language.family}", "logits of an exported folder", mine, found[:, : language.vocabulary])
     back, _ = load_file(tmp_path / "folder", model.config)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in back.state_dict().items())
 
 
 def test_transformers_asks_with_the_exported_processor_as_ours_would(made, tmp_path, perturb):
-    speaker(tmp_path / OPT.name, OPT, perturb, 50)
+    lm(tmp_path / OPT.name, OPT, perturb, 50)
     made(replace(CONFIG, language=OPT))
     export(tmp_path / "model.safetensors", tmp_path / "folder", "blip2-test", "transformers-generation")
     processor = transformers.Blip2Processor.from_pretrained(tmp_path / "folder")
@@ -218,7 +218,7 @@ def test_what_cannot_be_exported_is_a_clear_line(made, tmp_path, monkeypatch, pe
         export(source, target, "blip2-test", "transformers-generation")
     narrow = replace(OPT, width=52)
     made(replace(CONFIG, language=narrow))
-    place = speaker(tmp_path / "other", OPT, perturb)
+    place = lm(tmp_path / "other", OPT, perturb)
     with pytest.raises(UserError, match="of width 36, but the weights speak to one of 52"):
         export(source, target, "blip2-test", "transformers-generation", language=place)
     clip = replace(CONFIG, vision=replace(CONFIG.vision, kind="clip"))

@@ -9,7 +9,7 @@ from PIL import Image
 from test_blip import CONFIG, WIDE, first, pictures, texts
 
 from papers.blip import config as configs
-from papers.blip.config import fitted
+from papers.blip.config import with_tokenizer
 from papers.blip.converter import convert
 from papers.blip.export import KINDS, export
 from papers.blip.model import Blip, BlipPretraining
@@ -36,7 +36,7 @@ def made(tmp_path, perturb, monkeypatch):
         words = words or SmallTokenizer.train(["a cat on a mat", "some grapes & a dog"] * 5, 300, SPECIALS)
         monkeypatch.setitem(configs.VARIANTS, "blip-test", lambda: replace(config, tokenizer="small-bpe"))
         torch.manual_seed(0)
-        model = perturb(kind(fitted(config, words)))
+        model = perturb(kind(with_tokenizer(config, words)))
         save_weights(model, tmp_path / "model.safetensors")
         words.save(tmp_path / "tokenizer.json")
         return model, tmp_path / "model.safetensors", words
@@ -58,17 +58,17 @@ def test_transformers_loads_the_folder_and_gives_our_logits(to, kind, made, tmp_
     theirs = loaded(to, tmp_path / "folder")
     blip = getattr(model, "blip", model)
     tokens, images = texts(4, config=model.config), pictures(4)
-    present = (tokens != 0).long()
+    attention_mask = (tokens != 0).long()
     with torch.no_grad():
         image_tokens = blip.encode_image(images)
         if to == "transformers-captioning":
             ours = blip.caption_logits(tokens, image_tokens)
             given = first(model.config.decode_token, tokens)
-            found = theirs(pixel_values=images, input_ids=given, attention_mask=present).logits
+            found = theirs(pixel_values=images, input_ids=given, attention_mask=attention_mask).logits
         else:
             ours = blip.match(tokens, image_tokens)
             given = first(model.config.encode_token, tokens)
-            found = theirs(pixel_values=images, input_ids=given, attention_mask=present).itm_score
+            found = theirs(pixel_values=images, input_ids=given, attention_mask=attention_mask).itm_score
     assert found.std() > 0.02
     agree(f"blip.export.{to}", f"logits of an exported folder, {to}", ours, found)
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tests_common import CATALOGUE, ROOT
+from tests_common import CATALOG, ROOT
 
 from papers.clip import config as configs
 from papers.clip.config import ClipConfig
 from papers.clip.converter import WEIGHT_MAPS, convert
 from papers.clip.export import export
 from papers.clip.model import Clip
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.paper_card import bibtex
 from shared.data.images import square
@@ -259,11 +259,11 @@ def test_the_card_carries_the_evidence_the_origin_and_the_citation(made, tmp_pat
     assert front["library_name"] == "open_clip" and "clip" in front["tags"]
     assert front["license"] == "other" and "none of the released files" in text
     assert sha256(source.read_bytes()).hexdigest() in text
-    assert evidence_table(CATALOGUE, "clip") in text
+    assert evidence_table(CATALOG, "clip") in text
     for path in (ROOT / "results" / "clip").glob("*.json"):
         run = json.loads(path.read_text())
         assert f"`{run['command']}`, commit {run['commit'][:12]}" in text
-    assert bibtex(CATALOGUE.card("clip")).strip() in text
+    assert bibtex(CATALOG.card("clip")).strip() in text
 
 
 def test_a_released_file_brings_its_licence_from_the_manifest(made, tmp_path):
@@ -275,8 +275,8 @@ def test_a_released_file_brings_its_licence_from_the_manifest(made, tmp_path):
     rows = yaml.safe_load((ROOT / "checkpoints_manifest.yaml").read_text())
     rows["clip-vit-b-32"] |= {"sha256": sha256(source.read_bytes()).hexdigest(), "size": source.stat().st_size}
     (root / "checkpoints_manifest.yaml").write_text(yaml.safe_dump(rows))
-    catalogue = Catalogue(root / "papers", "papers")
-    export(source, tmp_path / "folder", "clip-test", "transformers", catalogue=catalogue)
+    catalog = Catalog(root / "papers", "papers")
+    export(source, tmp_path / "folder", "clip-test", "transformers", catalog=catalog)
     front, text = front_and_text(tmp_path / "folder")
     assert front["license"] == "mit" and "not-a-release" not in front["tags"]
     assert rows["clip-vit-b-32"]["licence"] in text and rows["clip-vit-b-32"]["what"] in text

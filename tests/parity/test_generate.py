@@ -44,8 +44,8 @@ def decoders(request):
     theirs.cls.predictions.bias.data.normal_(std=0.3)
     theirs.cls.predictions.bias.data[[STOP, OTHER_STOP]] += 1.5  # so that some texts end early
     types = 2 if request.param == "bert" else 0
-    ours = Ours(vocabulary=VOCABULARY, width=WIDTH, heads=3, hidden=50, layers=LAYERS, positions=30, token_types=types,
-                context_width=width)  # fmt: skip
+    ours = Ours(vocabulary=VOCABULARY, width=WIDTH, heads=3, mlp_width=50, layers=LAYERS, positions=30,
+                token_types=types, context_width=width)  # fmt: skip
     ours.load_state_dict(from_theirs(theirs.state_dict(), LAYERS))
     prompts = torch.randint(12, VOCABULARY, (PROMPTS, 3))
     return theirs.eval(), ours.eval(), prompts, 2 * torch.randn(PROMPTS, 7, width) if width else None

@@ -65,7 +65,7 @@ MODELS = {
 def as_ours(theirs):
     """Llama's weights in SmallLanguageModel."""
     config, given, named = theirs.config, theirs.state_dict(), {}
-    ours = SmallLanguageModel(V, 40, 24, 3, 6, kv_heads=2, hidden=44, rotary_base=5000.0, eps=config.rms_norm_eps)
+    ours = SmallLanguageModel(V, 40, 24, 3, 6, kv_heads=2, mlp_width=44, rotary_base=5000.0, eps=config.rms_norm_eps)
     named["word.weight"], named["norm.weight"] = given["model.embed_tokens.weight"], given["model.norm.weight"]
     for i in range(3):
         there, here = f"model.layers.{i}.", f"blocks.{i}."
@@ -136,13 +136,13 @@ def test_states_and_logits_are_those_of_transformers_and_so_are_gradients(models
     found = {}
     for who in ("theirs", "ours"):
         x = torch.cat([prefix, ours.embed(prompts)], dim=1).detach().requires_grad_()
-        present = torch.arange(x.shape[1]) < torch.tensor([8, 6, 7, 8, 5, 8, 7, 6])[:, None]
+        attention_mask = torch.arange(x.shape[1]) < torch.tensor([8, 6, 7, 8, 5, 8, 7, 6])[:, None]
         given = {"labels": targets} if seq2seq else {}
         if who == "theirs":
-            logits = theirs(inputs_embeds=x, attention_mask=present.long(), **given).logits
+            logits = theirs(inputs_embeds=x, attention_mask=attention_mask.long(), **given).logits
         else:
-            logits = ours.logits(ours.states(x, present, *([targets] if seq2seq else [])))
-        logits = logits if seq2seq else logits[present]
+            logits = ours.logits(ours.states(x, attention_mask, *([targets] if seq2seq else [])))
+        logits = logits if seq2seq else logits[attention_mask]
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
         (logits * weights).sum().backward()
         found[who] = logits.detach(), x.grad
@@ -196,11 +196,11 @@ def test_no_batch_and_no_padding_changes_a_text(models, asked):
             for first in range(0, 8, size):
                 rows = slice(first, first + size)
                 longest = max(map(len, prompts[rows]))
-                tokens, present = torch.full((size, longest), 17), torch.zeros(size, longest, dtype=torch.bool)
+                tokens, attention_mask = torch.full((size, longest), 17), torch.zeros(size, longest, dtype=torch.bool)
                 for row, text in enumerate(prompts[rows]):
                     place = slice(-len(text), None) if side == "left" else slice(len(text))
-                    tokens[row, place], present[row, place] = text, True
-                told.append(generate(ours.decoding(prefix[rows]), tokens, settings, present=present))
+                    tokens[row, place], attention_mask[row, place] = text, True
+                told.append(generate(ours.decoding(prefix[rows]), tokens, settings, attention_mask=attention_mask))
             found[size, side] = [t for part in told for t in part.tokens], [s for part in told for s in part.scores]
     expected, scores = found[1, "left"]
     for tokens, others in found.values():
@@ -263,8 +263,8 @@ def test_a_published_folder_is_read_whole(tmp_path, name):
     theirs = perturbed(MODELS[name]())
     folder = written(theirs, tmp_path / name)
     ours, tokenizer = load_folder(folder, torch.float32, Published("x", stop="\n" if name == "opt" else None))
-    prefix, (tokens, present) = torch.randn(2, Q, 24), tokenizer.prompts(["w1 w2", "w7 w8"], 20)
-    assert present.all() and tokens.tolist()[0] == ([6, 7, 3] if name == "flan-t5" else [2, 6, 7])
+    prefix, (tokens, attention_mask) = torch.randn(2, Q, 24), tokenizer.prompts(["w1 w2", "w7 w8"], 20)
+    assert attention_mask.all() and tokens.tolist()[0] == ([6, 7, 3] if name == "flan-t5" else [2, 6, 7])
     assert tokenizer.stops == ((4,) if name == "opt" else (3,)) and tokenizer.pad == 0
     x = torch.cat([prefix, theirs.get_input_embeddings()(tokens)], dim=1).detach()
     expected = theirs.generate(inputs_embeds=x, max_new_tokens=5, do_sample=False, eos_token_id=list(tokenizer.stops))

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from papers.albef.config import Objective
-from papers.albef.data import Lab, Pairs, Trial, load, make_lab, more_pairs, pairs_of
+from papers.albef.data import EvalSet, ExperimentData, Pairs, data_of, load, more_pairs, pairs_of
 from papers.albef.encode import encode_pictures, encode_texts, pools_score
 from papers.albef.evidence.grounding import pointing
 from papers.albef.evidence.start import new_model
 from papers.albef.evidence.transfer import transfer
 from papers.albef.model import Albef, AlbefPretraining
 from papers.albef.module import AlbefModule
+from shared.core.paper_package import Claim, Context
 from shared.data.loader import Batches
-from shared.experiments.ablations import Claim, Context
-from shared.training.callbacks import At, Curves
+from shared.training.callbacks import EvalAtSteps, MetricRecorder
 from shared.training.trainer import fit
 
 __all__ = ["ARMS", "CLAIMS", "load"]
@@ -44,58 +44,58 @@ class Arm:
     every: bool = False
 
     def __call__(self, context: Context) -> dict:
-        lab, recipe = make_lab(context), context.recipe
+        data, recipe = data_of(context), context.recipe
         if self.more:
-            pairs = more_pairs(lab, recipe, context.seed, MORE, self.wrong)
+            pairs = more_pairs(data, recipe, context.seed, MORE, self.wrong)
         else:
-            pairs = pairs_of(lab, self.wrong, context.seed)
-        model = new_model(context, lab)
-        trained = train(context, lab, AlbefModule(AlbefPretraining(model), recipe, self.objective), pairs)
-        measured = measure(model, lab, lab.test, recipe.candidates, self.every)
+            pairs = pairs_of(data, self.wrong, context.seed)
+        model = new_model(context, data)
+        trained = train(context, data, AlbefModule(AlbefPretraining(model), recipe, self.objective), pairs)
+        measured = measure(model, data, data.test, recipe.candidates, self.every)
         if not self.objective.itc:
             measured = {name: value for name, value in measured.items() if name == "itm_all"}
         if context.first:
-            measured |= pointing(model, lab)
+            measured |= pointing(model, data)
             if self == ARMS["distilled"]:
-                measured |= transfer(model, lab, recipe, context.seed)
-            keep(model, lab, context)
+                measured |= transfer(model, data, recipe, context.seed)
+            keep(model, data, context)
         return trained | measured | {"wrong_captions": pairs.wrong, "pairs": len(pairs.tokens)}
 
 
-def train(context: Context, lab: Lab, module: AlbefModule, pairs: Pairs) -> dict:
+def train(context: Context, data: ExperimentData, module: AlbefModule, pairs: Pairs) -> dict:
     """-> `curves` by pairs seen, `r1` on validation among them, and `waited`."""
     recipe, model = context.recipe, module.model.student
     every = recipe.pool if not module.objective.itc else recipe.candidates
 
     def validated() -> float:
-        return measure(model, lab, lab.val, every, False)["itm"]
+        return measure(model, data, data.val, every, False)["itm"]
 
-    curves = Curves(recipe.batch, context.progress)
+    curves = MetricRecorder(recipe.batch, context.progress)
     steps = sorted({max(1, round(recipe.steps * (i + 1) / recipe.measure_at)) for i in range(recipe.measure_at)})
-    scored = At(steps, recipe.batch, validated)
+    scored = EvalAtSteps(steps, recipe.batch, validated)
     batches = Batches(pairs.tensors, recipe.batch, recipe.steps, context.seed, accumulate=recipe.accumulate)
-    identity = {"arm": context.arm, "seed": context.seed, "data": lab.world.digest}
+    identity = {"arm": context.arm, "seed": context.seed, "data": data.dataset.digest}
     waited = fit(module, batches, recipe, context.folder, [curves, scored], identity)
     return {"curves": curves.values | {"r1": scored.values}, "waited": round(waited, 5)}
 
 
-def measure(model: Albef, lab: Lab, trial: Trial, candidates: int, every: bool) -> dict:
+def measure(model: Albef, data: ExperimentData, eval_set: EvalSet, candidates: int, every: bool) -> dict:
     """`itc`, `itm`: R@1 in points before and after re-ranking the best `candidates`; `itm_all`: after ranking all."""
-    pictures, texts = encode_pictures(model, trial.images), encode_texts(model, lab.tokens(trial.captions))
-    found = pools_score(model, pictures, texts, trial.pools, candidates)
+    pictures, texts = encode_pictures(model, eval_set.images), encode_texts(model, data.tokens(eval_set.captions))
+    found = pools_score(model, pictures, texts, eval_set.pools, candidates)
     measured = {"itc": found.itc, "itm": found.itm}
     if every:
-        largest = max(map(len, trial.pools))
-        measured["itm_all"] = pools_score(model, pictures, texts, trial.pools, largest).itm
+        largest = max(map(len, eval_set.pools))
+        measured["itm_all"] = pools_score(model, pictures, texts, eval_set.pools, largest).itm
     return measured
 
 
-def keep(model: Albef, lab: Lab, context: Context) -> None:
+def keep(model: Albef, data: ExperimentData, context: Context) -> None:
     """The first seed's models and tokenizer stay with the run: figures are drawn from them, users can load them."""
     from shared.weights.load import save_weights
 
     save_weights(model, context.folder / "model.safetensors", {"variant": context.recipe.model})
-    lab.tokenizer.save(context.folder / "tokenizer.json")
+    data.tokenizer.save(context.folder / "tokenizer.json")
 
 
 ARMS: dict[str, Callable[[Context], dict]] = {

@@ -25,7 +25,7 @@ def workload(variant: str) -> Workload:
 
     def spelled(one: Albef, tokens: Tensor, image_tokens: Tensor) -> Tensor:
         """MLM logits as `Albef.words` gives them, at places that do not follow from values."""
-        fused = one.fuse(one.encode_text(tokens), one.present(tokens), image_tokens)
+        fused = one.fuse(one.encode_text(tokens), one.attention_mask(tokens), image_tokens)
         return one.mlm_head(fused[:, :masked].flatten(0, 1), one.text_encoder.embeddings.word.weight)
 
     def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -36,7 +36,7 @@ def workload(variant: str) -> Workload:
         features = student.image_features(image_tokens), student.text_features(text_states)
         neighbours = torch.arange(len(tokens)).roll(1)  # which negatives are drawn makes no difference
         pairs = match_with_negatives(
-            student, text_states, student.present(tokens), image_tokens, Negatives(neighbours, neighbours)
+            student, text_states, student.attention_mask(tokens), image_tokens, Negatives(neighbours, neighbours)
         )
         words = spelled(student, tokens, image_tokens)
         with torch.no_grad():

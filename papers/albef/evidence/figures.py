@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from papers.albef.data import Lab, lab_of
+from papers.albef.data import ExperimentData, build_data
 from papers.albef.encode import Pictures, Texts, encode_pictures, encode_texts, matched, reranked
 from papers.albef.evidence.claims import DOSES, gains
 from papers.albef.evidence.grounding import located, middle_layer
@@ -40,11 +40,11 @@ def draw(recipe: AlbefRecipe, outcomes: dict[int, dict[str, dict]], folder: Path
         return drawn, []
     if "vqa" in measured[0][arm]:
         drawn.append(transfer_bars(measured[0][arm]))
-    lab = lab_of(recipe, seed)
-    model = load_file(folder / "arms" / f"{arm}-{seed}" / "model.safetensors", lab.config)
-    if lab.test.scenes:
-        drawn.append(grounding(model, lab, measured[0][arm]))
-    return drawn, retrieval_examples(model, lab, recipe)
+    data = build_data(recipe, seed)
+    model = load_file(folder / "arms" / f"{arm}-{seed}" / "model.safetensors", data.config)
+    if data.test.scenes:
+        drawn.append(grounding(model, data, measured[0][arm]))
+    return drawn, retrieval_examples(model, data, recipe)
 
 
 def learning_curves(measured: list[dict[str, dict]]) -> list[Figure]:
@@ -98,21 +98,21 @@ def transfer_bars(found: dict) -> Figure:
 # ---- where words look
 
 
-def grounding(model: Albef, lab: Lab, found: dict) -> Figure:
+def grounding(model: Albef, data: ExperimentData, found: dict) -> Figure:
     """Test pictures whose things do not fill them, and over each the heat maps of two of its words."""
     words = {}
-    for one in located(lab):
+    for one in located(data):
         words.setdefault(one.row, []).append(one)
     rows = [row for row, several in words.items() if len(several) > 1][:EXAMPLES]
     lines = []
     for row in rows:
         maps = word_maps(
-            model, lab.test.images[row : row + 1], lab.tokens([lab.test.captions[row]]), middle_layer(model)
+            model, data.test.images[row : row + 1], data.tokens([data.test.captions[row]]), middle_layer(model)
         )
-        cells = [(shown(lab.test.images[row]), lab.test.captions[row])]
+        cells = [(shown(data.test.images[row]), data.test.captions[row])]
         for one in words[row][:2]:
             heat = maps[0, one.first : one.last].mean(0)
-            cells.append((heated(lab.test.images[row], heat), f"\u201c{one.word}\u201d"))
+            cells.append((heated(data.test.images[row], heat), f"\u201c{one.word}\u201d"))
         lines.append(cells)
     caption = (
         "Grad-CAM on the cross-attention of the middle multimodal layer: where the matching logit of picture and "
@@ -152,7 +152,7 @@ def sheet(lines: list[list[tuple]]) -> bytes:
     wide, text_lines, gap = 3, 4, 12
     high = SIDE + 14 * text_lines + gap
     canvas = Image.new("RGB", (wide * (SIDE + gap) + gap, len(lines) * high + gap), "white")
-    pen = ImageDraw.Draw(canvas)
+    pen = ImageDraw.SeededRandom(canvas)
     for row, cells in enumerate(lines):
         for column, (picture, words) in enumerate(cells):
             left, top = gap + column * (SIDE + gap), gap + row * high
@@ -167,12 +167,12 @@ def sheet(lines: list[list[tuple]]) -> bytes:
 # ---- retrieval
 
 
-def retrieval_examples(model: Albef, lab: Lab, recipe: AlbefRecipe) -> list[Sample]:
+def retrieval_examples(model: Albef, data: ExperimentData, recipe: AlbefRecipe) -> list[Sample]:
     """Test pictures with the captions of their pool that ITM ranks first, its probability of a match beside each."""
-    test, samples = lab.test, []
+    test, samples = data.test, []
     for pool in test.pools[:EXAMPLES]:
         captions = [test.captions[i] for i in pool.tolist()]
-        pictures, texts = encode_pictures(model, test.images[pool]), encode_texts(model, lab.tokens(captions))
+        pictures, texts = encode_pictures(model, test.images[pool]), encode_texts(model, data.tokens(captions))
         scores = reranked(model, pictures, texts, recipe.candidates).image_to_text[0]
         best = scores.topk(min(RANKED, recipe.candidates, len(pool)))
         chances = match_probabilities(model, pictures, texts, best.indices)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from papers.albef.data import Lab
+from papers.albef.data import ExperimentData
 from papers.albef.model import Albef
 from papers.albef.tasks import word_maps
 from shared.data.synthetic.scenes import Thing
@@ -32,28 +32,28 @@ def middle_layer(model: Albef) -> int:
     return (len(model.multimodal_encoder) - 1) // 2
 
 
-def located(lab: Lab) -> Iterator[Located]:
+def located(data: ExperimentData) -> Iterator[Located]:
     """Names and colours of the things that do not fill their picture; words that stand there once."""
-    for row, scene in enumerate(lab.test.scenes):
-        caption = lab.test.captions[row]
+    for row, scene in enumerate(data.test.scenes):
+        caption = data.test.captions[row]
         for thing in scene.things if scene.grid != (1, 1) else ():
             for word in (thing.name, thing.colour):
                 before, found, after = caption.partition(word)
-                first = 1 + len(lab.tokenizer.encode(before))  # behind the start token
-                last = 1 + len(lab.tokenizer.encode(before + found))
-                if found and word not in after and first < last < lab.config.context:
+                first = 1 + len(data.tokenizer.encode(before))  # behind the start token
+                last = 1 + len(data.tokenizer.encode(before + found))
+                if found and word not in after and first < last < data.config.context:
                     yield Located(row, word, first, last, thing)
 
 
-def pointing(model: Albef, lab: Lab) -> dict:
+def pointing(model: Albef, data: ExperimentData) -> dict:
     """`pointing`: points of words whose hottest patch has its centre in the thing's box, of `pointed` words;
     `pointing_chance`: of a patch at random. Nothing where no picture has known things."""
-    words = [one for one in located(lab) if one.row < MOST]
+    words = [one for one in located(data) if one.row < MOST]
     if not words:
         return {}
     device, rows = model.temperature.device, sorted({one.row for one in words})
-    tokens = lab.tokens([lab.test.captions[row] for row in rows])
-    maps = word_maps(model, lab.test.images[rows].to(device), tokens.to(device), middle_layer(model)).cpu()
+    tokens = data.tokens([data.test.captions[row] for row in rows])
+    maps = word_maps(model, data.test.images[rows].to(device), tokens.to(device), middle_layer(model)).cpu()
     high, wide = maps.shape[2:]
     hits, shares = 0, 0.0
     for one in words:

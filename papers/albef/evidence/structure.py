@@ -72,9 +72,9 @@ def forward_flops(variant: str) -> int:
         model = Albef(config).eval()
         image_tokens = model.encode_image(torch.empty(1, 3, config.image_size, config.image_size))
         tokens = torch.zeros(1, config.context, dtype=torch.long)
-        present = torch.ones_like(tokens, dtype=torch.bool)
+        attention_mask = torch.ones_like(tokens, dtype=torch.bool)
         states = model.encode_text(tokens)
         for _ in range(3):  # a true pair and two false ones
-            model.match(states, present, image_tokens)
-        model.fuse(model.encode_text(tokens), present, image_tokens)  # with masked words
+            model.match(states, attention_mask, image_tokens)
+        model.fuse(model.encode_text(tokens), attention_mask, image_tokens)  # with masked words
     return counter.get_total_flops()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from papers.albef.data import Lab
+from papers.albef.data import ExperimentData
 from papers.albef.model import Albef
 from papers.albef.module import decay_groups
 from papers.albef.recipe import AlbefRecipe
@@ -32,21 +32,21 @@ class Set:
     answers: list[str]
 
 
-def transfer(model: Albef, lab: Lab, recipe: AlbefRecipe, seed: int) -> dict:
+def transfer(model: Albef, data: ExperimentData, recipe: AlbefRecipe, seed: int) -> dict:
     """{`vqa`, `entailment`, `nlvr2`: points right; the same with `_scratch`; with `_chance`: the most frequent answer}.
 
     `model` itself stays as it is. Nothing where the pictures are not generated, or where no step is asked for.
     """
-    if lab.pack is None or not recipe.transfer_steps:
+    if data.pack is None or not recipe.transfer_steps:
         return {}
     found = {}
     with torch.random.fork_rng(devices=[]):
         for name, task in TASKS.items():
-            train, test = task.make(lab, recipe, seed)
+            train, test = task.make(data, recipe, seed)
             for ending, start in (("", model), ("_scratch", None)):
                 torch.manual_seed(seed)
-                begin = Albef(lab.config) if start is None else deepcopy(start)
-                tuned = task.tune(begin.to(model.temperature.device), train, lab, recipe)
+                begin = Albef(data.config) if start is None else deepcopy(start)
+                tuned = task.tune(begin.to(model.temperature.device), train, data, recipe)
                 found[name + ending] = 100 * float((tuned(test) == test.labels).float().mean())
             found[f"{name}_chance"] = 100 * float(torch.bincount(test.labels).max()) / len(test.labels)
     return found
@@ -54,16 +54,16 @@ def transfer(model: Albef, lab: Lab, recipe: AlbefRecipe, seed: int) -> dict:
 
 @dataclass(frozen=True)
 class Task:
-    make: Callable[[Lab, AlbefRecipe, int], tuple[Set, Set]]  # to tune on, to test on
-    tune: Callable[[Albef, Set, Lab, AlbefRecipe], Callable[[Set], Tensor]]  # -> what answers a set
+    make: Callable[[ExperimentData, AlbefRecipe, int], tuple[Set, Set]]  # to tune on, to test on
+    tune: Callable[[Albef, Set, ExperimentData, AlbefRecipe], Callable[[Set], Tensor]]  # -> what answers a set
 
 
 # ---- the sets
 
 
-def questions(lab: Lab, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
+def questions(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
     """The answers are those of the questions that are tuned on; another one cannot be given."""
-    parts = generated(tasks.question, lab, recipe, seed)
+    parts = generated(tasks.question, data, recipe, seed)
     answers = sorted({one.answer for one in parts[0]})
     place = {answer: number for number, answer in enumerate(answers)}
 
@@ -74,29 +74,29 @@ def questions(lab: Lab, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
     return made(parts[0]), made(parts[1])
 
 
-def hypotheses(lab: Lab, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
+def hypotheses(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
     def made(part: list) -> Set:
         labels = torch.tensor([VERDICTS.index(one.verdict) for one in part])
         return Set(stacked([one.image for one in part]), [one.text for one in part], labels, [])
 
-    train, test = generated(tasks.hypothesis, lab, recipe, seed)
+    train, test = generated(tasks.hypothesis, data, recipe, seed)
     return made(train), made(test)
 
 
-def sentences(lab: Lab, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
+def sentences(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
     def made(part: list) -> Set:
         images = torch.stack([stacked([one.images[side] for one in part]) for side in (0, 1)], 1)
         return Set(images, [one.text for one in part], torch.tensor([int(one.label) for one in part]), [])
 
-    train, test = generated(tasks.statement, lab, recipe, seed)
+    train, test = generated(tasks.statement, data, recipe, seed)
     return made(train), made(test)
 
 
-def generated(task: Callable, lab: Lab, recipe: AlbefRecipe, seed: int) -> tuple[list, list]:
+def generated(task: Callable, data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[list, list]:
     """Samples to tune on, of scenes that pre-training has not seen, and samples to test on."""
-    given = {"size": recipe.image_size, "seed": seed, "options": lab.options}
+    given = {"size": recipe.image_size, "seed": seed, "options": data.options}
     counts = {"tune": recipe.pairs, "test": TESTED}
-    return tuple([task(lab.pack, split, i, **given) for i in range(count)] for split, count in counts.items())
+    return tuple([task(data.pack, split, i, **given) for i in range(count)] for split, count in counts.items())
 
 
 def stacked(pictures: Sequence) -> Tensor:
@@ -106,10 +106,10 @@ def stacked(pictures: Sequence) -> Tensor:
 # ---- the models
 
 
-def tune_vqa(model: Albef, train: Set, lab: Lab, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
-    tuned = AlbefVqa(QuestionAnswering(model), lab.config.momentum)
-    candidates = lab.tokens(train.answers).to(device_of(model))
-    asked, answers = lab.tokens(train.texts), lab.tokens([train.answers[label] for label in train.labels])
+def tune_vqa(model: Albef, train: Set, data: ExperimentData, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
+    tuned = AlbefVqa(QuestionAnswering(model), data.config.momentum)
+    candidates = data.tokens(train.answers).to(device_of(model))
+    asked, answers = data.tokens(train.texts), data.tokens([train.answers[label] for label in train.labels])
 
     def loss(rows: Tensor, alpha: float) -> Tensor:
         own = torch.arange(len(rows))
@@ -117,29 +117,29 @@ def tune_vqa(model: Albef, train: Set, lab: Lab, recipe: AlbefRecipe) -> Callabl
         return tuned.loss(*(part.to(candidates.device) for part in batch), alpha)
 
     step_by_step(tuned, loss, len(train.texts), recipe)
-    return lambda test: in_parts(lambda *batch: tuned.predict(*batch, candidates, 16), test, lab, candidates.device)
+    return lambda test: in_parts(lambda *batch: tuned.predict(*batch, candidates, 16), test, data, candidates.device)
 
 
-def tune_entailment(model: Albef, train: Set, lab: Lab, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
-    return tune_classifier(Distilled(Entailment(model), lab.config.momentum), train, lab, recipe)
+def tune_entailment(model: Albef, train: Set, data: ExperimentData, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
+    return tune_classifier(Distilled(Entailment(model), data.config.momentum), train, data, recipe)
 
 
-def tune_nlvr2(model: Albef, train: Set, lab: Lab, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
+def tune_nlvr2(model: Albef, train: Set, data: ExperimentData, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
     """Text assignment first, on the pictures and captions of pre-training."""
     pair = PairEncoder(model)
     assignment, device = TextAssignment(pair), device_of(model)
-    captions = lab.tokens([several[0] for several in lab.world.train.captions])
-    pictures = lab.world.train.images
+    captions = data.tokens([several[0] for several in data.dataset.train.captions])
+    pictures = data.dataset.train.images
 
     def loss(rows: Tensor, alpha: float) -> Tensor:
         return assignment.loss(pictures[rows].to(device), captions[rows].to(device), alpha)
 
     step_by_step(assignment, loss, len(captions), recipe)
-    return tune_classifier(Distilled(Nlvr2(pair), lab.config.momentum), train, lab, recipe)
+    return tune_classifier(Distilled(Nlvr2(pair), data.config.momentum), train, data, recipe)
 
 
-def tune_classifier(tuned: Distilled, train: Set, lab: Lab, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
-    device, tokens = device_of(tuned), lab.tokens(train.texts)
+def tune_classifier(tuned: Distilled, train: Set, data: ExperimentData, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
+    device, tokens = device_of(tuned), data.tokens(train.texts)
     tuned.to(device)
 
     def loss(rows: Tensor, alpha: float) -> Tensor:
@@ -147,7 +147,7 @@ def tune_classifier(tuned: Distilled, train: Set, lab: Lab, recipe: AlbefRecipe)
         return tuned.loss(*(part.to(device) for part in batch), alpha)
 
     step_by_step(tuned, loss, len(train.texts), recipe)
-    return lambda test: in_parts(tuned.predict, test, lab, device)
+    return lambda test: in_parts(tuned.predict, test, data, device)
 
 
 def step_by_step(model: nn.Module, loss: Callable[[Tensor, float], Tensor], rows: int, recipe: AlbefRecipe) -> None:
@@ -166,8 +166,10 @@ def step_by_step(model: nn.Module, loss: Callable[[Tensor, float], Tensor], rows
     model.eval()
 
 
-def in_parts(predict: Callable[[Tensor, Tensor], Tensor], test: Set, lab: Lab, device: torch.device) -> Tensor:
-    tokens = lab.tokens(test.texts)
+def in_parts(
+    predict: Callable[[Tensor, Tensor], Tensor], test: Set, data: ExperimentData, device: torch.device
+) -> Tensor:
+    tokens = data.tokens(test.texts)
     parts = zip(test.images.split(64), tokens.split(64), strict=True)
     return torch.cat([predict(images.to(device), words.to(device)).cpu() for images, words in parts])
 

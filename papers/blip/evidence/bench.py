@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from papers.blip.config import VARIANTS, BlipConfig, caption, retrieval
 from papers.blip.converter import FORMATS, published_of
 from papers.blip.losses import blip_losses
-from papers.blip.model import Blip, BlipPretraining, again, copied, looked_at, starting_with
-from papers.blip.module import narrowed
+from papers.blip.model import Blip, BlipPretraining, again, copied, cross_attention_kv, starting_with
+from papers.blip.module import trim_padding
 from shared.losses.image_text import Negatives, next_token_targets
 from shared.nn.generation import GenerationSettings, generate
 from shared.nn.momentum import FeatureQueue, follow, momentum_copy
@@ -70,7 +70,7 @@ def theirs_of(blip: Blip, kind: str) -> nn.Module:
     text = {
         "vocab_size": config.vocabulary,
         "hidden_size": config.text_width,
-        "intermediate_size": config.hidden,
+        "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.text_layers,
         "num_attention_heads": config.text_heads,
         "max_position_embeddings": config.positions,
@@ -112,7 +112,7 @@ class TheirBlip(nn.Module):
             own.crossattention, own.intermediate, own.output = shared.crossattention, shared.intermediate, shared.output
         self.normalised = normaliser(self, self.config.mean, self.config.std)
 
-    def present(self, tokens: Tensor) -> Tensor:
+    def attention_mask(self, tokens: Tensor) -> Tensor:
         return tokens != self.config.pad_token
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -123,23 +123,25 @@ class TheirBlip(nn.Module):
 
     def text_features(self, tokens: Tensor) -> Tensor:
         tokens = starting_with(self.config.start_token, tokens)
-        states = self.retrieval.text_encoder(tokens, attention_mask=self.present(tokens).long()).last_hidden_state
+        states = self.retrieval.text_encoder(
+            tokens, attention_mask=self.attention_mask(tokens).long()
+        ).last_hidden_state
         return F.normalize(self.retrieval.text_proj(states[:, 0]).float(), dim=-1)
 
     def match(self, tokens: Tensor, image_tokens: Tensor) -> Tensor:
         """Texts (R, T) and a picture for each (R, S, D) -> ITM logits (R, 2)."""
         tokens = starting_with(self.config.encode_token, tokens)
         states = self.retrieval.text_encoder(
-            tokens, attention_mask=self.present(tokens).long(), encoder_hidden_states=image_tokens
+            tokens, attention_mask=self.attention_mask(tokens).long(), encoder_hidden_states=image_tokens
         ).last_hidden_state
         return self.retrieval.itm_head(states[:, 0])
 
     def caption_targets(self, tokens: Tensor, image_tokens: Tensor, prompt: int, seen: None) -> tuple[Tensor, Tensor]:
         """Logits (R * T, V) and targets (R * T,): transformers has no way to leave padding out."""
         tokens = starting_with(self.config.decode_token, tokens)
-        present = self.present(tokens)
-        logits = self.decoder(tokens, attention_mask=present.long(), encoder_hidden_states=image_tokens).logits
-        return logits.flatten(0, 1), next_token_targets(tokens, present, prompt).flatten()
+        attention_mask = self.attention_mask(tokens)
+        logits = self.decoder(tokens, attention_mask=attention_mask.long(), encoder_hidden_states=image_tokens).logits
+        return logits.flatten(0, 1), next_token_targets(tokens, attention_mask, prompt).flatten()
 
 
 class TheirMomentum(nn.Module):
@@ -156,10 +158,10 @@ class TheirMomentum(nn.Module):
     def image_features(self, images: Tensor) -> Tensor:
         return TheirBlip.features_of(self, TheirBlip.encode_image(self, images))
 
-    def text_features(self, tokens: Tensor, present: Tensor) -> Tensor:
+    def text_features(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         return TheirBlip.text_features(self, tokens)
 
-    def present(self, tokens: Tensor) -> Tensor:
+    def attention_mask(self, tokens: Tensor) -> Tensor:
         return tokens != self.config.pad_token
 
 
@@ -221,12 +223,12 @@ def caption_steps(config: BlipConfig, device: str, precision: str) -> dict[str, 
 
     def their_loss(pixels: Tensor, tokens: Tensor) -> Tensor:
         tokens = starting_with(config.decode_token, tokens)
-        present = tokens != config.pad_token
+        attention_mask = tokens != config.pad_token
         return theirs(
             pixel_values=normalised(pixels),
             input_ids=tokens,
-            attention_mask=present.long(),
-            labels=tokens.masked_fill(~present, -100),
+            attention_mask=attention_mask.long(),
+            labels=tokens.masked_fill(~attention_mask, -100),
         ).loss
 
     return {
@@ -307,7 +309,7 @@ def bytes_and_tokens(config: BlipConfig, batch: int, device: str) -> tuple[Tenso
         words=(1, config.start_token),
         lengths=NATURAL,
     )
-    return pixels.to(device), narrowed(tokens, config.pad_token).to(device)
+    return pixels.to(device), trim_padding(tokens, config.pad_token).to(device)
 
 
 def prompts_of(config: BlipConfig, batch: int, device: str) -> Tensor:
@@ -330,7 +332,7 @@ def work(config: BlipConfig, tokens: int, parts: tuple[str, ...] = (), texts: in
             if "alone" in parts:
                 model.text_features(ids[:1])
             if "match" in parts or "write" in parts:
-                seen = looked_at(model.text_encoder.layers, image_tokens, torch.zeros(texts, dtype=torch.long))
+                seen = cross_attention_kv(model.text_encoder.layers, image_tokens, torch.zeros(texts, dtype=torch.long))
             if "match" in parts:
                 model.match(ids, image_tokens, seen)
             if "write" in parts:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, at, caption, nlvr, retrieval, vqa
 from papers.blip.encode import (
     Encoded,
-    Writing,
+    GenerationConfig,
     encoded,
     encoded_video,
     judge_pairs,
@@ -224,7 +224,7 @@ def coco_captions(place: Path, folder: Path) -> dict[str, float]:
     said, references = [], []
     records = karpathy_records(folder)["test"]
     for kept, images in in_chunks(folder.name, records, lambda record: [record], model.config.image_size):
-        said += write(model, tokenizer, images[:, 0], Writing())
+        said += write(model, tokenizer, images[:, 0], GenerationConfig())
         references += [list(record.captions) for record in kept]
     return {name: scored.score for name, scored in caption_scores(said, references).items()}
 
@@ -235,7 +235,7 @@ def captions_for_server(place: Path, folder: Path) -> Path:
     rows = []
     pairs = nocaps_records(folder)
     for kept, images in in_chunks("NoCaps", pairs, lambda pair: [pair[0]], model.config.image_size):
-        said = write(model, tokenizer, images[:, 0], Writing())
+        said = write(model, tokenizer, images[:, 0], GenerationConfig())
         rows += [
             {"image_id": int(record.id) if record.id.isdigit() else record.id, "caption": text}
             for (record, _), text in zip(kept, said, strict=True)

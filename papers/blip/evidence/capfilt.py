@@ -14,20 +14,20 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from papers.blip.data import Lab, Text, make_lab
-from papers.blip.encode import Writing, match_probability, tokens_of, write
+from papers.blip.data import ExperimentData, Text, data_of
+from papers.blip.encode import GenerationConfig, match_probability, tokens_of, write
 from papers.blip.evidence.capfilt_page import Decision, read_lines, write_lines
 from papers.blip.model import Blip, BlipPretraining, Objectives, picture_tokens, vision_encoder
 from papers.blip.module import CAPTIONER, FILTER, PRETRAINING, BlipModule
 from papers.blip.recipe import BlipRecipe
 from shared.core.device import device_for
 from shared.core.files import write_whole
-from shared.core.recipe import digest, of_one_arm
-from shared.data.dataset import World
+from shared.core.paper_package import Context
+from shared.core.recipe import digest, training_fields
+from shared.data.dataset import DatasetBundle
 from shared.data.loader import Batches
-from shared.experiments.ablations import Context
-from shared.experiments.stage_cache import Stages
-from shared.training.callbacks import Curves
+from shared.experiments.stage_cache import StageCache
+from shared.training.callbacks import MetricRecorder
 from shared.training.trainer import fit
 from shared.weights.load import load_weights, save_weights
 from shared.weights.safe_load import read_tensors
@@ -46,41 +46,41 @@ class CapFilt:
     """The stages of one seed, for whichever arm asks first."""
 
     context: Context
-    lab: Lab
-    stages: Stages
+    data: ExperimentData
+    stages: StageCache
 
     @classmethod
     def of(cls, context: Context) -> CapFilt:
-        lab = make_lab(context)
-        key = f"{context.seed}-{digest(of_one_arm(context.recipe))}-{lab.world.digest[:12]}"
-        return cls(context, lab, Stages(context.folder.parent / "stages" / key, context.seed))
+        data = data_of(context)
+        key = f"{context.seed}-{digest(training_fields(context.recipe))}-{data.dataset.digest[:12]}"
+        return cls(context, data, StageCache(context.folder.parent / "stages" / key, context.seed))
 
     # models
 
     def new_model(self, sharing: str = "all_but_sa") -> BlipPretraining:
         """As every arm of a seed begins: the same numbers, whatever was drawn before."""
         torch.manual_seed(self.context.seed)
-        model = BlipPretraining(replace(self.lab.config, sharing=sharing))
-        if self.context.recipe.vision_steps and self.lab.labelled:
+        model = BlipPretraining(replace(self.data.config, sharing=sharing))
+        if self.context.recipe.vision_steps and self.data.labelled:
             start_from(model, read_tensors(self.vision() / "vision.safetensors"))
         return model
 
     def vision(self) -> Path:
         def make(folder: Path) -> None:
-            encoder = classifying_encoder(self.lab, self.context.recipe, self.context.seed)
+            encoder = classifying_encoder(self.data, self.context.recipe, self.context.seed)
             save_weights(encoder, folder / "vision.safetensors")
 
-        return self.stages.once("vision", make)
+        return self.stages.get_or_build("vision", make)
 
     def pretrained(self) -> tuple[BlipPretraining, dict]:
         """The model that saw all web and clean pairs, and how its training went."""
 
         def make(folder: Path) -> None:
             model = self.new_model()
-            told = self.train(model, [*self.lab.web, *self.lab.clean], folder, "pretrained")
+            told = self.train(model, [*self.data.web, *self.data.clean], folder, "pretrained")
             keep(model, folder, told)
 
-        return self.loaded(self.stages.once("pretrained", make))
+        return self.loaded(self.stages.get_or_build("pretrained", make))
 
     def tuned(self, name: str) -> tuple[BlipPretraining, dict]:
         """Captioner, filter, or both in one, fine-tuned on the clean pairs."""
@@ -89,15 +89,15 @@ class CapFilt:
             model, _ = self.pretrained()
             recipe = self.context.recipe
             told = self.train(
-                model, self.lab.clean, folder, name, TUNED[name], recipe.finetune_steps, recipe.finetune_rate,
+                model, self.data.clean, folder, name, TUNED[name], recipe.finetune_steps, recipe.finetune_rate,
                 "" if name == "captioner-bare" else recipe.prompt,
             )  # fmt: skip
             keep(model, folder, told)
 
-        return self.loaded(self.stages.once(name, make))
+        return self.loaded(self.stages.get_or_build(name, make))
 
     def loaded(self, folder: Path) -> tuple[BlipPretraining, dict]:
-        model = BlipPretraining(self.lab.config)
+        model = BlipPretraining(self.data.config)
         load_weights(model, folder / "weights.safetensors")
         return model.eval(), json.loads((folder / "training.json").read_text())
 
@@ -117,19 +117,19 @@ class CapFilt:
         # the filter is tuned as for retrieval, where all texts of a picture are its partners (official code)
         recipe = replace(recipe, by_picture=recipe.by_picture or objectives == FILTER)
         prompt = prompt if objectives.lm and not objectives.itc else ""
-        learned = len(Writing(prompt).prompt_tokens(self.lab.tokenizer)) if prompt else 0
+        learned = len(GenerationConfig(prompt).prompt_tokens(self.data.tokenizer)) if prompt else 0
         module = BlipModule(model, recipe, objectives, learned).train()
-        batches = Batches(self.lab.tensors(texts, prompt), recipe.batch, recipe.steps, self.context.seed)
-        curves = Curves(recipe.batch, self.context.progress)
-        identity = {"arm": name, "seed": self.context.seed, "data": self.lab.world.digest, "texts": digest_of(texts)}
+        batches = Batches(self.data.tensors(texts, prompt), recipe.batch, recipe.steps, self.context.seed)
+        curves = MetricRecorder(recipe.batch, self.context.progress)
+        identity = {"arm": name, "seed": self.context.seed, "data": self.data.dataset.digest, "texts": digest_of(texts)}
         waited = fit(module, batches, recipe, folder, [curves], identity)
         return {"curves": curves.values, "waited": round(waited, 5)}
 
     # texts
 
-    def writing(self, how: How, prompt: str | None = None) -> Writing:
+    def writing(self, how: How, prompt: str | None = None) -> GenerationConfig:
         recipe = self.context.recipe
-        return Writing(
+        return GenerationConfig(
             recipe.prompt if prompt is None else prompt,
             recipe.beams,
             recipe.top_p if how == "nucleus" else None,
@@ -143,13 +143,15 @@ class CapFilt:
 
         def make(folder: Path) -> None:
             model, _ = self.tuned(by)
-            rows = self.lab.web_pictures
+            rows = self.data.web_pictures
             prompt = "" if TUNED[by].itc else None  # the coupled model learned none
-            said = write(model.blip, self.lab.tokenizer, self.lab.world.train.images[rows], self.writing(how, prompt))
-            texts = [[row, text, named(self.lab.world, row, text)] for row, text in zip(rows, said, strict=True)]
+            said = write(
+                model.blip, self.data.tokenizer, self.data.dataset.train.images[rows], self.writing(how, prompt)
+            )
+            texts = [[row, text, named(self.data.dataset, row, text)] for row, text in zip(rows, said, strict=True)]
             write_whole(folder / "texts.json", json.dumps(texts))
 
-        path = self.stages.once(f"written-by-{by}-{how}", make) / "texts.json"
+        path = self.stages.get_or_build(f"written-by-{by}-{how}", make) / "texts.json"
         return [Text(*one) for one in json.loads(path.read_text())]
 
     def decisions(self, judge: str, origin: Literal["web", "written"], by: str = "", how: How = "nucleus"):
@@ -157,13 +159,13 @@ class CapFilt:
 
         def make(folder: Path) -> None:
             model, _ = self.tuned(judge)
-            texts = self.lab.web if origin == "web" else self.written(by, how)
+            texts = self.data.web if origin == "web" else self.written(by, how)
             write_lines(
-                folder / "decisions.jsonl", judged(model.blip, self.lab, texts, origin, self.context.recipe.threshold)
+                folder / "decisions.jsonl", judged(model.blip, self.data, texts, origin, self.context.recipe.threshold)
             )
 
         source = "web" if origin == "web" else f"{by}-{how}"
-        return read_lines(self.stages.once(f"{source}-judged-by-{judge}", make) / "decisions.jsonl")
+        return read_lines(self.stages.get_or_build(f"{source}-judged-by-{judge}", make) / "decisions.jsonl")
 
     def bootstrapped(self, by: str = "captioner", judge: str = "filter", how: How = "nucleus") -> list[Decision]:
         """Captioner and filter together: all texts of the web pictures, each with the filter's decision."""
@@ -182,13 +184,13 @@ def recipe_for(recipe: BlipRecipe, texts: int, steps: int | None, rate: float | 
     )
 
 
-def classifying_encoder(lab: Lab, recipe: BlipRecipe, seed: int) -> torch.nn.Module:
+def classifying_encoder(data: ExperimentData, recipe: BlipRecipe, seed: int) -> torch.nn.Module:
     """An image encoder that learned to tell labelled pictures apart, one linear head a kind of label."""
-    images, labels = lab.labelled
+    images, labels = data.labelled
     device = device_for(recipe)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    encoder = vision_encoder(lab.config).to(device)
+    encoder = vision_encoder(data.config).to(device)
     heads = torch.nn.ModuleList(torch.nn.Linear(encoder.width, int(kind.max()) + 1) for kind in labels.T).to(device)
     steps, rate = recipe.vision_steps, recipe.vision_rate
     optimizer = torch.optim.AdamW(
@@ -214,12 +216,14 @@ def start_from(model: BlipPretraining, vision: dict[str, torch.Tensor]) -> None:
     model.momentum.vision_encoder.load_state_dict(vision, strict=True)
 
 
-def judged(model: Blip, lab: Lab, texts: Sequence[Text], origin: str, threshold: float = 0.5) -> list[Decision]:
+def judged(
+    model: Blip, data: ExperimentData, texts: Sequence[Text], origin: str, threshold: float = 0.5
+) -> list[Decision]:
     """A text of no words matches nothing."""
     rows = torch.tensor([text.picture for text in texts])
-    tokens = tokens_of(lab.tokenizer, [text.text for text in texts], lab.config)
-    match = match_probability(model, tokens, lab.world.train.images[rows]).tolist()
-    ids = lab.world.train.ids
+    tokens = tokens_of(data.tokenizer, [text.text for text in texts], data.config)
+    match = match_probability(model, tokens, data.dataset.train.images[rows]).tolist()
+    ids = data.dataset.train.ids
     return [
         Decision(
             one.picture,
@@ -238,11 +242,11 @@ def kept_of(decisions: Sequence[Decision]) -> list[Text]:
     return [Text(one.picture, one.text, one.true) for one in decisions if one.kept]
 
 
-def named(world: World, row: int, text: str) -> bool | None:
+def named(dataset: DatasetBundle, row: int, text: str) -> bool | None:
     """Of a scene of one thing: whether the text names it. Nobody knows of other pictures."""
-    if world.train.noisy is None or not world.classes or int(world.train.labels[row]) < 0:
+    if dataset.train.noisy is None or not dataset.classes or int(dataset.train.labels[row]) < 0:
         return None
-    name = world.classes[int(world.train.labels[row])]
+    name = dataset.classes[int(dataset.train.labels[row])]
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 

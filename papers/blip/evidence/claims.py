@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from papers.blip.data import Lab, Text, load
+from papers.blip.data import ExperimentData, Text, load
 from papers.blip.encode import encoded, reranked, text_features, tokens_of, write
 from papers.blip.evidence.capfilt import CapFilt, kept_of
 from papers.blip.evidence.capfilt_page import Decision, counts, write_lines, write_page
 from papers.blip.model import Blip
 from papers.blip.recipe import BlipRecipe
-from shared.experiments.ablations import Claim, Context
+from shared.core.paper_package import Claim, Context
 from shared.metrics import caption_scores, reranked_hits, retrieval_hits_from_features
 
 __all__ = ["ARMS", "CLAIMS", "load"]
@@ -19,15 +19,15 @@ __all__ = ["ARMS", "CLAIMS", "load"]
 # ---- measuring
 
 
-def measure(model: Blip, lab: Lab, recipe: BlipRecipe) -> dict:
+def measure(model: Blip, data: ExperimentData, recipe: BlipRecipe) -> dict:
     """R@1 on held-out pictures in points, mean of both directions: `r1` after re-ranking, `itc_r1` without."""
-    held = lab.held
-    tokens = tokens_of(lab.tokenizer, held.texts, lab.config)
-    pictures = encoded(model.eval(), held.images)
+    eval_set = data.eval_set
+    tokens = tokens_of(data.tokenizer, eval_set.texts, data.config)
+    pictures = encoded(model.eval(), eval_set.images)
     i2t, t2i = reranked(model, pictures, tokens, recipe.candidates)
     protocol = f"itc-top{recipe.candidates}-itm+itc"
-    hits = reranked_hits(i2t, t2i, held.owner, ks=(1,), protocol=protocol)
-    plain = retrieval_hits_from_features(pictures.features, text_features(model, tokens), held.owner, ks=(1,))
+    hits = reranked_hits(i2t, t2i, eval_set.owner, ks=(1,), protocol=protocol)
+    plain = retrieval_hits_from_features(pictures.features, text_features(model, tokens), eval_set.owner, ks=(1,))
     return {
         "r1": 50 * sum(hits.values()),
         "itc_r1": 50 * sum(plain.values()),
@@ -58,7 +58,7 @@ def noisy(context: Context) -> dict:
     """Pre-trained on all web pairs and the clean ones: the baseline of most claims."""
     work = CapFilt.of(context)
     model, told = work.pretrained()
-    return told | measure(model.blip, work.lab, context.recipe)
+    return told | measure(model.blip, work.data, context.recipe)
 
 
 def on_texts(context: Context, texts: Sequence[Text], sharing: str = "all_but_sa", longer: float = 1.0) -> dict:
@@ -66,10 +66,10 @@ def on_texts(context: Context, texts: Sequence[Text], sharing: str = "all_but_sa
     work = CapFilt.of(context)
     model = work.new_model(sharing)
     steps = round(context.recipe.steps * longer)
-    told = work.train(model, [*texts, *work.lab.clean], context.folder, context.arm, steps=steps)
+    told = work.train(model, [*texts, *work.data.clean], context.folder, context.arm, steps=steps)
     if context.first:
-        keep_model(model.blip, work.lab, context)
-    return told | measure(model.blip, work.lab, context.recipe)
+        keep_model(model.blip, work.data, context)
+    return told | measure(model.blip, work.data, context.recipe)
 
 
 def filter_only(context: Context) -> dict:
@@ -79,14 +79,14 @@ def filter_only(context: Context) -> dict:
 
 def captioner_only(context: Context) -> dict:
     work = CapFilt.of(context)
-    return on_texts(context, [*work.lab.web, *work.written("captioner", "nucleus")])
+    return on_texts(context, [*work.data.web, *work.written("captioner", "nucleus")])
 
 
 def both(context: Context) -> dict:
     work = CapFilt.of(context)
     decisions = work.bootstrapped()
     if context.first:
-        show(decisions, work.lab, context)
+        show(decisions, work.data, context)
     return on_texts(context, kept_of(decisions)) | filtered(decisions)
 
 
@@ -102,23 +102,23 @@ def coupled(context: Context) -> dict:
 
 
 def longer(context: Context) -> dict:
-    return on_texts(context, CapFilt.of(context).lab.web, longer=context.recipe.longer)
+    return on_texts(context, CapFilt.of(context).data.web, longer=context.recipe.longer)
 
 
 def continued(context: Context) -> dict:
     """The pre-trained model goes on with the bootstrapped set (Table 13)."""
     work = CapFilt.of(context)
     model, _ = work.pretrained()
-    texts = [*kept_of(work.bootstrapped()), *work.lab.clean]
+    texts = [*kept_of(work.bootstrapped()), *work.data.clean]
     told = work.train(model, texts, context.folder, context.arm)
-    return told | measure(model.blip, work.lab, context.recipe)
+    return told | measure(model.blip, work.data, context.recipe)
 
 
 def sharing(mode: str) -> Callable[[Context], dict]:
     """Table 3: pre-trained like `noisy`, with encoder and decoder sharing something else."""
 
     def arm(context: Context) -> dict:
-        return on_texts(context, CapFilt.of(context).lab.web, mode)
+        return on_texts(context, CapFilt.of(context).data.web, mode)
 
     return arm
 
@@ -129,12 +129,12 @@ def captioning(name: str, prompted: bool) -> Callable[[Context], dict]:
     def arm(context: Context) -> dict:
         work = CapFilt.of(context)
         model, told = work.tuned(name)
-        held = work.lab.held
+        eval_set = work.data.eval_set
         how = work.writing("beam", None if prompted else "")
-        said = write(model.blip, work.lab.tokenizer, held.images, how)
-        found = caption_scores(said, held.references)
+        said = write(model.blip, work.data.tokenizer, eval_set.images, how)
+        found = caption_scores(said, eval_set.references)
         if context.first:
-            keep_model(model.blip, work.lab, context)
+            keep_model(model.blip, work.data, context)
         return {
             "waited": told["waited"],
             "cider": 100 * found["caption/cider_d@treebank"].score,
@@ -144,29 +144,29 @@ def captioning(name: str, prompted: bool) -> Callable[[Context], dict]:
     return arm
 
 
-def keep_model(model: Blip, lab: Lab, context: Context) -> None:
+def keep_model(model: Blip, data: ExperimentData, context: Context) -> None:
     """The first seed's model and tokenizer stay with the run: figures are drawn from them, users can load them."""
     from shared.weights.load import save_weights
 
     save_weights(model, context.folder / "model.safetensors", {"variant": context.recipe.model})
-    lab.tokenizer.save(context.folder / "tokenizer.json")
+    data.tokenizer.save(context.folder / "tokenizer.json")
 
 
-def show(decisions: Sequence[Decision], lab: Lab, context: Context) -> None:
+def show(decisions: Sequence[Decision], data: ExperimentData, context: Context) -> None:
     """What was kept, dropped and written, to page through."""
     write_lines(context.folder / "capfilt.jsonl", decisions)
     known = any(one.true is not None for one in decisions)
     note = (
-        f"{len(lab.web_pictures)} web pictures of {lab.world.name}, seed {context.seed}, beside "
-        f"{len(lab.clean)} clean texts that the captioner and the filter learned from. A text is kept where the filter "
-        f"gives a match at least {decisions[0].threshold:.3g}."
+        f"{len(data.web_pictures)} web pictures of {data.dataset.name}, seed {context.seed}, beside "
+        f"{len(data.clean)} clean texts that the captioner and the filter learned from. A text is kept where the "
+        f"filter gives a match at least {decisions[0].threshold:.3g}."
     )
     if known:
         note += (
             " Of a web text it is known whether it belongs to its picture; a written text counts as true if it names "
             "the thing that is shown."
         )
-    write_page(context.folder / "capfilt.html", decisions, lab.world.train.images, "CapFilt: kept and dropped", note)
+    write_page(context.folder / "capfilt.html", decisions, data.dataset.train.images, "CapFilt: kept and dropped", note)
 
 
 ARMS: dict[str, Callable[[Context], dict]] = {

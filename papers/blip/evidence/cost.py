@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from papers.blip.config import VARIANTS
-from papers.blip.model import BlipPretraining, again, looked_at, starting_with
+from papers.blip.model import BlipPretraining, again, cross_attention_kv, starting_with
 from shared.losses.image_text import (
     Negatives,
     Similarities,
@@ -37,11 +37,13 @@ def workload(variant: str) -> Workload:
         features = blip.features_of(image_tokens), blip.text_features(tokens)
         with torch.no_grad():
             slow_images = model.momentum.image_features(images)
-            slow_texts = model.momentum.text_features(starting_with(config.start_token, tokens), blip.present(tokens))
+            slow_texts = model.momentum.text_features(
+                starting_with(config.start_token, tokens), blip.attention_mask(tokens)
+            )
         neighbours = torch.arange(len(tokens)).roll(1)  # which negatives are drawn makes no difference
         yes, no, seen = model.matching(tokens, image_tokens, Negatives(neighbours, neighbours))
         text = starting_with(config.decode_token, tokens)
-        seen = again(seen, None) if seen else looked_at(blip.text_decoder.layers, image_tokens)
+        seen = again(seen, None) if seen else cross_attention_kv(blip.text_decoder.layers, image_tokens)
         states = blip.text_decoder.states(text, None, seen=seen)[:, :-1]  # every position has a next token
         told = language_loss(blip.text_decoder.logits(states).flatten(0, 1), text[:, 1:].flatten())
         return *features, slow_images, slow_texts, matching_loss(yes, no) + told

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from papers.blip.config import fitted
-from papers.blip.data import Lab, lab_of
-from papers.blip.encode import Writing, encoded, reranked, tokens_of, write
+from papers.blip.config import with_tokenizer
+from papers.blip.data import ExperimentData, build_data
+from papers.blip.encode import GenerationConfig, encoded, reranked, tokens_of, write
 from papers.blip.evidence.capfilt_page import Decision, read_lines
 from papers.blip.pretrained import load_file
 from papers.blip.recipe import BlipRecipe
@@ -35,18 +35,18 @@ def draw(recipe: BlipRecipe, outcomes: dict[int, dict[str, dict]], folder: Path)
     """All figures that this run's arms allow; models and decisions shown are those of the first seed."""
     drawn = curves(list(outcomes.values()))
     seed = seeds_of(recipe)[0]
-    lab = lab_of(recipe, seed)
+    data = build_data(recipe, seed)
     arms = folder / "arms"
     decisions = arms / f"both-{seed}" / "capfilt.jsonl"
     if decisions.is_file():
         for name in ("capfilt.html", "capfilt.jsonl"):
             shutil.copyfile(decisions.with_name(name), folder / name)
-        drawn.append(decision_figure(read_lines(decisions), lab))
+        drawn.append(decision_figure(read_lines(decisions), data))
     if (weights := arms / f"captioner-{seed}" / "model.safetensors").is_file():
-        drawn.append(caption_figure(weights, lab, recipe))
+        drawn.append(caption_figure(weights, data, recipe))
     samples = []
     if (weights := arms / f"both-{seed}" / "model.safetensors").is_file():
-        samples = retrieval_examples(load_file(weights, fitted(lab.config, lab.tokenizer)), lab, recipe)
+        samples = retrieval_examples(load_file(weights, with_tokenizer(data.config, data.tokenizer)), data, recipe)
     return drawn, samples
 
 
@@ -64,7 +64,7 @@ def curves(measured: list[dict[str, dict]]) -> list[Figure]:
     return drawn
 
 
-def decision_figure(decisions: list[Decision], lab: Lab) -> Figure:
+def decision_figure(decisions: list[Decision], data: ExperimentData) -> Figure:
     """Pictures with both texts, some of each outcome of the filter."""
     by_picture: dict[int, dict[str, Decision]] = {}
     for one in decisions:
@@ -86,23 +86,25 @@ def decision_figure(decisions: list[Decision], lab: Lab) -> Figure:
         "Web pictures with the web's text and the written one; ✓ was kept by the filter, ✗ was "
         "dropped. All of them, page by page: capfilt.html beside this report."
     )
-    return pictures(lab.world.train.images, lines, "What CapFilt kept and dropped", caption)
+    return pictures(data.dataset.train.images, lines, "What CapFilt kept and dropped", caption)
 
 
-def caption_figure(weights: Path, lab: Lab, recipe: BlipRecipe) -> Figure:
+def caption_figure(weights: Path, data: ExperimentData, recipe: BlipRecipe) -> Figure:
     """Held-out pictures with what the captioner says of them, by beam search and sampled from the nucleus."""
-    model = load_file(weights, fitted(lab.config, lab.tokenizer))
-    rows = list(range(0, len(lab.held.images), max(1, len(lab.held.images) // (2 * EXAMPLES))))[: 2 * EXAMPLES]
-    images = lab.held.images[torch.tensor(rows)]
+    model = load_file(weights, with_tokenizer(data.config, data.tokenizer))
+    rows = list(range(0, len(data.eval_set.images), max(1, len(data.eval_set.images) // (2 * EXAMPLES))))[
+        : 2 * EXAMPLES
+    ]
+    images = data.eval_set.images[torch.tensor(rows)]
     lengths = {"longest": recipe.longest, "shortest": recipe.shortest}
-    beam = write(model, lab.tokenizer, images, Writing(recipe.prompt, recipe.beams, **lengths))
-    sampled = write(model, lab.tokenizer, images, Writing(recipe.prompt, nucleus=recipe.top_p, **lengths))
+    beam = write(model, data.tokenizer, images, GenerationConfig(recipe.prompt, recipe.beams, **lengths))
+    sampled = write(model, data.tokenizer, images, GenerationConfig(recipe.prompt, nucleus=recipe.top_p, **lengths))
     lines = {
         row: [(f"beam: {one}", None), (f"nucleus: {other}", None)]
         for row, one, other in zip(rows, beam, sampled, strict=True)
     }
     caption = f"Held-out pictures and the captioner's words behind '{recipe.prompt}': beam search, and one sample."
-    return pictures(lab.held.images, lines, "Captions", caption)
+    return pictures(data.eval_set.images, lines, "Captions", caption)
 
 
 def pictures(images: Tensor, lines: dict[int, list[tuple[str, bool | None]]], name: str, caption: str) -> Figure:
@@ -140,12 +142,19 @@ def wrapped(text: str, width: int = 38, most: int = 2) -> str:
     return "\n".join([*lines[: most - 1], lines[most - 1] + "…"] if len(lines) > most else lines)
 
 
-def retrieval_examples(model, lab: Lab, recipe: BlipRecipe) -> list[Sample]:
+def retrieval_examples(model, data: ExperimentData, recipe: BlipRecipe) -> list[Sample]:
     """Held-out pictures with the captions that the model ranks first, after matching."""
-    held = lab.held
-    seen = encoded(model, held.images)
-    scores, _ = reranked(model, seen, tokens_of(lab.tokenizer, held.texts, model.config), recipe.candidates)  # (I, T)
-    queries, owner = [several[0] for several in held.references], held.owner.tolist()
+    eval_set = data.eval_set
+    seen = encoded(model, eval_set.images)
+    scores, _ = reranked(
+        model, seen, tokens_of(data.tokenizer, eval_set.texts, model.config), recipe.candidates
+    )  # (I, T)
+    queries, owner = [several[0] for several in eval_set.references], eval_set.owner.tolist()
     return figures.retrieval_examples(
-        scores, held.images, queries, held.texts, lambda row, i: owner[i] == row, most=min(RANKED, recipe.candidates)
+        scores,
+        eval_set.images,
+        queries,
+        eval_set.texts,
+        lambda row, i: owner[i] == row,
+        most=min(RANKED, recipe.candidates),
     )

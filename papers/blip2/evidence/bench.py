@@ -26,7 +26,7 @@ from papers.blip2.converter import VISION, published_of, transformers_qformer, w
 from papers.blip2.evidence.cost import stage1_flops
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, vision_encoder
-from papers.blip2.module import narrowed
+from papers.blip2.module import trim_padding
 from shared.backbones.hf_lm import CausalAdapter
 from shared.backbones.vision import Encoder, vit_encoder
 from shared.core.errors import UserError
@@ -55,7 +55,7 @@ VISUAL_TOKENS = (32, 1, 8, 64, 128, 257)  # the paper's queries first, last all 
 TEXT_TOKENS = 16
 
 PUBLISHED = "blip2-vit-g-opt-2.7b"  # what a GPU is given
-OPT_125M = LanguageConfig("opt-125m", "opt", 768, 50_272, layers=12, heads=12, hidden=3072, context=2048)
+OPT_125M = LanguageConfig("opt-125m", "opt", 768, 50_272, layers=12, heads=12, mlp_width=3072, context=2048)
 # To OPT-125m what ViT-g is to OPT-2.7B: 37 % of its parameters, and as many picture tokens.
 EVA_SMALL = VisionConfig("eva", 224, 14, width=512, layers=14, heads=8, mlp_ratio=4.3637)
 
@@ -73,9 +73,9 @@ def vit_l_smollm2() -> Blip2Config:
 def opt_tiny() -> Blip2Config:
     """For tests: everything small, and no two sizes alike."""
     vision = VisionConfig("eva", 28, 7, width=40, layers=2, heads=5, mlp_ratio=3.5)
-    language = LanguageConfig("opt-tiny", "opt", 36, 117, layers=2, heads=3, hidden=68, context=320)
+    language = LanguageConfig("opt-tiny", "opt", 36, 117, layers=2, heads=3, mlp_width=68, context=320)
     return Blip2Config(
-        vision=vision, language=language, queries=6, width=48, layers=3, heads=4, hidden=72, embed_width=28,
+        vision=vision, language=language, queries=6, width=48, layers=3, heads=4, mlp_width=72, embed_width=28,
         vocabulary=101, positions=33, context=19, start_token=98, end_token=99, decode_token=100, tokenizer="small-bpe",
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def language_model(config: LanguageConfig) -> nn.Module:
     """One of these sizes in this repository's own layers."""
     return SmallLanguageModel(
         config.vocabulary, config.context, config.width, config.layers, config.heads, kv_heads=config.kv_heads,
-        hidden=config.hidden,
+        mlp_width=config.mlp_width,
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def their_config(config: Blip2Config) -> Any:
     vision, language = config.vision, config.language
     sizes = {
         "hidden_size": config.width,
-        "intermediate_size": config.hidden,
+        "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "cross_attention_frequency": config.cross_every,
@@ -140,7 +140,7 @@ def their_config(config: Blip2Config) -> Any:
         "vocab_size": language.vocabulary,
         "hidden_size": language.width,
         "word_embed_proj_dim": language.width,
-        "ffn_dim": language.hidden,
+        "ffn_dim": language.mlp_width,
         "num_hidden_layers": language.layers,
         "num_attention_heads": language.heads,
         "max_position_embeddings": language.context,
@@ -200,12 +200,12 @@ class TheirQFormer(nn.Module):
     def look(self, context: Tensor, *, caches: None = None) -> Tensor:
         return self.theirs(self._queries(len(context)), encoder_hidden_states=context).last_hidden_state
 
-    def read(self, tokens: Tensor, present: Tensor) -> Tensor:
-        return self.theirs(self._words(tokens), query_length=0, attention_mask=present.long()).last_hidden_state
+    def read(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.theirs(self._words(tokens), query_length=0, attention_mask=attention_mask.long()).last_hidden_state
 
-    def match(self, tokens: Tensor, present: Tensor, context: Tensor) -> Tensor:
+    def match(self, tokens: Tensor, attention_mask: Tensor, context: Tensor) -> Tensor:
         queries = self._queries(len(tokens))
-        mask = torch.cat([present.new_ones(queries.shape[:2]), present], dim=1).long()
+        mask = torch.cat([attention_mask.new_ones(queries.shape[:2]), attention_mask], dim=1).long()
         return self.theirs(
             torch.cat([queries, self._words(tokens)], dim=1),
             query_length=queries.shape[1],
@@ -235,9 +235,9 @@ class Repeated(Blip2Qformer):
         if not objectives.itg:
             return output
         tokens = self.with_start(tokens)
-        present = self.present(tokens)
-        states = self.qformer.joint_causal(tokens, present, self.vision_norm(features))[:, self.config.queries :]
-        targets = next_token_targets(tokens, present)
+        attention_mask = self.attention_mask(tokens)
+        states = self.qformer.joint_causal(tokens, attention_mask, self.vision_norm(features))[:, self.config.queries :]
+        targets = next_token_targets(tokens, attention_mask)
         learned = targets != IGNORED
         return output._replace(logits=self._logits(states)[learned], next_tokens=targets[learned])
 
@@ -295,24 +295,24 @@ def stage2_steps(
     config: Blip2Config, device: str, precision: str, pixels: Tensor
 ) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Stage 2's step on the features of `pixels`, computed before, and with the encoder run in it: functions of tokens
-    (B, T) and present (B, T) that give the loss before it."""
+    (B, T) and attention_mask (B, T) that give the loss before it."""
     torch.manual_seed(0)
     with torch.device(device):
-        encoder, speaker = frozen_encoder(config.vision), language_model(config.language)
-    for parameter in speaker.parameters():  # a new one says anything of anything: its loss would compare nothing
+        encoder, lm = frozen_encoder(config.vision), language_model(config.language)
+    for parameter in lm.parameters():  # a new one says anything of anything: its loss would compare nothing
         if parameter.ndim == 2:
             parameter.data.mul_(5)
     if precision == "bf16":
-        encoder, speaker = encoder.to(torch.bfloat16), speaker.to(torch.bfloat16)
+        encoder, lm = encoder.to(torch.bfloat16), lm.to(torch.bfloat16)
     with torch.device(device):
-        first, second = Blip2(config, speaker), Blip2(config, speaker)
+        first, second = Blip2(config, lm), Blip2(config, lm)
     second.load_state_dict(first.state_dict())
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):  # as in a step
         cached = encoder(pixels)
 
     def step(model: Blip2, features: Callable[[], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def loss(tokens: Tensor, present: Tensor) -> Tensor:
-            return stage2_loss(model(features(), tokens, present))
+        def loss(tokens: Tensor, attention_mask: Tensor) -> Tensor:
+            return stage2_loss(model(features(), tokens, attention_mask))
 
         return stepper(model, loss, model.parameters(), precision)
 
@@ -357,7 +357,7 @@ def given(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor]
         words=(1, min(config.start_token, config.vocabulary)),
         lengths=NATURAL,
     )
-    return pixels.to(device), narrowed(tokens, config.pad_token).to(device)
+    return pixels.to(device), trim_padding(tokens, config.pad_token).to(device)
 
 
 def spoken(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor]:
@@ -366,8 +366,8 @@ def spoken(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor
     width = longest(batch, config.context)
     tokens = torch.randint(3, config.language.vocabulary - 1, (batch, width), generator=generator)
     ends = torch.tensor([min(NATURAL[row % len(NATURAL)], width) for row in range(batch)])
-    present = torch.arange(width) < ends[:, None]
-    return tokens.to(device), present.to(device)
+    attention_mask = torch.arange(width) < ends[:, None]
+    return tokens.to(device), attention_mask.to(device)
 
 
 def prompts_of(config: Blip2Config, batch: int, device: str) -> Tensor:
@@ -393,9 +393,9 @@ def work(config: Blip2Config, tokens: int) -> dict[str, int]:
         features = counted("encoder", lambda: vit.tokens(pixels))
         model = Blip2(config, language_model(config.language))
         prefix = counted("bridge", lambda: model.prefix(features))
-        speaker = model.language_model
-        x = torch.cat([prefix, torch.empty(1, tokens, speaker.width)], dim=1)
-        counted("language", lambda: speaker.logits(speaker.states(x, None)[:, config.queries :]))
+        lm = model.language_model
+        x = torch.cat([prefix, torch.empty(1, tokens, lm.width)], dim=1)
+        counted("language", lambda: lm.logits(lm.states(x, None)[:, config.queries :]))
     return found
 
 

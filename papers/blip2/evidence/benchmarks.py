@@ -20,7 +20,7 @@ from papers.blip2.encode import ANSWERING, CAPTIONING, Encoded, answer, caption,
 from papers.blip2.model import Blip2
 from papers.blip2.pretrained import ENCODER_ENTRIES, config_of, holds_encoder, load_encoder, load_file
 from papers.blip2.recipe import Blip2Recipe
-from papers.blip2.text import Words, clean_caption, clean_question, named_words
+from papers.blip2.text import PromptTokenizer, clean_caption, clean_question, load_prompt_tokenizer
 from shared.backbones.vision import Encoder
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
@@ -197,7 +197,7 @@ class Seeing(NamedTuple):
 
     model: Any
     encoder: Encoder
-    words: Words | Tokenizer
+    words: PromptTokenizer | Tokenizer
 
 
 @lru_cache(maxsize=1)
@@ -215,7 +215,7 @@ def seeing(places: Places, id: str, variant: Blip2Config) -> Seeing:
     return Seeing(on_gpu_if_any(model).eval(), on_gpu_if_any(encoder), words)
 
 
-def speaking(model: Blip2, folder: Path, variant: Blip2Config) -> Words:
+def speaking(model: Blip2, folder: Path, variant: Blip2Config) -> PromptTokenizer:
     """Give the model its language model; FlanT5 in bfloat16, OPT in float16, as released, both in fp32 on a CPU."""
     from shared.backbones.lm import load_language_model
     from shared.nn.frozen import Frozen
@@ -229,7 +229,7 @@ def speaking(model: Blip2, folder: Path, variant: Blip2Config) -> Words:
             f"{model.projector.out_features}"
         )
     model.language_model = Frozen(language, through=True)
-    return named_words(tokenizer, language.context)
+    return load_prompt_tokenizer(tokenizer, language.context)
 
 
 def tokenizer_of(config: Blip2Config) -> Tokenizer:

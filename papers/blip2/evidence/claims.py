@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from papers.blip2.data import Asked, Lab, load
+from papers.blip2.data import Asked, ExperimentData, load
 from papers.blip2.encode import (
     CAPTIONING,
-    Writing,
+    GenerationConfig,
     accuracy,
     answer,
     answer_in_context,
@@ -26,41 +26,50 @@ from papers.blip2.encode import (
     reranked,
     text_features,
 )
-from papers.blip2.evidence.stages import HALF, PLAIN, Bridge, Eyes, Speaker, artifact_of, nearest_words, second
+from papers.blip2.evidence.stages import (
+    HALF,
+    PLAIN,
+    LanguageModelBundle,
+    StagePipeline,
+    VisionEncoderSpec,
+    nearest_words,
+    pretrained_part_of,
+    second,
+)
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import WITHOUT_ITG, FrozenWatch, Stage2Module
 from papers.blip2.recipe import Blip2Recipe
 from shared.core.device import device_for
+from shared.core.paper_package import Claim, Context
 from shared.core.recipe import SEED_BASE
 from shared.data.loader import Batches
-from shared.experiments.ablations import Claim, Context
-from shared.experiments.pretrained_parts import Artifact
+from shared.experiments.pretrained_parts import PretrainedPart
 from shared.metrics import caption_scores, reranked_hits, retrieval_hits
 
-__all__ = ["ARMS", "CLAIMS", "artifacts", "load"]
+__all__ = ["ARMS", "CLAIMS", "load", "pretrained_parts"]
 
 VISUAL_TOKENS = (4, 8, 16, 32, 64, 128, 257)  # of a picture, before the language model: 32 queries, or all patches
 TEXT_TOKENS = 16
 
 
-def artifacts(recipe: Blip2Recipe) -> list[Artifact]:
+def pretrained_parts(recipe: Blip2Recipe) -> list[PretrainedPart]:
     """What the arms take of other papers, made where it is lacking."""
     names = dict.fromkeys((recipe.encoder, recipe.weak_encoder, recipe.other_encoder))
-    return [found for found in (artifact_of(name, recipe.scale) for name in names) if found is not None]
+    return [found for found in (pretrained_part_of(name, recipe.scale) for name in names) if found is not None]
 
 
 # ---- measuring
 
 
-def retrieval(model: Blip2Qformer, features: Tensor, lab: Lab, recipe: Blip2Recipe) -> dict:
+def retrieval(model: Blip2Qformer, features: Tensor, data: ExperimentData, recipe: Blip2Recipe) -> dict:
     """R@1 on held-out pictures in points, mean of both directions: `r1` after re-ranking, `itc_r1` without."""
-    held, device = lab.held, device_for(recipe)
-    tokens = lab.tokens(held.texts).to(device)
+    eval_set, device = data.eval_set, device_for(recipe)
+    tokens = data.tokens(eval_set.texts).to(device)
     pictures = encoded(model.eval(), features.to(device))  # re-ranking takes them up often
     i2t, t2i = reranked(model, pictures, tokens, recipe.candidates)
     protocol = f"itc-top{recipe.candidates}-itm+itc"
-    hits = reranked_hits(i2t, t2i, held.owner, ks=(1,), protocol=protocol)
-    plain = retrieval_hits(cosines(pictures, text_features(model, tokens)), held.owner, ks=(1,))
+    hits = reranked_hits(i2t, t2i, eval_set.owner, ks=(1,), protocol=protocol)
+    plain = retrieval_hits(cosines(pictures, text_features(model, tokens)), eval_set.owner, ks=(1,))
     return {
         "r1": 50 * sum(hits.values()),
         "itc_r1": 50 * sum(plain.values()),
@@ -69,20 +78,24 @@ def retrieval(model: Blip2Qformer, features: Tensor, lab: Lab, recipe: Blip2Reci
     }
 
 
-def answering(recipe: Blip2Recipe) -> Writing:
-    return Writing(recipe.beams, recipe.length_penalty, recipe.longest)
+def answering(recipe: Blip2Recipe) -> GenerationConfig:
+    return GenerationConfig(recipe.beams, recipe.length_penalty, recipe.longest)
 
 
-def answers(work: Bridge, model: Blip2, speaker: Speaker, eyes: Eyes = PLAIN) -> dict:
+def answers(
+    work: StagePipeline, model: Blip2, bundle: LanguageModelBundle, encoder_spec: VisionEncoderSpec = PLAIN
+) -> dict:
     """Exact-match accuracy in points on all held-out questions, `accuracy`, and on each kind of them; on a published
     set, which has no questions, CIDEr-D of captions."""
-    held, recipe = work.lab.held, work.recipe
-    if not held.asked:
-        said = caption(model, speaker.words, work.held_features(eyes), CAPTIONING)
-        return {"cider": 100 * caption_scores(said, held.references)["caption/cider_d@treebank"].score}
-    features = work.asked_features(eyes)
-    said = answer(model, speaker.words, features[rows_of(held.asked)], questions_of(held.asked), answering(recipe))
-    return by_kind(said, held.asked)
+    eval_set, recipe = work.data.eval_set, work.recipe
+    if not eval_set.asked:
+        said = caption(model, bundle.words, work.held_features(encoder_spec), CAPTIONING)
+        return {"cider": 100 * caption_scores(said, eval_set.references)["caption/cider_d@treebank"].score}
+    features = work.asked_features(encoder_spec)
+    said = answer(
+        model, bundle.words, features[rows_of(eval_set.asked)], questions_of(eval_set.asked), answering(recipe)
+    )
+    return by_kind(said, eval_set.asked)
 
 
 def by_kind(said: Sequence[str], asked: Sequence[Asked]) -> dict:
@@ -105,41 +118,44 @@ def questions_of(asked: Sequence[Asked]) -> list[str]:
 
 
 def bridged(
-    eyes: Eyes = PLAIN, queries: Callable[[Bridge], int] = lambda work: 0, which: str = "small", fresh: bool = False
+    encoder_spec: VisionEncoderSpec = PLAIN,
+    queries: Callable[[StagePipeline], int] = lambda work: 0,
+    which: str = "small",
+    fresh: bool = False,
 ) -> Callable[[Context], dict]:
     """Stage 1, unless `fresh`, and stage 2 with a small language model; retrieval after the one, answers after the
     other."""
 
     def arm(context: Context) -> dict:
-        work = Bridge.of(context)
-        recipe, lab, count = context.recipe, work.lab, queries(work)
+        work = StagePipeline.of(context)
+        recipe, data, count = context.recipe, work.data, queries(work)
         if not fresh:
-            work.stage1(eyes, count)  # first, as another process may be at work on the language model
-        speaker = work.speaker(which, eyes.half)
-        model, speaker, told = work.stage2(context.arm, eyes, count, speaker, fresh)
-        told |= answers(work, model, speaker, eyes)
-        told |= {"queries": model.config.queries, "language_parameters": size_of(speaker)}
+            work.stage1(encoder_spec, count)  # first, as another process may be at work on the language model
+        bundle = work.bundle(which, encoder_spec.half)
+        model, bundle, told = work.stage2(context.arm, encoder_spec, count, bundle, fresh)
+        told |= answers(work, model, bundle, encoder_spec)
+        told |= {"queries": model.config.queries, "language_parameters": size_of(bundle)}
         if not fresh:
-            stage1, before = work.stage1(eyes, count)
-            told |= retrieval(stage1, work.held_features(eyes), lab, recipe)
+            stage1, before = work.stage1(encoder_spec, count)
+            told |= retrieval(stage1, work.held_features(encoder_spec), data, recipe)
             told["curves"] |= of_stage1(before["curves"])
         if context.first:
-            keep_model(work, model, speaker, recipe.asked, eyes)
+            keep_model(work, model, bundle, recipe.asked, encoder_spec)
         return told
 
     return arm
 
 
-def size_of(speaker: Speaker) -> int:
-    return sum(p.numel() for p in speaker.model.module.parameters())
+def size_of(bundle: LanguageModelBundle) -> int:
+    return sum(p.numel() for p in bundle.model.module.parameters())
 
 
 def no_itg(context: Context) -> dict:
     """Stage 1 with contrast and matching alone (Table 6)."""
-    work = Bridge.of(context)
+    work = StagePipeline.of(context)
     model, told = work.stage1(objectives=WITHOUT_ITG)
     told["curves"] = of_stage1(told["curves"])
-    return told | retrieval(model, work.held_features(), work.lab, context.recipe)
+    return told | retrieval(model, work.held_features(), work.data, context.recipe)
 
 
 def of_stage1(curves: dict) -> dict:
@@ -149,20 +165,20 @@ def of_stage1(curves: dict) -> dict:
 
 def few_shot(context: Context) -> dict:
     """The plain arm's bridge, asked behind answered questions (Sec. 5)."""
-    work = Bridge.of(context)
-    lab, recipe = work.lab, context.recipe
-    model, speaker, _ = work.stage2("base")
-    if not lab.generated:
+    work = StagePipeline.of(context)
+    data, recipe = work.data, context.recipe
+    model, bundle, _ = work.stage2("base")
+    if not data.generated:
         return {}
-    features, asked = work.train_features(), lab.held.asked
+    features, asked = work.train_features(), data.eval_set.asked
     said = list(asked)
     for kind in dict.fromkeys(one.kind for one in asked):  # examples of the very kind that is asked
-        shots = [one for one in lab.asked if one.kind == kind][: recipe.shots]
+        shots = [one for one in data.asked if one.kind == kind][: recipe.shots]
         examples = [(features[one.picture], one.question, one.answer) for one in shots]
         places = [place for place, one in enumerate(asked) if one.kind == kind]
         mine = [asked[place] for place in places]
         found = answer_in_context(
-            model, speaker.words, work.asked_features()[rows_of(mine)], questions_of(mine), examples, answering(recipe)
+            model, bundle.words, work.asked_features()[rows_of(mine)], questions_of(mine), examples, answering(recipe)
         )
         for place, text in zip(places, found, strict=True):
             said[place] = text
@@ -171,35 +187,35 @@ def few_shot(context: Context) -> dict:
 
 def train_all(context: Context) -> dict:
     """Image encoder and language model are trained with the bridge, from where the plain arm's stage 2 begins."""
-    work = Bridge.of(context)
-    speaker, encoder = work.small_speaker(), copy.deepcopy(work.encoder())
-    model = work.new_bridge(speaker)
-    told = work.train_all(model, speaker, encoder, second(context.recipe), context.folder)
-    if not work.lab.generated:
+    work = StagePipeline.of(context)
+    bundle, encoder = work.small_speaker(), copy.deepcopy(work.encoder())
+    model = work.new_bridge(bundle)
+    told = work.train_all(model, bundle, encoder, second(context.recipe), context.folder)
+    if not work.data.generated:
         return told
-    asked = work.lab.held.asked
+    asked = work.data.eval_set.asked
     with torch.inference_mode():
         device = encoder.device
-        seen = torch.cat([encoder(some.to(device)).cpu() for some in work.lab.held.asked_images.split(128)])
-    said = answer(model, speaker.words, seen[rows_of(asked)], questions_of(asked), answering(context.recipe))
+        seen = torch.cat([encoder(some.to(device)).cpu() for some in work.data.eval_set.asked_images.split(128)])
+    said = answer(model, bundle.words, seen[rows_of(asked)], questions_of(asked), answering(context.recipe))
     return told | by_kind(said, asked)
 
 
 def each_step(context: Context) -> dict:
     """The same steps of stage 2 from features that were computed once and kept in 16 bit, and with the encoder run in
     each: their losses, and the times."""
-    work, eyes = Bridge.of(context), Eyes("other_encoder")
-    recipe, images = second(context.recipe), work.lab.world.train.images
-    speaker, encoder = work.speaker(), work.encoder(eyes)
-    rows, texts = work.learned(speaker)
+    work, encoder_spec = StagePipeline.of(context), VisionEncoderSpec("other_encoder")
+    recipe, images = second(context.recipe), work.data.dataset.train.images
+    bundle, encoder = work.bundle(), work.encoder(encoder_spec)
+    rows, texts = work.learned(bundle)
     steps = context.recipe.compared_steps
-    kept = work.features(eyes, images, "train", HALF)
-    start = work.new_qformer(eyes)  # what it has learned makes no difference
+    kept = work.features(encoder_spec, images, "train", HALF)
+    start = work.new_qformer(encoder_spec)  # what it has learned makes no difference
     found = {}
     for name, seen, runs in (("cached", kept, None), ("each_step", images, encoder)):
-        module = Stage2Module(work.bridge_from(start, speaker, eyes), replace(recipe, steps=steps), runs).train()
+        module = Stage2Module(work.bridge_from(start, bundle, encoder_spec), replace(recipe, steps=steps), runs).train()
         batches = Batches((work.rows(seen, rows), *texts), recipe.batch, steps, context.seed)
-        losses, seconds = stepped(module.to(work.device), batches, FrozenWatch([speaker.model, encoder]), work.device)
+        losses, seconds = stepped(module.to(work.device), batches, FrozenWatch([bundle.model, encoder]), work.device)
         found |= {name: losses[-1], f"{name}_ms": 1000 * statistics.median(seconds)}
         found.setdefault("curves", {})[f"loss_{name}"] = [
             (recipe.batch * (step + 1), loss) for step, loss in enumerate(losses)
@@ -233,8 +249,8 @@ def visual_tokens(context: Context) -> dict:
     """Milliseconds of the headline's language model over so many visual and 16 text tokens, of recipe.timed_rows
     pictures at once: the median of several passes, in turn, so that a busy moment of the machine meets all alike. On a
     GPU a pass of each before them loads its kernels."""
-    work, recipe = Bridge.of(context), context.recipe
-    language, device, rows = work.speaker("headline").model, work.device, recipe.timed_rows
+    work, recipe = StagePipeline.of(context), context.recipe
+    language, device, rows = work.bundle("headline").model, work.device, recipe.timed_rows
     words = torch.zeros(rows, TEXT_TOKENS, dtype=torch.long, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[int, list[float]] = {count: [] for count in VISUAL_TOKENS}
@@ -243,10 +259,10 @@ def visual_tokens(context: Context) -> dict:
             for count in VISUAL_TOKENS:
                 text = language.embed(words)
                 embeddings = torch.cat([text.new_zeros(rows, count, language.width), text], 1)
-                present = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=device)
+                attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=device)
                 wait()
                 started = time.perf_counter()
-                language.states(embeddings, present)
+                language.states(embeddings, attention_mask)
                 wait()
                 if turn >= 0:
                     times[count].append(1000 * (time.perf_counter() - started))
@@ -260,41 +276,41 @@ def headline(context: Context) -> dict:
     and POPE. Nothing of seeds that the recipe leaves out."""
     if context.seed - SEED_BASE >= context.recipe.headline_seeds:
         return {}
-    work = Bridge.of(context)
-    lab, recipe = work.lab, context.recipe
+    work = StagePipeline.of(context)
+    data, recipe = work.data, context.recipe
     work.stage1()  # first, as another process may be at work on the language model
-    speaker = work.speaker("headline")
-    model, speaker, told = work.stage2("headline", speaker=speaker, headline=True)
-    words, how = speaker.words, answering(recipe)
-    told |= {"language_parameters": size_of(speaker), "language_model": recipe.headline_model or "small"}
-    if not lab.generated:
-        return told | answers(work, model, speaker)
-    features, asked = work.asked_features(), first(lab.held.asked, recipe.headline_questions)
+    bundle = work.bundle("headline")
+    model, bundle, told = work.stage2("headline", bundle=bundle, headline=True)
+    words, how = bundle.words, answering(recipe)
+    told |= {"language_parameters": size_of(bundle), "language_model": recipe.headline_model or "small"}
+    if not data.generated:
+        return told | answers(work, model, bundle)
+    features, asked = work.asked_features(), first(data.eval_set.asked, recipe.headline_questions)
     rows, questions = rows_of(asked), questions_of(asked)
     right = [one.answer for one in asked]
     strangers = other_pictures(asked, len(features))
     said = answer(model, words, features[rows], questions, how)
     told |= by_kind(said, asked)
     if recipe.headline_word_steps:  # what stage 2 begins with: what the words say, and what the model makes of them
-        start = work.headline_start(speaker).to(work.device).eval()
-        said = nearest_words(start, speaker, features, lab.answers)  # (A, Q)
-        told["words_right"] = accuracy([said[one.picture][lab.open_kinds.index(one.kind)] for one in asked], right)
-        told["before_stage2"] = accuracy(chosen(start, words, features[rows], questions, lab.answers), right)
+        start = work.headline_start(bundle).to(work.device).eval()
+        said = nearest_words(start, bundle, features, data.answers)  # (A, Q)
+        told["words_right"] = accuracy([said[one.picture][data.open_kinds.index(one.kind)] for one in asked], right)
+        told["before_stage2"] = accuracy(chosen(start, words, features[rows], questions, data.answers), right)
     told["other_picture"] = accuracy(answer(model, words, features[strangers], questions, how), right)
     distinct = list(dict.fromkeys(questions))  # a blind model answers alike what is asked alike
     blind = dict(zip(distinct, answer(model, words, None, distinct, how), strict=True))
     told["blind_writing"] = accuracy([blind[question] for question in questions], right)
     fewer = first(asked, len(asked) // 2)  # every answer of the world is weighed for each
     told["blind_choosing"] = accuracy(
-        chosen(model, words, None, questions_of(fewer), lab.answers), [one.answer for one in fewer]
+        chosen(model, words, None, questions_of(fewer), data.answers), [one.answer for one in fewer]
     )
     told["blind"] = max(told["blind_writing"], told["blind_choosing"])
-    pope = first(lab.held.pope, recipe.headline_questions // 2)
+    pope = first(data.eval_set.pope, recipe.headline_questions // 2)
     told |= pope_scores(
         answer(model, words, features[rows_of(pope)], questions_of(pope), how), [p.answer for p in pope]
     )
     if context.first:
-        keep_model(work, model, speaker, recipe.headline_asked)
+        keep_model(work, model, bundle, recipe.headline_asked)
     return told
 
 
@@ -310,26 +326,32 @@ def other_pictures(asked: Sequence[Asked], pictures: int) -> Tensor:
     return (rows_of(asked) + torch.randint(1, pictures, (len(asked),), generator=generator)) % pictures
 
 
-def keep_model(work: Bridge, model: Blip2, speaker: Speaker, asked: float, eyes: Eyes = PLAIN) -> None:
+def keep_model(
+    work: StagePipeline,
+    model: Blip2,
+    bundle: LanguageModelBundle,
+    asked: float,
+    encoder_spec: VisionEncoderSpec = PLAIN,
+) -> None:
     """The first seed's bridge stays with the run, and what it needs beside it: figures are drawn from it, and
     `python -m papers ask` and `chat` load it. asked: the share of questions among the texts that it learned."""
     from papers.blip2.bundle import keep_frozen
     from shared.weights.load import save_weights
 
-    recipe, folder, tokenizer = work.recipe, work.context.folder, work.lab.tokenizer
+    recipe, folder, tokenizer = work.recipe, work.context.folder, work.data.tokenizer
     save_weights(model, folder / "model.safetensors", {"variant": recipe.model})
     tokenizer.save(folder / "tokenizer.json")
-    encoder, layer = work.encoder(eyes), eyes.layer or recipe.layer
-    named = getattr(recipe, eyes.encoder)
-    captions = work.lab.has_captions(asked)
-    keep_frozen(folder, model.config, recipe.model, encoder, named, layer, speaker.model, tokenizer, captions)
+    encoder, layer = work.encoder(encoder_spec), encoder_spec.layer or recipe.layer
+    named = getattr(recipe, encoder_spec.encoder)
+    captions = work.data.has_captions(asked)
+    keep_frozen(folder, model.config, recipe.model, encoder, named, layer, bundle.model, tokenizer, captions)
 
 
-def many(work: Bridge) -> int:
-    return work.lab.config.queries * work.recipe.more
+def many(work: StagePipeline) -> int:
+    return work.data.config.queries * work.recipe.more
 
 
-def one(work: Bridge) -> int:
+def one(work: StagePipeline) -> int:
     return 1
 
 
@@ -339,17 +361,17 @@ ARMS: dict[str, Callable[[Context], dict]] = {
     "headline": headline,
     "no_itg": no_itg,
     "no_stage1": bridged(fresh=True),
-    "weak_encoder": bridged(Eyes("weak_encoder")),
+    "weak_encoder": bridged(VisionEncoderSpec("weak_encoder")),
     "queries_many": bridged(queries=many, fresh=True),
     "queries_one": bridged(queries=one, fresh=True),
-    "last_layer": bridged(Eyes(layer="last"), fresh=True),
-    "other_encoder": bridged(Eyes("other_encoder"), fresh=True),
+    "last_layer": bridged(VisionEncoderSpec(layer="last"), fresh=True),
+    "other_encoder": bridged(VisionEncoderSpec("other_encoder"), fresh=True),
     "each_step": each_step,
     "visual_tokens": visual_tokens,
     "base": bridged(),
     "larger_language_model": bridged(which="larger"),
     "train_all": train_all,
-    "half": bridged(Eyes(half=True)),
+    "half": bridged(VisionEncoderSpec(half=True)),
     "few_shot": few_shot,
 }
 

@@ -61,11 +61,13 @@ def _three_passes(model: Blip2Qformer, features: Tensor, tokens: Tensor) -> tupl
     once for several of them is computed once."""
     context = model.vision_norm(features)
     seen, caches = model.qformer.look_at(context), model.qformer.caches()
-    vectors = model.image_vectors(model.qformer.look(seen, caches=caches))
+    vectors = model.image_vectors(model.qformer.encode_queries(seen, caches=caches))
     neighbours = torch.arange(len(tokens)).roll(1)  # which negatives are drawn makes no difference
     yes, no = model.matching(context, seen, tokens, Negatives(neighbours, neighbours))
     begun = model.with_start(tokens)
-    states = model.qformer.write(begun, model.present(begun), caches)[:, :-1]  # every position has a next token
+    states = model.qformer.decode_text(begun, model.attention_mask(begun), caches)[
+        :, :-1
+    ]  # every position has a next token
     logits = model.head(states, model.qformer.embeddings.word.weight)
     told = language_loss(logits.flatten(0, 1), begun[:, 1:].flatten())
     return vectors, model.text_features(tokens), matching_loss(yes, no) + told
@@ -84,19 +86,19 @@ def stage1_flops(config: Blip2Config, tokens: int) -> int:
 def _stage2(config: Blip2Config) -> Workload:
     language, encoder = config.language, vision_encoder(config.vision).requires_grad_(False)
     length = config.queries + config.context
-    speaker = SmallLanguageModel(language.vocabulary, length, language.width, language.layers, language.heads)
-    model = Blip2(config, speaker)
+    lm = SmallLanguageModel(language.vocabulary, length, language.width, language.layers, language.heads)
+    model = Blip2(config, lm)
 
     def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         """The loss, at every token of the text."""
         with torch.no_grad():
             features = encoder.tokens(images)
         prefix = model.prefix(features)
-        embeddings = torch.cat([prefix, speaker.embed(tokens[:, :-1])], dim=1)
-        present = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=tokens.device)
-        states = speaker.states(embeddings, present)[:, config.queries - 1 :]
-        return (language_loss(speaker.logits(states).flatten(0, 1), tokens.flatten(), smoothing=0.0),)
+        embeddings = torch.cat([prefix, lm.embed(tokens[:, :-1])], dim=1)
+        attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=tokens.device)
+        states = lm.states(embeddings, attention_mask)[:, config.queries - 1 :]
+        return (language_loss(lm.logits(states).flatten(0, 1), tokens.flatten(), smoothing=0.0),)
 
     return Workload(
-        nn.ModuleList([encoder, model, speaker]), lambda size: _batch(config, size), encode, {"language": lambda x: x}
+        nn.ModuleList([encoder, model, lm]), lambda size: _batch(config, size), encode, {"language": lambda x: x}
     )  # fmt: skip

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from papers.blip2.data import Lab
+from papers.blip2.data import ExperimentData
 from papers.blip2.encode import answer, caption, encoded, reranked
 from papers.blip2.evidence.claims import answering, first, other_pictures, rows_of
-from papers.blip2.evidence.stages import Bridge
+from papers.blip2.evidence.stages import StagePipeline
 from papers.blip2.recipe import Blip2Recipe
+from shared.core.paper_package import Context
 from shared.core.text import one_line
-from shared.experiments.ablations import Context, seeds_of
+from shared.experiments.ablations import seeds_of
 from shared.report import plots as figures
 from shared.report.rows import Figure, Sample
 
@@ -41,7 +42,9 @@ def draw(recipe: Blip2Recipe, outcomes: dict[int, dict[str, dict]], folder: Path
     samples = []
     if {"base", "headline"} & arms.keys():
         arm = "headline" if "headline" in arms else "base"
-        work = Bridge.of(Context(recipe, seed, folder / "arms" / f"{arm}-{seed}", lambda samples: None, False, arm))
+        work = StagePipeline.of(
+            Context(recipe, seed, folder / "arms" / f"{arm}-{seed}", lambda samples: None, False, arm)
+        )
         drawn.append(answers_figure(work, recipe, arm))
         samples = retrieval_examples(work, recipe)
     return drawn, samples
@@ -102,33 +105,33 @@ def tokens_figure(measured: list[dict[str, dict]]) -> Figure | None:
     return Figure("Visual tokens: cost and quality", said, content.getvalue())
 
 
-def answers_figure(work: Bridge, recipe: Blip2Recipe, arm: str) -> Figure:
+def answers_figure(work: StagePipeline, recipe: Blip2Recipe, arm: str) -> Figure:
     """Held-out pictures with questions and what the language model answers: seeing the picture, another one, nothing;
     of pictures without questions its captions."""
-    lab = work.lab
+    data = work.data
     headline = arm == "headline"
-    speaker = work.speaker("headline" if headline else "small")
-    model, speaker, _ = work.stage2(arm, speaker=speaker, headline=headline)
-    features = work.asked_features() if lab.generated else work.held_features()
+    bundle = work.bundle("headline" if headline else "small")
+    model, bundle, _ = work.stage2(arm, bundle=bundle, headline=headline)
+    features = work.asked_features() if data.generated else work.held_features()
     lines: dict[int, list[tuple[str, bool | None]]] = {}
-    if lab.generated:
-        how, asked = answering(recipe), first(lab.held.asked, 4 * EXAMPLES)[::3]
+    if data.generated:
+        how, asked = answering(recipe), first(data.eval_set.asked, 4 * EXAMPLES)[::3]
         questions = [one.question for one in asked]
         seen, strange = rows_of(asked), other_pictures(asked, len(features))
         ways: list[tuple[str, Tensor | None]] = [
             ("picture", features[seen]), ("another picture", features[strange]), ("blind", None)
         ]  # fmt: skip
-        said = {name: answer(model, speaker.words, some, questions, how) for name, some in ways}
+        said = {name: answer(model, bundle.words, some, questions, how) for name, some in ways}
         for place, one in enumerate(asked):
             told = [(f"{name}: {texts[place]}", texts[place].lower() == one.answer) for name, texts in said.items()]
             lines.setdefault(one.picture, [(one.question, None), *told])
         note = "Held-out pictures, a question each, and the answers of the language model; ✓ is right."
     else:
         rows = list(range(0, len(features), max(1, len(features) // (2 * EXAMPLES))))[: 2 * EXAMPLES]
-        said_of = caption(model, speaker.words, features[torch.tensor(rows)])
+        said_of = caption(model, bundle.words, features[torch.tensor(rows)])
         lines = {row: [(text, None)] for row, text in zip(rows, said_of, strict=True)}
         note = "Held-out pictures and the language model's captions of them."
-    images = lab.held.asked_images if lab.generated else lab.held.images
+    images = data.eval_set.asked_images if data.generated else data.eval_set.images
     return pictures(images, lines, "Answers", note)
 
 
@@ -160,12 +163,17 @@ def pictures(images: Tensor, lines: dict[int, list[tuple[str, bool | None]]], na
     return Figure(name, note, content.getvalue())
 
 
-def retrieval_examples(work: Bridge, recipe: Blip2Recipe) -> list[Sample]:
+def retrieval_examples(work: StagePipeline, recipe: Blip2Recipe) -> list[Sample]:
     """Held-out pictures with the captions that stage 1's model ranks first, after matching."""
-    lab: Lab = work.lab
-    held, (model, _) = lab.held, work.stage1()
-    scores, _ = reranked(model, encoded(model, work.held_features()), lab.tokens(held.texts), recipe.candidates)
-    queries, owner = [several[0] for several in held.references], held.owner.tolist()
+    data: ExperimentData = work.data
+    eval_set, (model, _) = data.eval_set, work.stage1()
+    scores, _ = reranked(model, encoded(model, work.held_features()), data.tokens(eval_set.texts), recipe.candidates)
+    queries, owner = [several[0] for several in eval_set.references], eval_set.owner.tolist()
     return figures.retrieval_examples(
-        scores, held.images, queries, held.texts, lambda row, i: owner[i] == row, most=min(RANKED, recipe.candidates)
+        scores,
+        eval_set.images,
+        queries,
+        eval_set.texts,
+        lambda row, i: owner[i] == row,
+        most=min(RANKED, recipe.candidates),
     )

@@ -93,7 +93,7 @@ class _OfWidth(nn.Module):
 
 def language_parameters(config: LanguageConfig) -> int:
     """Parameters of a language model of this family and size (transformers' modules, shared tensors once)."""
-    W, V, L, H = config.width, config.vocabulary, config.layers, config.hidden
+    W, V, L, H = config.width, config.vocabulary, config.layers, config.mlp_width
     inner = config.heads * (config.head_width or W // config.heads)
     if config.family == "opt":  # positions two more than its context; every projection and norm with a bias
         layer = 4 * (W * W + W) + 2 * W * H + H + W + 2 * 2 * W

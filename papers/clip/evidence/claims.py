@@ -26,14 +26,15 @@ from papers.clip.model import Clip
 from papers.clip.module import ClipModule, PretrainingModule
 from papers.clip.recipe import ClipRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import LABEL_CAPTIONS, Split, World, load_world
+from shared.core.paper_package import Claim, Context
+from shared.data.dataset import LABEL_CAPTIONS, DatasetBundle, Split, load_dataset
 from shared.data.loader import Batches
 from shared.data.synthetic.captions import FRAMES, class_prompt
-from shared.experiments.ablations import Claim, Context, once_a_seed
+from shared.experiments.ablations import once_a_seed
 from shared.metrics import few_shot, linear_probe, retrieval_hits_from_features, topk_accuracy
 from shared.metrics.stats import log_log_fit
 from shared.tokenizers.small_bpe import SmallTokenizer
-from shared.training.callbacks import At, Curves
+from shared.training.callbacks import EvalAtSteps, MetricRecorder
 from shared.training.trainer import fit
 
 # {} takes the class with its article ("a red panda", "some grapes"); the bare name goes without.
@@ -58,10 +59,10 @@ PROBE_ROWS = 2_000, 40  # at most: in all, and a class where there are many
 
 
 @dataclass(frozen=True)
-class Lab:
+class ExperimentData:
     """The data of one seed, the tokenizer trained on its captions, and the model's configuration."""
 
-    world: World
+    dataset: DatasetBundle
     tokenizer: SmallTokenizer
     config: ClipConfig
     images: Tensor  # (pairs, 3, H, W) uint8, one row a caption
@@ -71,32 +72,32 @@ class Lab:
     @property
     def phrases(self) -> list[str]:
         """The classes with their articles, as templates take them."""
-        return [class_prompt(name, "{}") for name in self.world.classes]
+        return [class_prompt(name, "{}") for name in self.dataset.classes]
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.images, self.tokens, self.labels
 
 
-def lab_of(recipe: ClipRecipe, seed: int) -> Lab:
-    world = load(recipe, seed)
+def build_data(recipe: ClipRecipe, seed: int) -> ExperimentData:
+    dataset = load(recipe, seed)
     base = VARIANTS[recipe.model]()
     if not base.patch:
         raise UserError(f"model={recipe.model}: the claims are trained with a ViT; choose a ViT variant")
-    captions = [caption for several in world.train.captions for caption in several]
-    rows = torch.tensor([row for row, several in enumerate(world.train.captions) for _ in several])
+    captions = [caption for several in dataset.train.captions for caption in several]
+    rows = torch.tensor([row for row, several in enumerate(dataset.train.captions) for _ in several])
     tokenizer = SmallTokenizer.train(captions, base.vocabulary)
     config = replace(base, image_size=recipe.image_size, vocabulary=tokenizer.vocab_size, end_token=tokenizer.end)
-    labels = torch.full((len(rows),), -1) if world.train.labels is None else world.train.labels[rows]
+    labels = torch.full((len(rows),), -1) if dataset.train.labels is None else dataset.train.labels[rows]
     tokens = tokenizer(captions, config.context)
-    return Lab(world, tokenizer, config, world.train.images[rows], tokens, labels)
+    return ExperimentData(dataset, tokenizer, config, dataset.train.images[rows], tokens, labels)
 
 
-make_lab = once_a_seed(lab_of)
+data_of = once_a_seed(build_data)
 
 
-def load(recipe: ClipRecipe, seed: int) -> World:
-    return load_world(
+def load(recipe: ClipRecipe, seed: int) -> DatasetBundle:
+    return load_dataset(
         recipe.data,
         root=recipe.data_root or None,
         pairs=recipe.pairs,
@@ -121,12 +122,12 @@ def train(
 ) -> dict:
     """Train on (images, tokens, labels). -> `curves` by samples seen, `accuracy` among them where `measure` is given,
     and `waited`."""
-    recipe, world = context.recipe, make_lab(context).world
-    curves = Curves(recipe.batch, context.progress)
+    recipe, dataset = context.recipe, data_of(context).dataset
+    curves = MetricRecorder(recipe.batch, context.progress)
     steps = sorted({max(1, round(recipe.steps * (i + 1) / recipe.measure_at)) for i in range(recipe.measure_at)})
-    accuracy = At(steps, recipe.batch, measure) if measure else None
+    accuracy = EvalAtSteps(steps, recipe.batch, measure) if measure else None
     batches = Batches(tensors, recipe.batch, recipe.steps, context.seed, accumulate=recipe.accumulate)
-    identity = {"arm": context.arm, "seed": context.seed, "data": world.digest}
+    identity = {"arm": context.arm, "seed": context.seed, "data": dataset.digest}
     waited = fit(module, batches, recipe, context.folder, [curves, *([accuracy] if accuracy else [])], identity)
     return {"curves": curves.values | ({"accuracy": accuracy.values} if accuracy else {}), "waited": round(waited, 5)}
 
@@ -134,29 +135,29 @@ def train(
 # ---- scoring pictures against texts, whatever the model
 
 
-def candidates(lab: Lab, split: Split, pictures: int) -> tuple[Tensor, list[str], Tensor]:
+def candidates(data: ExperimentData, split: Split, pictures: int) -> tuple[Tensor, list[str], Tensor]:
     """Pictures, the texts to choose among, and which is right: class names, or every picture's own caption."""
     images = split.images[:pictures]
-    if lab.world.classes and split.labels is not None:
-        return images, [TEMPLATE.format(phrase) for phrase in lab.phrases], split.labels[:pictures]
+    if data.dataset.classes and split.labels is not None:
+        return images, [TEMPLATE.format(phrase) for phrase in data.phrases], split.labels[:pictures]
     return images, [several[0] for several in split.captions[:pictures]], torch.arange(len(images))
 
 
-def validation(lab: Lab, recipe: ClipRecipe) -> tuple[Tensor, list[str], Tensor]:
-    split = lab.world.class_val if lab.world.classes else lab.world.val
-    return candidates(lab, split, recipe.val_pictures)
+def validation(data: ExperimentData, recipe: ClipRecipe) -> tuple[Tensor, list[str], Tensor]:
+    split = data.dataset.class_val if data.dataset.classes else data.dataset.val
+    return candidates(data, split, recipe.val_pictures)
 
 
-def clip_accuracy(model: Clip, lab: Lab, recipe: ClipRecipe) -> float:
-    images, texts, target = validation(lab, recipe)
-    scores = image_features(model, images) @ text_features(model, lab.tokenizer, texts).T
+def clip_accuracy(model: Clip, data: ExperimentData, recipe: ClipRecipe) -> float:
+    images, texts, target = validation(data, recipe)
+    scores = image_features(model, images) @ text_features(model, data.tokenizer, texts).T
     return topk_accuracy(scores, target)
 
 
-def scored_accuracy(model: BagOfWords | CaptionPredictor, lab: Lab, recipe: ClipRecipe) -> float:
-    images, texts, target = validation(lab, recipe)
+def scored_accuracy(model: BagOfWords | CaptionPredictor, data: ExperimentData, recipe: ClipRecipe) -> float:
+    images, texts, target = validation(data, recipe)
     device = next(model.parameters()).device
-    tokens = lab.tokenizer(texts, lab.config.context).to(device)
+    tokens = data.tokenizer(texts, data.config.context).to(device)
     return topk_accuracy(model.score(images.to(device), tokens).cpu(), target)
 
 
@@ -165,69 +166,69 @@ def scored_accuracy(model: BagOfWords | CaptionPredictor, lab: Lab, recipe: Clip
 
 def contrastive(context: Context) -> dict:
     """CLIP itself: the treatment of most claims. Measured in every way the data allows."""
-    lab = make_lab(context)
-    model = Clip(lab.config)
+    data = data_of(context)
+    model = Clip(data.config)
     trained = fit_clip(context, model)
-    flops = training_flops(lab.config, context.recipe, lab)
-    return trained | {"flops": flops} | measure_clip(model, lab, context)
+    flops = training_flops(data.config, context.recipe, data)
+    return trained | {"flops": flops} | measure_clip(model, data, context)
 
 
 def fit_clip(context: Context, model: Clip) -> dict:
-    lab, recipe = make_lab(context), context.recipe
-    return train(context, ClipModule(model, recipe), lab.pairs, lambda: clip_accuracy(model, lab, recipe))
+    data, recipe = data_of(context), context.recipe
+    return train(context, ClipModule(model, recipe), data.pairs, lambda: clip_accuracy(model, data, recipe))
 
 
-def measure_clip(model: Clip, lab: Lab, context: Context) -> dict:
+def measure_clip(model: Clip, data: ExperimentData, context: Context) -> dict:
     """Everything that one trained CLIP says about the claims. Accuracies in points."""
-    world, measured = lab.world, {}
-    images, texts = image_features(model, world.test.images), [c[0] for c in world.test.captions]
+    dataset, measured = data.dataset, {}
+    images, texts = image_features(model, dataset.test.images), [c[0] for c in dataset.test.captions]
     raw = [without_prefix(text) for text in texts]
     for name, several in (("as_written", texts), ("raw", raw), ("prefixed", [f"a photo of {t}" for t in raw])):
         hits = retrieval_hits_from_features(
-            images, text_features(model, lab.tokenizer, several), torch.arange(len(several)), ks=(1,)
+            images, text_features(model, data.tokenizer, several), torch.arange(len(several)), ks=(1,)
         )
         measured[f"retrieval_{name}"] = 50 * sum(hits.values())  # mean of both directions
-    if world.classes:
-        measured |= measure_classes(model, lab, context)
-    pairs = world.compositions
+    if dataset.classes:
+        measured |= measure_classes(model, data, context)
+    pairs = dataset.compositions
     if pairs is not None:
-        scores = image_features(model, pairs.images) @ text_features(model, lab.tokenizer, pairs.texts).T
+        scores = image_features(model, pairs.images) @ text_features(model, data.tokenizer, pairs.texts).T
         offered = scores.gather(1, pairs.choices)  # (N, 4): right, wrong colour, wrong thing, both wrong
         measured["compositions"] = 100 * topk_accuracy(offered, torch.zeros(len(offered), dtype=torch.long))
         measured["compositions_chance"] = 100 / offered.shape[1]
     if context.first:
-        keep(model, lab, context)
+        keep(model, data, context)
     return measured
 
 
-def measure_classes(model: Clip, lab: Lab, context: Context) -> dict:
-    world, labels = lab.world, lab.world.class_test.labels
-    features = image_features(model, world.class_test.images)
+def measure_classes(model: Clip, data: ExperimentData, context: Context) -> dict:
+    dataset, labels = data.dataset, data.dataset.class_test.labels
+    features = image_features(model, dataset.class_test.images)
     measured = {}
     arms = {
-        "bare": (world.classes, ("{}",)),
-        "template": (lab.phrases, (TEMPLATE,)),
-        "ensemble": (lab.phrases, ENSEMBLE),
+        "bare": (dataset.classes, ("{}",)),
+        "template": (data.phrases, (TEMPLATE,)),
+        "ensemble": (data.phrases, ENSEMBLE),
     }
     for name, (names, templates) in arms.items():
-        weights = classifier(model, lab.tokenizer, names, templates)
+        weights = classifier(model, data.tokenizer, names, templates)
         measured[f"zeroshot_{name}"] = 100 * topk_accuracy(features @ weights.T, labels)
-    measured |= measure_probes(model, lab, context)
-    if world.shift is not None:
-        shifted = image_features(model, world.shift.images)
-        measured["shift"] = 100 * topk_accuracy(shifted @ weights.T, world.shift.labels)
+    measured |= measure_probes(model, data, context)
+    if dataset.shift is not None:
+        shifted = image_features(model, dataset.shift.images)
+        measured["shift"] = 100 * topk_accuracy(shifted @ weights.T, dataset.shift.labels)
     return measured
 
 
-def measure_probes(model: Clip, lab: Lab, context: Context) -> dict:
+def measure_probes(model: Clip, data: ExperimentData, context: Context) -> dict:
     """Linear probes on the features before the projection: few shots, and all of a few thousand labelled pictures."""
-    world, measured = lab.world, {}
-    rows = max(PROBE_ROWS[0], PROBE_ROWS[1] * len(world.classes))
-    train_x, train_y = probe_features(model, world.class_train.images[:rows]), world.class_train.labels[:rows]
-    labels = world.class_test.labels
-    tested = [probe_features(model, world.class_test.images)]
-    if world.shift is not None:  # the same pictures by another artist, in the same order
-        tested.append(probe_features(model, world.shift.images))
+    dataset, measured = data.dataset, {}
+    rows = max(PROBE_ROWS[0], PROBE_ROWS[1] * len(dataset.classes))
+    train_x, train_y = probe_features(model, dataset.class_train.images[:rows]), dataset.class_train.labels[:rows]
+    labels = dataset.class_test.labels
+    tested = [probe_features(model, dataset.class_test.images)]
+    if dataset.shift is not None:  # the same pictures by another artist, in the same order
+        tested.append(probe_features(model, dataset.shift.images))
     test_x, test_y = torch.cat(tested), torch.cat([labels] * len(tested))
 
     def accuracies(rows: Tensor, strengths: tuple[float, ...]) -> list[float]:
@@ -257,77 +258,77 @@ def without_prefix(text: str) -> str:
     return text
 
 
-def keep(model: Clip, lab: Lab, context: Context) -> None:
+def keep(model: Clip, data: ExperimentData, context: Context) -> None:
     """The first seed's model and tokenizer stay with the run: figures are drawn from them, users can load them."""
     from shared.weights.load import save_weights
 
     save_weights(model, context.folder / "model.safetensors", {"variant": context.recipe.model})
-    lab.tokenizer.save(context.folder / "tokenizer.json")
+    data.tokenizer.save(context.folder / "tokenizer.json")
 
 
 def bag_of_words_contrastive(context: Context) -> dict:
     """Fig. 2's last arm: the contrastive objective over a text encoder that sees no order."""
-    return fit_clip(context, BagOfWordsClip(make_lab(context).config))
+    return fit_clip(context, BagOfWordsClip(data_of(context).config))
 
 
 def bag_of_words_prediction(context: Context) -> dict:
-    lab, recipe = make_lab(context), context.recipe
-    model = BagOfWords(lab.config)
+    data, recipe = data_of(context), context.recipe
+    model = BagOfWords(data.config)
     module = BagOfWordsModule(model, recipe)
-    return train(context, module, lab.pairs, lambda: scored_accuracy(model, lab, recipe))
+    return train(context, module, data.pairs, lambda: scored_accuracy(model, data, recipe))
 
 
 def caption_prediction(context: Context) -> dict:
-    lab, recipe = make_lab(context), context.recipe
-    model = CaptionPredictor(lab.config)
+    data, recipe = data_of(context), context.recipe
+    model = CaptionPredictor(data.config)
     module = CaptionModule(model, recipe)
-    return train(context, module, lab.pairs, lambda: scored_accuracy(model, lab, recipe))
+    return train(context, module, data.pairs, lambda: scored_accuracy(model, data, recipe))
 
 
 def supervised(context: Context) -> dict:
     """A classifier on labelled pictures of the same artist, tested on both artists."""
-    lab = make_lab(context)
-    world = lab.world
-    if not world.classes or world.shift is None:
+    data = data_of(context)
+    dataset = data.dataset
+    if not dataset.classes or dataset.shift is None:
         return {}
-    model = Supervised(lab.config, len(world.classes))
-    shown = world.class_train
+    model = Supervised(data.config, len(dataset.classes))
+    shown = dataset.class_train
     trained = train(
         context, SupervisedModule(model, context.recipe), (shown.images, shown.labels[:, None], shown.labels)
     )
     device = next(model.parameters()).device
     scored = {}
     with torch.no_grad():
-        for name, split in (("supervised", world.class_test), ("supervised_shift", world.shift)):
+        for name, split in (("supervised", dataset.class_test), ("supervised_shift", dataset.shift)):
             logits = torch.cat([model(batch.to(device)) for batch in split.images.split(256)]).cpu()
             scored[name] = 100 * topk_accuracy(logits, split.labels)
     return trained | scored
 
 
 def nonlinear_projection(context: Context) -> dict:
-    return contrastive_only(context, replace(make_lab(context).config, projection="mlp"))
+    return contrastive_only(context, replace(data_of(context).config, projection="mlp"))
 
 
 def large_patches(context: Context) -> dict:
-    config = make_lab(context).config
+    config = data_of(context).config
     return contrastive_only(context, replace(config, patch=2 * config.patch))
 
 
 def contrastive_only(context: Context, config: ClipConfig) -> dict:
     """A CLIP of another configuration: only the numbers that its claims compare."""
-    lab = make_lab(context)
+    data = data_of(context)
     model = Clip(config)
-    measured = fit_clip(context, model) | {"flops": training_flops(config, context.recipe, lab)}
-    if lab.world.classes:
-        weights = classifier(model, lab.tokenizer, lab.phrases, ENSEMBLE)
-        scores = image_features(model, lab.world.class_test.images) @ weights.T
-        measured["zeroshot_ensemble"] = 100 * topk_accuracy(scores, lab.world.class_test.labels)
+    measured = fit_clip(context, model) | {"flops": training_flops(config, context.recipe, data)}
+    if data.dataset.classes:
+        weights = classifier(model, data.tokenizer, data.phrases, ENSEMBLE)
+        scores = image_features(model, data.dataset.class_test.images) @ weights.T
+        measured["zeroshot_ensemble"] = 100 * topk_accuracy(scores, data.dataset.class_test.labels)
     return measured
 
 
-def training_flops(config: ClipConfig, recipe: ClipRecipe, lab: Lab) -> float:
+def training_flops(config: ClipConfig, recipe: ClipRecipe, data: ExperimentData) -> float:
     """Three forward passes' worth (one forward, two for the backward) over all samples; texts at their mean length."""
-    ends = (lab.tokens == config.end_token).int().argmax(1).float()
+    ends = (data.tokens == config.end_token).int().argmax(1).float()
     with torch.device("meta"):
         model = Clip(config)
         image = torch.empty(1, 3, config.image_size, config.image_size)
@@ -341,7 +342,7 @@ def rung_of_ladder(index: int) -> Callable[[Context], dict]:
 
     def arm(context: Context) -> dict:
         width = context.recipe.ladder[index]
-        config = make_lab(context).config
+        config = data_of(context).config
         heads = max(1, width // 32)
         changed = replace(config, vision_width=width, text_width=width, vision_heads=heads, text_heads=heads)
         return contrastive_only(context, changed)

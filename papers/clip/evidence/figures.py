@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from papers.clip.encode import classifier, image_features, text_features
-from papers.clip.evidence.claims import LADDER, TEMPLATE, Lab, lab_of, ladder_points
+from papers.clip.evidence.claims import LADDER, TEMPLATE, ExperimentData, build_data, ladder_points
 from papers.clip.pretrained import load_file
 from papers.clip.recipe import ClipRecipe
 from shared.experiments.ablations import seeds_of
@@ -42,25 +42,25 @@ def draw(recipe: ClipRecipe, outcomes: dict[int, dict[str, dict]], folder: Path)
     weights = folder / "arms" / f"contrastive-{seeds_of(recipe)[0]}" / "model.safetensors"
     if not weights.is_file():
         return drawn, []
-    lab = lab_of(recipe, seeds_of(recipe)[0])
-    model = load_file(weights, lab.config)
-    split = lab.world.class_test if lab.world.classes else None
+    data = build_data(recipe, seeds_of(recipe)[0])
+    model = load_file(weights, data.config)
+    split = data.dataset.class_test if data.dataset.classes else None
     if split is not None:
         features = image_features(model, split.images)
-        names = text_features(model, lab.tokenizer, [TEMPLATE.format(phrase) for phrase in lab.phrases])
+        names = text_features(model, data.tokenizer, [TEMPLATE.format(phrase) for phrase in data.phrases])
         drawn.append(
-            figures.embedding_plane(features, names, split.labels, lab.world.classes, name="The joint space (t-SNE)")
+            figures.embedding_plane(features, names, split.labels, data.dataset.classes, name="The joint space (t-SNE)")
         )
-        head = classifier(model, lab.tokenizer, lab.phrases, [TEMPLATE])
+        head = classifier(model, data.tokenizer, data.phrases, [TEMPLATE])
         table = confusion(features @ head.T, split.labels)
-        drawn.append(figures.confusion_matrix(table, lab.world.classes, name="Zero-shot confusion"))
-    return drawn, retrieval_examples(model, lab)
+        drawn.append(figures.confusion_matrix(table, data.dataset.classes, name="Zero-shot confusion"))
+    return drawn, retrieval_examples(model, data)
 
 
-def retrieval_examples(model, lab: Lab) -> list[Sample]:
+def retrieval_examples(model, data: ExperimentData) -> list[Sample]:
     """Test pictures with the captions that the model ranks first among all test captions, each wording once."""
-    test = lab.world.test
+    test = data.dataset.test
     captions = [several[0] for several in test.captions]
     texts = list(dict.fromkeys(captions))  # of labelled pictures many are worded alike
-    scores = image_features(model, test.images) @ text_features(model, lab.tokenizer, texts).T  # (I, T)
+    scores = image_features(model, test.images) @ text_features(model, data.tokenizer, texts).T  # (I, T)
     return figures.retrieval_examples(scores, test.images, captions, texts, lambda row, i: texts[i] == captions[row])

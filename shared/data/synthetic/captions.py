@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from shared.data.seeded import Draw
+from shared.data.seeded import SeededRandom
 from shared.data.synthetic.scenes import COLOURS, Scene, Thing
 
 KINDS = ("what", "colour", "count", "where", "yes/no")
@@ -125,7 +125,7 @@ TWO = (
 )
 
 
-def caption(scene: Scene, draw: Draw, *, full: bool = False) -> str:
+def caption(scene: Scene, draw: SeededRandom, *, full: bool = False) -> str:
     """One caption of a scene. It names some of what is there; `full` names every thing with its colour and size."""
     cards = scene.cards
     things = draw.shuffled(scene.things)
@@ -151,7 +151,7 @@ def caption(scene: Scene, draw: Draw, *, full: bool = False) -> str:
 # --- questions
 
 
-def ask(scene: Scene, names: Sequence[str], draw: Draw, kind: str | None = None) -> Asked:
+def ask(scene: Scene, names: Sequence[str], draw: SeededRandom, kind: str | None = None) -> Asked:
     """A question about a scene. names: all nouns of its world, from which wrong answers are taken."""
     kind = kind or draw.pick(KINDS)
     if kind == "where" and scene.grid == (1, 1):
@@ -192,7 +192,7 @@ def ask(scene: Scene, names: Sequence[str], draw: Draw, kind: str | None = None)
     return Asked(kind, claim(scene, names, draw, truth).question, "yes" if truth else "no", ("yes", "no"))
 
 
-def _asked(kind: str, question: str, answer: str, wrong: Sequence[str], draw: Draw) -> Asked:
+def _asked(kind: str, question: str, answer: str, wrong: Sequence[str], draw: SeededRandom) -> Asked:
     return Asked(kind, question, answer, tuple(draw.shuffled([answer, *wrong])))
 
 
@@ -206,7 +206,7 @@ class Claim(NamedTuple):
     question: str
 
 
-def claim(scene: Scene, names: Sequence[str], draw: Draw, truth: bool) -> Claim:
+def claim(scene: Scene, names: Sequence[str], draw: SeededRandom, truth: bool) -> Claim:
     """A proposition that is true or false of the scene, as `truth` asks for."""
     thing = draw.pick(scene.things)
     the, is_ = phrase(thing, scene.cards, determiner="the"), be(thing)
@@ -233,7 +233,7 @@ def claim(scene: Scene, names: Sequence[str], draw: Draw, truth: bool) -> Claim:
     return Claim(f"{the} {is_} {end}", f"{is_} {the} {end}?")
 
 
-def claim_of_two(left: Scene, right: Scene, names: Sequence[str], draw: Draw, truth: bool, kind: str) -> str:
+def claim_of_two(left: Scene, right: Scene, names: Sequence[str], draw: SeededRandom, truth: bool, kind: str) -> str:
     """A sentence about two pictures (NLVR2). kind: 'each', 'both' (true needs a shared thing, false none) or 'count'
     (needs unequal counts)."""
     if kind == "both":
@@ -260,7 +260,7 @@ def claim_of_two(left: Scene, right: Scene, names: Sequence[str], draw: Draw, tr
 # --- longer texts
 
 
-def turns(scene: Scene, names: Sequence[str], draw: Draw, count: int = 3) -> tuple[tuple[str, str], ...]:
+def turns(scene: Scene, names: Sequence[str], draw: SeededRandom, count: int = 3) -> tuple[tuple[str, str], ...]:
     """A dialogue: a description, then questions of different kinds, each answered in a few words."""
     opening = draw.pick(("describe the picture.", "what do you see?", "tell me about this picture."))
     talk = [(opening, caption(scene, draw, full=True))]
@@ -273,7 +273,7 @@ def turns(scene: Scene, names: Sequence[str], draw: Draw, count: int = 3) -> tup
     return tuple(talk)
 
 
-def reason(scene: Scene, draw: Draw) -> Reasoned:
+def reason(scene: Scene, draw: SeededRandom) -> Reasoned:
     """A counting question, the facts that settle it, and the answer."""
     colour = draw.pick(scene.things).colour if draw.chance(0.75) else draw.pick(list(COLOURS))
     noun = "card" if scene.cards else "shape"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from shared.core.errors import UserError
-from shared.data.seeded import Draw
+from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import caption
 from shared.data.synthetic.scenes import (
     COLOURS,
@@ -30,7 +30,7 @@ DEFAULTS = SceneOptions()
 
 
 @dataclass
-class Distractors:
+class MinimalPairs:
     """N pictures and their captions, group by group: caption i is true of picture i and nearly true of its group.
 
     images: (N, 3, H, W) uint8; groups: (N,) int64, rising; details: what tells a picture from the first of its group,
@@ -53,7 +53,7 @@ class Distractors:
         return [other for other in rows if other != row]
 
 
-def distractors(
+def minimal_pairs(
     pack: SpritePack,
     split: str,
     count: int,
@@ -62,7 +62,7 @@ def distractors(
     seed: int = 0,
     options: SceneOptions = DEFAULTS,
     details: Sequence[str] = DETAILS,
-) -> Distractors:
+) -> MinimalPairs:
     """`count` pictures in groups. No two show the same: same things, colours, sizes and places.
 
     What does not apply to a scene is left out of its group: a thing that fills the picture has no other place, and the
@@ -85,19 +85,19 @@ def distractors(
             for attempt in range(ATTEMPTS)
         )
         base = next((scene for scene in bases if graph(scene) not in seen), None)
-        draw = Draw("distractors", seed, split, group)
+        draw = SeededRandom("distractors", seed, split, group)
         for detail in ("", *details) if base else ():
             scene = changed(base, detail, pack, draw, seed, options) if detail else base
             if scene is None or graph(scene) in seen or len(scenes) == count:
                 continue
             seen.add(graph(scene))
             scenes.append(replace(scene, id=f"{split}-{group:06d}{f'-{detail}' if detail else ''}"))
-            captions.append(caption(scene, Draw("caption", seed, split, group), full=True))
+            captions.append(caption(scene, SeededRandom("caption", seed, split, group), full=True))
             groups.append(group)
             told.append(detail)
         group += 1
     images = torch.from_numpy(render_many(scenes, pack, size))
-    return Distractors([scene.id for scene in scenes], images, captions, torch.tensor(groups), told, scenes)
+    return MinimalPairs([scene.id for scene in scenes], images, captions, torch.tensor(groups), told, scenes)
 
 
 def graph(scene: Scene) -> tuple:
@@ -107,7 +107,9 @@ def graph(scene: Scene) -> tuple:
     return scene.grid if told else None, tuple(sorted(things))
 
 
-def changed(scene: Scene, detail: str, pack: SpritePack, draw: Draw, seed: int, options: SceneOptions) -> Scene | None:
+def changed(
+    scene: Scene, detail: str, pack: SpritePack, draw: SeededRandom, seed: int, options: SceneOptions
+) -> Scene | None:
     """The scene with one detail changed, never to a colour that training holds out; None where it does not apply."""
     place = draw.below(len(scene.things))
     thing = scene.things[place]

@@ -13,7 +13,7 @@ from hashlib import shake_256
 from typing import TYPE_CHECKING
 
 from shared.core.errors import UserError
-from shared.data.seeded import Draw
+from shared.data.seeded import SeededRandom
 from shared.data.synthetic.sprites import SpritePack
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Scene:
 @lru_cache(maxsize=65536)
 def held_out_colours(name: str, seed: int = 0, share: float = 0.125) -> frozenset[str]:
     """The colours in which a thing is shown by composition tests alone."""
-    return frozenset(Draw("held out", seed, name).sample(list(COLOURS), round(share * len(COLOURS))))
+    return frozenset(SeededRandom("held out", seed, name).sample(list(COLOURS), round(share * len(COLOURS))))
 
 
 @lru_cache(maxsize=65536)
@@ -116,7 +116,7 @@ def sample_scene(
     attempt: int = 0,
 ) -> Scene:
     """Scene `index` of a split. `first` and `colour` pin the first thing; `attempt` counts re-draws of one index."""
-    draw = Draw("scene", seed, split, index, attempt)
+    draw = SeededRandom("scene", seed, split, index, attempt)
     low, high = options.objects
     count = low + draw.below(high - low + 1)
     if count > len(pack.sprites):
@@ -150,7 +150,7 @@ def sample_scene(
     )
 
 
-def _grid(count: int, small: bool, draw: Draw) -> tuple[int, int]:
+def _grid(count: int, small: bool, draw: SeededRandom) -> tuple[int, int]:
     if count == 1:
         return (2, 2) if small else (1, 1)
     if count == 2:
@@ -159,7 +159,7 @@ def _grid(count: int, small: bool, draw: Draw) -> tuple[int, int]:
 
 
 def _place(
-    name: str, colour: str, small: bool, cell: tuple[int, int], grid: tuple[int, int], jitter: float, draw: Draw
+    name: str, colour: str, small: bool, cell: tuple[int, int], grid: tuple[int, int], jitter: float, draw: SeededRandom
 ) -> Thing:
     rows, cols = grid
     high, wide = 1 / rows, 1 / cols
@@ -305,7 +305,9 @@ def _rounded(side: int, radius: float) -> ndarray:
     from PIL import Image, ImageDraw
 
     large = Image.new("L", (4 * side, 4 * side))
-    ImageDraw.Draw(large).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), radius=4 * side * radius, fill=255)
+    ImageDraw.SeededRandom(large).rounded_rectangle(
+        (0, 0, 4 * side - 1, 4 * side - 1), radius=4 * side * radius, fill=255
+    )
     return np.asarray(large.resize((side, side), Image.Resampling.BOX))
 
 

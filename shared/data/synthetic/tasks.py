@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shared.core.errors import UserError
-from shared.data.seeded import Draw
+from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import ask, be, caption, claim, claim_of_two, phrase, reason, turns, with_article
 from shared.data.synthetic.samples import Dialogue, Episode, Hypothesis, Pair, Puzzle, Question, Statement
 from shared.data.synthetic.scenes import COLOURS, Scene, SceneOptions, Thing, render, sample_scene
@@ -25,7 +25,7 @@ def pair(
 ) -> Pair:
     """A picture and a caption that names some of what is there."""
     scene = sample_scene(pack, split, index, seed=seed, options=options)
-    return Pair(scene.id, render(scene, pack, size), caption(scene, Draw("caption", seed, split, index)))
+    return Pair(scene.id, render(scene, pack, size), caption(scene, SeededRandom("caption", seed, split, index)))
 
 
 def question(
@@ -40,7 +40,7 @@ def question(
 ) -> Question:
     """A question of one kind (wording.KINDS), or of any; yes and no are equally likely."""
     scene = sample_scene(pack, split, index, seed=seed, options=options)
-    asked = ask(scene, pack.names, Draw("question", seed, split, index, kind), kind)
+    asked = ask(scene, pack.names, SeededRandom("question", seed, split, index, kind), kind)
     return Question(scene.id, render(scene, pack, size), asked.question, asked.answer, asked.choices)
 
 
@@ -49,7 +49,7 @@ def reasoning(
 ) -> Question:
     """A counting question with the rationale that leads to its answer."""
     scene = sample_scene(pack, split, index, seed=seed, options=options)
-    found = reason(scene, Draw("reason", seed, split, index))
+    found = reason(scene, SeededRandom("reason", seed, split, index))
     return Question(scene.id, render(scene, pack, size), found.question, found.answer, found.choices, found.rationale)
 
 
@@ -65,7 +65,7 @@ def dialogue(
 ) -> Dialogue:
     """A description, then up to `length - 1` questions of different kinds."""
     scene = sample_scene(pack, split, index, seed=seed, options=options)
-    talk = turns(scene, pack.names, Draw("dialogue", seed, split, index), length)
+    talk = turns(scene, pack.names, SeededRandom("dialogue", seed, split, index), length)
     return Dialogue(scene.id, render(scene, pack, size), talk)
 
 
@@ -81,7 +81,7 @@ def statement(
 ) -> Statement:
     """A statement about one picture or two (NLVR2). Truth is drawn before the sentence's form, so that the words alone
     do not give it away."""
-    draw = Draw("statement", seed, split, index, pictures)
+    draw = SeededRandom("statement", seed, split, index, pictures)
     truth = draw.chance(0.5)
     left = sample_scene(pack, split, index, seed=seed, options=options)
     if pictures == 1:
@@ -112,7 +112,7 @@ def hypothesis(
     absent = [name for name in pack.names if name not in shown]
     if not absent:
         raise UserError(f"hypotheses need a thing that the picture does not show: raise classes ({len(pack.names)})")
-    draw = Draw("hypothesis", seed, split, index)
+    draw = SeededRandom("hypothesis", seed, split, index)
     verdict = draw.pick(("entailment", "neutral", "contradiction"))
     thing = draw.pick(scene.things)
     other = draw.pick([colour for colour in COLOURS if colour != thing.colour])
@@ -140,7 +140,7 @@ def episode(
         raise UserError(f"episode kind {kind!r}: choose {', '.join(EPISODES)}")
     if kind == "name" and shots + 1 > len(pack.sprites):
         raise UserError(f"episodes of {shots} shots need {shots + 1} classes, there are {len(pack.sprites)}")
-    draw = Draw("episode", seed, split, index, shots, kind)
+    draw = SeededRandom("episode", seed, split, index, shots, kind)
     alone = replace(options, objects=(1, 1))
     words: dict[str, str] = {}
     if kind == "nonce":
@@ -183,7 +183,7 @@ def puzzle(pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0
     The candidates are six corners of a cube (two values an attribute): every value occurs three times and all six are
     alike by symmetry, so that without the panels nothing beats 1 in 6 (the flaw of RAVEN's answers, see I-RAVEN).
     """
-    draw = Draw("puzzle", seed, split, index)
+    draw = SeededRandom("puzzle", seed, split, index)
     rules = [
         draw.pick(("constant", "three")),
         draw.pick(("constant", "three")),
@@ -217,7 +217,7 @@ def puzzle(pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0
     )
 
 
-def _rows(rule: str, values: list, draw: Draw) -> list[list]:
+def _rows(rule: str, values: list, draw: SeededRandom) -> list[list]:
     if rule == "progression":
         return [[start, start + 1, start + 2] for start in draw.shuffled([1, 2, draw.pick((1, 2))])]
     three = draw.sample(values, 3)

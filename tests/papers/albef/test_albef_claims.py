@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from papers.albef import data as lab
-from papers.albef.data import Trial, by_class, exchanged, lab_of, load
+from papers.albef import data as data
+from papers.albef.data import EvalSet, build_data, by_class, exchanged, load
 from papers.albef.encode import Pictures, Texts, pools_score, reranked, tokens_of
 from papers.albef.evidence import claims
 from papers.albef.evidence.claims import CLAIMS, gain_slope, gains
@@ -18,7 +18,7 @@ from papers.albef.evidence.transfer import hypotheses, questions, sentences
 from papers.albef.recipe import AlbefRecipe
 from shared.core.errors import UserError
 from shared.data.dataset import Split
-from shared.data.synthetic.minimal_pairs import DETAILS, distractors, graph
+from shared.data.synthetic.minimal_pairs import DETAILS, graph, minimal_pairs
 from shared.data.synthetic.scenes import SceneOptions
 from shared.data.synthetic.sprites import load_pack
 from shared.tokenizers.small_bpe import SmallTokenizer
@@ -31,7 +31,7 @@ SMALL = AlbefRecipe(
 
 @pytest.fixture(scope="module")
 def made():
-    return lab_of(SMALL, 3)
+    return build_data(SMALL, 3)
 
 
 # ---- effects
@@ -95,7 +95,7 @@ def test_arms_differ_in_what_their_claim_compares_and_in_nothing_else():
 
 
 def test_wrong_captions_are_another_pictures_and_a_larger_share_holds_a_smaller_one(made):
-    train = made.world.train
+    train = made.dataset.train
     some, more = exchanged(train, 0.25, 3), exchanged(train, 0.5, 3)
     first = {row for row in range(len(train)) if some[row] != train.captions[row]}
     second = {row for row in range(len(train)) if more[row] != train.captions[row]}
@@ -116,8 +116,8 @@ def test_classes_are_kept_apart_and_a_set_of_one_wording_is_refused():
 
 
 def test_more_pairs_keep_the_own_captions_clean(made):
-    more = lab.more_pairs(made, SMALL, 3, 3.0, 0.5)
-    own = lab.pairs_of(made, 0.0, 3)
+    more = data.more_pairs(made, SMALL, 3, 3.0, 0.5)
+    own = data.pairs_of(made, 0.0, 3)
     assert len(more.tokens) == 3 * len(own.tokens) and 0 < more.wrong < 0.5
     width = min(more.tokens.shape[1], own.tokens.shape[1])
     assert torch.equal(more.tokens[: len(own.tokens), :width], own.tokens[:, :width])
@@ -129,7 +129,7 @@ def test_more_pairs_keep_the_own_captions_clean(made):
 
 def test_near_misses_differ_in_the_one_detail_that_they_are_told_to():
     pack = load_pack("shapes")
-    found = distractors(pack, "test", 60, size=32, seed=1, options=SceneOptions((1, 2)))
+    found = minimal_pairs(pack, "test", 60, size=32, seed=1, options=SceneOptions((1, 2)))
     assert len(found) == 60 and set(found.details) == {"", *DETAILS}
     assert len(set(found.captions)) == 60 and len({graph(scene) for scene in found.scenes}) == 60
     for row, detail in enumerate(found.details):
@@ -150,7 +150,7 @@ def test_near_misses_differ_in_the_one_detail_that_they_are_told_to():
 def test_too_few_classes_for_so_many_different_scenes_are_named():
     pack = load_pack("shapes").subset(1)
     with pytest.raises(UserError, match="raise classes"):
-        distractors(pack, "test", 400, size=16, options=SceneOptions((1, 1), small=0.0))
+        minimal_pairs(pack, "test", 400, size=16, options=SceneOptions((1, 1), small=0.0))
 
 
 def test_no_group_is_cut_by_the_border_of_a_pool(made):
@@ -167,10 +167,10 @@ def test_captions_worded_by_class_alone_are_tested_in_pools_of_one_picture_a_cla
     labels = torch.tensor([0, 1, 0, 1, 2, 2, 2])
     split = Split([str(i) for i in range(7)], torch.arange(7)[:, None, None, None].expand(7, 3, 8, 8).byte(), [])
     split.labels = labels
-    trial = by_class(split, ["cat", "dog", "ant"])
-    assert [len(pool) for pool in trial.pools] == [3, 3]
-    assert trial.captions[:3] == ["a photo of a cat", "a photo of a dog", "a photo of an ant"]
-    assert labels[trial.images[:3, 0, 0, 0].long()].tolist() == [0, 1, 2]
+    eval_set = by_class(split, ["cat", "dog", "ant"])
+    assert [len(pool) for pool in eval_set.pools] == [3, 3]
+    assert eval_set.captions[:3] == ["a photo of a cat", "a photo of a dog", "a photo of an ant"]
+    assert labels[eval_set.images[:3, 0, 0, 0].long()].tolist() == [0, 1, 2]
 
 
 # ---- scoring, with a model that knows the answers
@@ -183,7 +183,7 @@ class Knows(torch.nn.Module):
         super().__init__()
         self.temperature = torch.nn.Parameter(torch.ones(()))
 
-    def match(self, states, present, tokens):
+    def match(self, states, attention_mask, tokens):
         right = (states[:, 0, 0] == tokens[:, 0, 0]).float()
         return torch.stack([1 - right, right], 1)
 
@@ -283,15 +283,15 @@ def test_a_picture_without_a_caption_is_left_out_counted_and_named(tmp_path):
     root = karpathy(tmp_path / "set", [[f"thing number {i}"] for i in range(9)] + [["   "]])
     with pytest.raises(UserError, match=r"1 of 10 pictures cannot be read .*no caption.*max_dropped"):
         load(titled(root, None), 0)
-    world = load(titled(root, None, max_dropped=0.1), 0)
-    assert len(world.train) == 9 and world.coverage[0].reasons == {"it has no caption": 1}
-    assert len(lab_of(titled(root, None, max_dropped=0.1), 0).test.captions) == 9
+    dataset = load(titled(root, None, max_dropped=0.1), 0)
+    assert len(dataset.train) == 9 and dataset.coverage[0].reasons == {"it has no caption": 1}
+    assert len(build_data(titled(root, None, max_dropped=0.1), 0).test.captions) == 9
 
 
 def test_a_picture_of_one_pixel_is_a_picture(tmp_path):
     root = karpathy(tmp_path / "set", [[f"thing number {i}"] for i in range(8)], size=(1, 1))
-    made = lab_of(titled(root, None), 0)
-    assert made.world.train.images.shape == (8, 3, 32, 32) and isinstance(made.test, Trial)
+    made = build_data(titled(root, None), 0)
+    assert made.dataset.train.images.shape == (8, 3, 32, 32) and isinstance(made.test, EvalSet)
 
 
 def test_captions_longer_than_the_context_are_counted_in_the_note(tmp_path):

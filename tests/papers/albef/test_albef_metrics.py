@@ -148,8 +148,10 @@ def test_retrieval_is_re_ranked_by_the_match_logit_and_reads_all_captions(world)
     tokens = torch.tensor([[TINY.start, *TOKENIZER.encode(text)] for text in texts])  # no [SEP]
     with torch.no_grad():
         seen, states = model.encode_image(images), model.encode_text(tokens)
-        present = tokens != TINY.pad
-        logits = torch.stack([model.match(states, present, one.expand(15, -1, -1))[:, 1] for one in seen])  # (5, 15)
+        attention_mask = tokens != TINY.pad
+        logits = torch.stack(
+            [model.match(states, attention_mask, one.expand(15, -1, -1))[:, 1] for one in seen]
+        )  # (5, 15)
     owner = torch.arange(15) // 3
     assert found["i2t"] == pytest.approx(100 * float((owner[logits.argmax(1)] == torch.arange(5)).float().mean()))
     assert found["t2i"] == pytest.approx(100 * float((logits.argmax(0) == owner).float().mean()))

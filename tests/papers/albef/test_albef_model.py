@@ -9,10 +9,10 @@ import albef_ranks
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tests_common import CATALOGUE, ROOT
+from tests_common import CATALOG, ROOT
 from torch.nn import functional as F
 
-from papers.albef.config import VARIANTS, Objective, fitted
+from papers.albef.config import VARIANTS, Objective, with_tokenizer
 from papers.albef.converter import FORMATS, convert, published_of
 from papers.albef.evidence.cost import workload
 from papers.albef.losses import albef_losses
@@ -212,10 +212,10 @@ def test_weights_and_batches_in_pieces_are_refused(changed, message):
 
 def test_the_configuration_takes_the_tokenizers_ids_and_a_mask_of_its_own():
     plain = SmallTokenizer.train(["a cat", "a dog"], 300)
-    config = fitted(TINY, plain)
+    config = with_tokenizer(TINY, plain)
     assert (config.vocabulary, config.mask) == (plain.vocab_size + 1, plain.vocab_size)
     masked = SmallTokenizer.train(["a cat", "a dog"], 300, specials=("mask",))
-    config = fitted(TINY, masked)
+    config = with_tokenizer(TINY, masked)
     assert (config.vocabulary, config.mask, config.end) == (masked.vocab_size, masked.mask, masked.end)
 
 
@@ -224,8 +224,8 @@ def test_the_first_position_alone_is_what_all_layers_give_there(dropout):
     torch.manual_seed(0)
     layers = BertLayers.make(3, 24, 3, 40, context_width=20, dropout=dropout).train(dropout == 0.0)
     x, context = torch.randn(4, 7, 24), torch.randn(2, 5, 20)  # two texts a picture
-    present = torch.arange(7) < torch.tensor([[7], [3], [1], [5]])
-    given = {"mask": present[:, None, None], "context": context}
+    attention_mask = torch.arange(7) < torch.tensor([[7], [3], [1], [5]])
+    given = {"mask": attention_mask[:, None, None], "context": context}
     weight = torch.randn(4, 24)
     found = []
     for run in (lambda: layers.first(x, **given), lambda: layers(x, **given)[:, 0]):
@@ -469,7 +469,7 @@ def test_a_planned_step_counts_both_copies_and_the_queue():
 
 
 def test_every_structure_row_of_the_paper_is_met():
-    measured = CATALOGUE.package("albef").structure.measure("albef-base")
+    measured = CATALOG.package("albef").structure.measure("albef-base")
     for row in load_paper(ROOT / "papers" / "albef" / "paper.yaml").structure:
         value = measured[row.part] / (1e6 if row.unit.startswith("M ") else 1)
         assert abs(value - row.reported) <= row.tolerance, f"{row.id}: {value}"

@@ -15,7 +15,9 @@ from shared.tools import bench_timing
 
 pytest.importorskip("transformers")
 
-CONFIG = replace(tiny(), text_width=48, text_heads=3, hidden=72, vision_layers=3)  # of other sizes than the pictures'
+CONFIG = replace(
+    tiny(), text_width=48, text_heads=3, mlp_width=72, vision_layers=3
+)  # of other sizes than the pictures'
 
 
 @pytest.fixture(autouse=True)

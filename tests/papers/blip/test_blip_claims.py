@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from papers.blip.data import Text, lab_of, parted, plain_titles, scenes_parted
+from papers.blip.data import Text, build_data, parted, plain_titles, scenes_parted
 from papers.blip.evidence import capfilt, claims
 from papers.blip.evidence.capfilt import CapFilt, kept_of
 from papers.blip.evidence.capfilt_page import Decision
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import Split, World
-from shared.experiments.ablations import Context
+from shared.core.paper_package import Context
+from shared.data.dataset import DatasetBundle, Split
 
 SMALL = BlipRecipe(
     paper="blip", model="blip-tiny", data="shapes", pairs=96, clean=32, test_pairs=24, classes=6, batch=8, steps=4,
@@ -22,8 +22,8 @@ SMALL = BlipRecipe(
 
 
 @pytest.fixture(scope="module")
-def lab():
-    return lab_of(SMALL, 3)
+def data():
+    return build_data(SMALL, 3)
 
 
 def context(folder, arm, recipe=SMALL, seed=3):
@@ -43,17 +43,17 @@ def measured(folder, *arms):
 
 
 def test_clean_pairs_are_right_and_the_web_has_the_declared_share_of_wrong_ones():
-    lab = lab_of(replace(SMALL, pairs=600, clean=100), 3)
-    assert len(lab.clean) == 100 and all(text.true for text in lab.clean)
-    assert len(lab.web) == 500 and {t.picture for t in lab.web}.isdisjoint(t.picture for t in lab.clean)
-    wrong = sum(not text.true for text in lab.web) / len(lab.web)
+    data = build_data(replace(SMALL, pairs=600, clean=100), 3)
+    assert len(data.clean) == 100 and all(text.true for text in data.clean)
+    assert len(data.web) == 500 and {t.picture for t in data.web}.isdisjoint(t.picture for t in data.clean)
+    wrong = sum(not text.true for text in data.web) / len(data.web)
     assert wrong == pytest.approx(0.25, abs=0.06)
 
 
-def test_held_out_captions_have_near_misses_and_no_picture_is_trained_on(lab):
-    assert len(set(lab.held.texts)) == len(lab.held.texts) == len(lab.held.images)
-    trained = {image.numpy().tobytes() for image in lab.world.train.images}
-    assert not any(image.numpy().tobytes() in trained for image in lab.held.images)
+def test_held_out_captions_have_near_misses_and_no_picture_is_trained_on(data):
+    assert len(set(data.eval_set.texts)) == len(data.eval_set.texts) == len(data.eval_set.images)
+    trained = {image.numpy().tobytes() for image in data.dataset.train.images}
+    assert not any(image.numpy().tobytes() in trained for image in data.eval_set.images)
 
 
 def test_a_title_is_plain_if_its_words_are_and_no_other_picture_bears_it():
@@ -68,12 +68,12 @@ def published(*titles):
     images = torch.zeros(len(titles), 3, 8, 8, dtype=torch.uint8)
     train = Split([f"{i}" for i in range(len(titles))], images, [list(several) for several in titles])
     other = Split(["v"], images[:1], [["a house"]])
-    return World(name="toy", train=train, val=other, test=other)
+    return DatasetBundle(name="toy", train=train, val=other, test=other)
 
 
 def test_of_a_published_set_plain_titles_are_clean_and_all_others_the_web():
-    world = published(["a cat", "cat_01"], ["theme"], ["theme"], ["a dog"], ["a bird"])
-    clean, web = parted(world, replace(SMALL, clean=2))
+    dataset = published(["a cat", "cat_01"], ["theme"], ["theme"], ["a dog"], ["a bird"])
+    clean, web = parted(dataset, replace(SMALL, clean=2))
     assert clean == [Text(0, "a cat"), Text(3, "a dog")]
     assert web == [Text(1, "theme"), Text(2, "theme"), Text(4, "a bird")], "no more than asked for are clean"
 
@@ -93,7 +93,7 @@ def test_scenes_give_clean_pairs_in_order():
 )
 def test_data_that_cannot_be_parted_is_refused(changed, message):
     with pytest.raises(UserError, match=message):
-        lab_of(replace(SMALL, **changed), 3)
+        build_data(replace(SMALL, **changed), 3)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_what_each_arm_trains_on(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "measure", lambda *_: {"r1": 0.0})
     measured(tmp_path, "noisy", "filter_only", "captioner_only", "both", "longer", "continued", "share_all")
     work = CapFilt.of(context(tmp_path, "again"))
-    web, clean = ([(t.picture, t.text) for t in part] for part in (work.lab.web, work.lab.clean))
+    web, clean = ([(t.picture, t.text) for t in part] for part in (work.data.web, work.data.clean))
     written = [(t.picture, t.text) for t in work.written("captioner", "nucleus")]
     decisions = work.bootstrapped()
     kept = {
@@ -191,10 +191,10 @@ def test_a_captioner_learns_its_texts_behind_the_prompt_and_not_the_prompt_itsel
     monkeypatch.setattr(capfilt, "fit", lambda module, batches, *_: modules.update(tokens=batches.tensors[1]) or 0.0)
     work = CapFilt.of(context(tmp_path, "captioner"))
     work.tuned("captioner")
-    words = work.lab.tokenizer
+    words = work.data.tokenizer
     prompt = words.encode("a picture of")
     assert modules[capfilt.CAPTIONER] == 1 + len(prompt)
-    assert modules["tokens"][:, 1 : 1 + len(prompt)].tolist() == [prompt] * len(work.lab.clean)
+    assert modules["tokens"][:, 1 : 1 + len(prompt)].tolist() == [prompt] * len(work.data.clean)
     work.tuned("captioner-bare")
     assert modules[capfilt.CAPTIONER] == 0
 

@@ -28,7 +28,7 @@ CONFIG = BlipConfig(
     text_width=40,
     text_layers=4,
     text_heads=4,
-    hidden=72,
+    mlp_width=72,
     vocabulary=97,
     positions=23,
     context=13,
@@ -39,7 +39,7 @@ CONFIG = BlipConfig(
     decode_token=95,
     encode_token=96,
 )
-T, V, W, LAYERS = CONFIG.text_width, CONFIG.vision_width, CONFIG.hidden, CONFIG.text_layers
+T, V, W, LAYERS = CONFIG.text_width, CONFIG.vision_width, CONFIG.mlp_width, CONFIG.text_layers
 
 
 def linear(name, inside, outside):
@@ -303,9 +303,9 @@ def test_a_released_file_that_is_not_there_says_what_to_do():
 
 def test_weights_trained_here_load_with_their_tokenizer_and_say_what_they_cannot(tmp_path, monkeypatch):
     words = SmallTokenizer.train(["a cat", "a dog"], 280, ("decode_start", "encode_start"))
-    from papers.blip.config import fitted
+    from papers.blip.config import with_tokenizer
 
-    small = fitted(replace(CONFIG, tokenizer="small-bpe"), words)
+    small = with_tokenizer(replace(CONFIG, tokenizer="small-bpe"), words)
     monkeypatch.setitem(configs.VARIANTS, "blip-test", lambda: replace(CONFIG, tokenizer="small-bpe"))
     path = tmp_path / "model.safetensors"
     save_weights(BlipPretraining(small), path)

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from published import encoded
-from tests_common import CATALOGUE
+from tests_common import CATALOG
 
-from papers.blip.config import SPECIALS, VARIANTS, fitted
-from papers.blip.encode import Writing, reranked, text_features, tokens_of, write
+from papers.blip.config import SPECIALS, VARIANTS, with_tokenizer
+from papers.blip.encode import GenerationConfig, reranked, text_features, tokens_of, write
 from papers.blip.encode import encoded as encoded_pictures
 from papers.blip.evidence import benchmarks as metrics
 from papers.blip.model import Blip, BlipPretraining
@@ -23,7 +23,7 @@ from shared.data.images import fitted_image
 from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights.load import save_weights
 
-ROWS = {row.id: row for row in CATALOGUE.card("blip").metrics}
+ROWS = {row.id: row for row in CATALOG.card("blip").metrics}
 CAPTIONS = ["a red circle", "a blue square", "a green star", "two red circles"]
 WORDS = [*CAPTIONS, "a picture of", "is it red? yes no", "what colour is it?"] * 3
 
@@ -32,7 +32,7 @@ WORDS = [*CAPTIONS, "a picture of", "is it red? yes no", "what colour is it?"] *
 def home(tmp_path, monkeypatch):
     """data_root with weights/ for every row, networks of the tiny variant, and the current folder for predictions."""
     words = SmallTokenizer.train(WORDS, 310, SPECIALS)
-    tiny = fitted(VARIANTS["blip-tiny"](), words)
+    tiny = with_tokenizer(VARIANTS["blip-tiny"](), words)
     tiny = replace(tiny, context=40, positions=64)
     monkeypatch.setattr(metrics, "VARIANTS", {"blip-base": lambda: tiny, "blip-large": lambda: tiny})
     monkeypatch.setattr(metrics, "SIZES", dict.fromkeys(metrics.SIZES, lambda config: config))
@@ -51,7 +51,7 @@ def home(tmp_path, monkeypatch):
 
 
 def metrics_manifest():
-    return CATALOGUE.root / "checkpoints_manifest.yaml"
+    return CATALOG.root / "checkpoints_manifest.yaml"
 
 
 def place(home, row, model):
@@ -147,7 +147,7 @@ def test_captions_of_coco(home, metric):
     model = Blip(home.config, encoder=False).eval()
     place(home, row, model)
     karpathy(home.root / "coco", [["placeholder"]] * 4)
-    said = write(model, home.words, read(home.root / "coco", 4), Writing())
+    said = write(model, home.words, read(home.root / "coco", 4), GenerationConfig())
     karpathy(home.root / "coco", [[text or "nothing", "a red circle"] for text in said])
     own = metrics.measure(row, home.recipe)
     metrics.coco_captions.cache_clear()

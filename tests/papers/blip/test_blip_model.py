@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from papers.blip.config import SHARINGS, VARIANTS, fitted
+from papers.blip.config import SHARINGS, VARIANTS, with_tokenizer
 from papers.blip.evidence.structure import med
 from papers.blip.losses import blip_losses
-from papers.blip.model import Blip, BlipPretraining, Objectives, copied, looked_at
-from papers.blip.module import CAPTIONER, FILTER, PRETRAINING, BlipModule, example, learning_rate_share, narrowed
+from papers.blip.model import Blip, BlipPretraining, Objectives, copied, cross_attention_kv
+from papers.blip.module import CAPTIONER, FILTER, PRETRAINING, BlipModule, example, learning_rate_share, trim_padding
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
 from shared.nn.blocks import Block, set_recompute
@@ -243,9 +243,11 @@ def test_the_temperature_is_kept_within_its_bounds():
 def test_columns_of_padding_are_cut_off_and_change_no_loss():
     tokens = texts(4)
     wide = torch.cat([tokens, torch.zeros(4, 9, dtype=torch.long)], dim=1)
-    assert torch.equal(narrowed(wide, 0), narrowed(tokens, 0)) and narrowed(wide, 0).shape[1] < wide.shape[1]
+    assert (
+        torch.equal(trim_padding(wide, 0), trim_padding(tokens, 0)) and trim_padding(wide, 0).shape[1] < wide.shape[1]
+    )
     losses = []
-    for some in (narrowed(wide, 0), wide):
+    for some in (trim_padding(wide, 0), wide):
         torch.manual_seed(0)
         model = BlipPretraining(TINY).train()
         losses.append(torch.stack([*blip_losses(model(pictures(4), some, None, 0.4), 0.1)]))
@@ -292,13 +294,13 @@ def test_pictures_that_were_looked_at_are_seen_where_activations_are_recomputed(
     image_tokens = model.encode_image(images).detach()
     wanted = model.match(tokens, image_tokens)
     set_recompute(model.train(), True)
-    found = model.match(tokens, image_tokens, looked_at(model.text_encoder.layers, image_tokens))
+    found = model.match(tokens, image_tokens, cross_attention_kv(model.text_encoder.layers, image_tokens))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_a_tokenizers_ids_become_the_configurations():
     tokenizer = SmallTokenizer.train(["a cat", "a dog"], 300, ("decode_start", "encode_start"))
-    config = fitted(TINY, tokenizer)
+    config = with_tokenizer(TINY, tokenizer)
     assert (config.decode_token, config.encode_token) == (tokenizer.decode_start, tokenizer.encode_start)
     assert config.vocabulary == tokenizer.vocab_size > config.encode_token
 

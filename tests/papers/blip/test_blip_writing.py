@@ -29,7 +29,7 @@ def perturbed(module):
 
 
 def padded(texts, side):
-    """Texts of several lengths as one batch: tokens (B, T), present (B, T)."""
+    """Texts of several lengths as one batch: tokens (B, T), attention_mask (B, T)."""
     tokens = torch.full((len(texts), max(map(len, texts))), TINY.pad_token)
     for row, text in enumerate(texts):
         tokens[row, slice(-len(text), None) if side == "left" else slice(len(text))] = torch.tensor(text)
@@ -62,10 +62,10 @@ def test_captions_flip_neither_with_the_batch_nor_with_the_side_of_the_padding(n
     for size, side in itertools.product((1, 2, 8), ("left", "right")):
         generator, texts = torch.Generator().manual_seed(5), []
         for start in range(0, 8, size):
-            tokens, present = padded(prompts[start : start + size], side)
+            tokens, attention_mask = padded(prompts[start : start + size], side)
             with torch.inference_mode():
                 decoding = model.decoding(model.encode_image(images[start : start + size]))
-                texts += generate(decoding, tokens, settings, present=present, generator=generator).tokens
+                texts += generate(decoding, tokens, settings, attention_mask=attention_mask, generator=generator).tokens
         found.append(texts)
     assert flips(found) == 0
 

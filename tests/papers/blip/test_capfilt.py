@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from papers.blip.config import SPECIALS, VARIANTS, fitted
-from papers.blip.data import Held, Lab, Text
-from papers.blip.encode import Writing, ending, match_probability, tokens_of, write
+from papers.blip.config import SPECIALS, VARIANTS, with_tokenizer
+from papers.blip.data import EvalSet, ExperimentData, Text
+from papers.blip.encode import GenerationConfig, ending, match_probability, tokens_of, write
 from papers.blip.evidence.capfilt import judged, kept_of, named
 from papers.blip.evidence.capfilt_page import Decision, counts, read_lines, write_lines, write_page
 from papers.blip.model import Blip
 from shared.core.errors import UserError
-from shared.data.dataset import Split, World
+from shared.data.dataset import DatasetBundle, Split
 from shared.tokenizers.small_bpe import SmallTokenizer
 
 WORDS = ["a picture of a red circle", "a picture of a blue square", "there is a green star in the picture"] * 3
@@ -28,7 +28,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     torch.manual_seed(0)
-    return Blip(fitted(VARIANTS["blip-tiny"](), tokenizer)).eval()
+    return Blip(with_tokenizer(VARIANTS["blip-tiny"](), tokenizer)).eval()
 
 
 def pictures(count):
@@ -38,9 +38,9 @@ def pictures(count):
 def a_lab(tokenizer, captions, **train):
     images = pictures(len(captions))
     split = Split([f"p{i}" for i in range(len(captions))], images, captions, **train)
-    world = World(name="toy", train=split, val=split, test=split, classes=["circle", "star"])
-    config = fitted(VARIANTS["blip-tiny"](), tokenizer)
-    return Lab(world, tokenizer, config, [], [], Held(images, ["x"], torch.tensor([0])), None)
+    dataset = DatasetBundle(name="toy", train=split, val=split, test=split, classes=["circle", "star"])
+    config = with_tokenizer(VARIANTS["blip-tiny"](), tokenizer)
+    return ExperimentData(dataset, tokenizer, config, [], [], EvalSet(images, ["x"], torch.tensor([0])), None)
 
 
 # ---- decisions
@@ -107,11 +107,11 @@ def test_large_pictures_are_kept_small(tmp_path):
 
 
 def test_the_filter_judges_each_text_beside_its_own_picture(model, tokenizer):
-    lab = a_lab(tokenizer, [["a"]] * 3)
+    data = a_lab(tokenizer, [["a"]] * 3)
     texts = [Text(2, "a red circle", True), Text(0, "a blue square in the picture", False)]
-    found = judged(model, lab, texts, "web")
+    found = judged(model, data, texts, "web")
     tokens = tokens_of(tokenizer, [text.text for text in texts], model.config)
-    alone = [match_probability(model, tokens[[i]], lab.world.train.images[[row]]) for i, row in enumerate((2, 0))]
+    alone = [match_probability(model, tokens[[i]], data.dataset.train.images[[row]]) for i, row in enumerate((2, 0))]
     assert [one.match for one in found] == pytest.approx([float(p) for p in alone], abs=1e-4)
     assert [(one.picture, one.id, one.origin, one.true) for one in found] == [
         (2, "p2", "web", True), (0, "p0", "web", False)
@@ -125,33 +125,40 @@ def test_a_text_of_no_words_is_dropped(model, tokenizer):
 
 def test_a_written_text_is_true_if_it_names_the_one_thing_shown(tokenizer):
     labels, noisy = torch.tensor([0, 1, -1]), torch.zeros(3, dtype=torch.bool)
-    world = a_lab(tokenizer, [["a"]] * 3, labels=labels, noisy=noisy).world
-    assert named(world, 0, "a red circle") and not named(world, 0, "some circles") and not named(world, 1, "a circle")
-    assert named(world, 2, "a circle") is None, "several things"
-    assert named(a_lab(tokenizer, [["a"]], labels=labels[:1]).world, 0, "a circle") is None, "not a scene"
+    dataset = a_lab(tokenizer, [["a"]] * 3, labels=labels, noisy=noisy).dataset
+    assert (
+        named(dataset, 0, "a red circle")
+        and not named(dataset, 0, "some circles")
+        and not named(dataset, 1, "a circle")
+    )
+    assert named(dataset, 2, "a circle") is None, "several things"
+    assert named(a_lab(tokenizer, [["a"]], labels=labels[:1]).dataset, 0, "a circle") is None, "not a scene"
 
 
 # ---- captions
 
 
 def test_captions_come_without_the_prompt_and_within_their_lengths(model, tokenizer):
-    for how in (Writing("a picture of", longest=9, shortest=7), Writing("a picture of", nucleus=0.9, longest=9)):
+    for how in (
+        GenerationConfig("a picture of", longest=9, shortest=7),
+        GenerationConfig("a picture of", nucleus=0.9, longest=9),
+    ):
         given = len(how.prompt_tokens(tokenizer))
         settings = how.settings(tokenizer)
         assert settings.max_new_tokens == 9 - given
         said = write(model, tokenizer, pictures(3), how)
         assert len(said) == 3 and all(len(tokenizer.encode(text)) <= 2 * (9 - given) for text in said)
-    assert Writing("a picture of", shortest=7).settings(tokenizer).min_new_tokens == 7 - given
+    assert GenerationConfig("a picture of", shortest=7).settings(tokenizer).min_new_tokens == 7 - given
 
 
 def test_sampling_is_what_the_official_call_comes_to(tokenizer):
-    settings = Writing("a picture of", nucleus=0.9).settings(tokenizer)
+    settings = GenerationConfig("a picture of", nucleus=0.9).settings(tokenizer)
     assert (settings.sample, settings.top_p, settings.top_k, settings.repetition_penalty) == (True, 0.9, 50, 1.1)
-    assert Writing("a picture of").settings(tokenizer).repetition_penalty == 1.0
+    assert GenerationConfig("a picture of").settings(tokenizer).repetition_penalty == 1.0
 
 
 def test_nucleus_sampling_follows_from_seed_and_order_not_from_batches(model, tokenizer):
-    how, images = Writing("", nucleus=0.9, seed=5, longest=10), pictures(5)
+    how, images = GenerationConfig("", nucleus=0.9, seed=5, longest=10), pictures(5)
     whole = write(model, tokenizer, images, how)
     assert whole == write(model, tokenizer, images, how, batch=2)
     generator = torch.Generator().manual_seed(5)
@@ -163,7 +170,7 @@ def test_nucleus_sampling_follows_from_seed_and_order_not_from_batches(model, to
 
 def test_a_prompt_that_leaves_no_room_is_refused(tokenizer):
     with pytest.raises(UserError, match="no room for a caption"):
-        Writing("a picture of a red circle", longest=4).settings(tokenizer)
+        GenerationConfig("a picture of a red circle", longest=4).settings(tokenizer)
 
 
 def test_of_a_dialogue_that_is_too_long_the_end_stays(tokenizer):

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tests_common import CATALOGUE
+from tests_common import CATALOG
 
 from papers.blip2 import bundle as kept
 from papers.blip2 import inference as ask
 from papers.blip2.config import VARIANTS, with_language
 from papers.blip2.encode import ANSWERING, answer
 from papers.blip2.model import Blip2, Blip2Qformer, vision_encoder
-from papers.blip2.text import words_of
+from papers.blip2.text import prompt_tokenizer_of
 from shared.backbones.vision import vit_encoder
 from shared.cli import main
 from shared.core.errors import UserError
@@ -51,7 +51,7 @@ class Kept:
             language.vocabulary, language.context, language.width, language.layers, language.heads
         )  # fmt: skip
         self.model = loud(Blip2(self.config, loud(small)))
-        self.words = words_of(self.pieces, CONTEXT)
+        self.words = prompt_tokenizer_of(self.pieces, CONTEXT)
         save_weights(self.model, self.weights)
         kept.keep_frozen(
             folder, self.config, "blip2-tiny-small", self.encoder, "clip:vision", "second-last",
@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talker(trained):
-    return kept.load_talker("blip2-tiny-small", trained.weights, None, "none.yaml")
+    return kept.load_inference_model("blip2-tiny-small", trained.weights, None, "none.yaml")
 
 
 def picture(path, colour=(200, 30, 30), size=(32, 32)):
@@ -80,7 +80,7 @@ def images(count=4, seed=0):
 
 def run(*words):
     with pytest.raises(SystemExit) as ended:
-        main(CATALOGUE.folder, "papers", [str(word) for word in words])
+        main(CATALOG.folder, "papers", [str(word) for word in words])
     return ended.value.code
 
 
@@ -276,10 +276,10 @@ def test_a_part_that_is_missing_wrong_or_of_another_model_is_one_line(trained, t
 
     def refused(weights, message, variant="blip2-tiny-small"):
         with pytest.raises(UserError) as error:
-            kept.load_talker(variant, weights, None, manifest)
+            kept.load_inference_model(variant, weights, None, manifest)
         assert message in str(error.value) and len(str(error.value).splitlines()) == 1
 
-    manifest = CATALOGUE.root / "checkpoints_manifest.yaml"
+    manifest = CATALOG.root / "checkpoints_manifest.yaml"
     refused(trained.weights, "weights of blip2-tiny-small, not of blip2-mini; give --model", "blip2-mini")
     name = {"name": "opt-2.7b", "family": "opt"}
     refused(changed(trained.folder, tmp_path / "a", language=name) / "model.safetensors", "get it with: hf download")

@@ -9,10 +9,10 @@ from torch import nn
 
 from papers.blip2 import encode as evaluate
 from papers.blip2.config import LANGUAGES, VARIANTS, LanguageConfig
-from papers.blip2.data import QUESTION, Asked, lab_of
+from papers.blip2.data import QUESTION, Asked, build_data
 from papers.blip2.evidence import claims
-from papers.blip2.evidence import stages as bridge
-from papers.blip2.evidence.stages import Bridge, second
+from papers.blip2.evidence import stages as stages
+from papers.blip2.evidence.stages import StagePipeline, second
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import (
     WITHOUT_ITG,
@@ -23,11 +23,11 @@ from papers.blip2.module import (
     learning_rate_share,
 )
 from papers.blip2.recipe import Blip2Recipe
-from papers.blip2.text import Words, clean_caption, words_of
+from papers.blip2.text import PromptTokenizer, clean_caption, prompt_tokenizer_of
 from shared.backbones.vision import vit_encoder
 from shared.core.errors import UserError
+from shared.core.paper_package import Context
 from shared.data.synthetic.scenes import COLOURS
-from shared.experiments.ablations import Context
 from shared.nn.causal_lm import SmallLanguageModel
 from shared.nn.frozen import Frozen
 from shared.nn.vit import VisionTransformer
@@ -50,12 +50,12 @@ def encoders(monkeypatch):
         vit = VisionTransformer(32, 16, 24, 2, 2, output_norm=False, mean=(0.5,) * 3, std=(0.25,) * 3)
         return vit_encoder(vit, layer, torch.bfloat16 if half else None)
 
-    monkeypatch.setattr(bridge, "frozen_encoder", frozen_encoder)
+    monkeypatch.setattr(stages, "frozen_encoder", frozen_encoder)
 
 
 @pytest.fixture(scope="module")
-def lab():
-    return lab_of(SMALL, 3)
+def data():
+    return build_data(SMALL, 3)
 
 
 def context(folder, arm, recipe=SMALL, seed=3):
@@ -74,40 +74,40 @@ def measured(folder, *arms):
 # ---- data
 
 
-def test_questions_are_about_the_very_pictures_of_the_world(lab):
+def test_questions_are_about_the_very_pictures_of_the_world(data):
     """A picture's caption, where it names a colour, names the one that its question has for an answer."""
-    answers = {one.picture: one.answer for one in lab.asked if one.kind == "colour"}
-    named = [(row, text, [c for c in COLOURS if c in text.split()]) for row, text in lab.texts]
+    answers = {one.picture: one.answer for one in data.asked if one.kind == "colour"}
+    named = [(row, text, [c for c in COLOURS if c in text.split()]) for row, text in data.texts]
     told = [(row, found[0]) for row, _, found in named if found]
     assert len(told) > 10 and all(answers[row] == colour for row, colour in told)
 
 
-def test_no_picture_that_is_asked_about_or_searched_is_trained_on(lab):
-    trained = {image.numpy().tobytes() for image in lab.world.train.images}
-    held = [*lab.held.images, *lab.held.asked_images]
-    assert held and not any(image.numpy().tobytes() in trained for image in held)
+def test_no_picture_that_is_asked_about_or_searched_is_trained_on(data):
+    trained = {image.numpy().tobytes() for image in data.dataset.train.images}
+    eval_set = [*data.eval_set.images, *data.eval_set.asked_images]
+    assert eval_set and not any(image.numpy().tobytes() in trained for image in eval_set)
 
 
-def test_pope_asks_for_as_many_things_that_are_there_as_that_are_not(lab):
-    answers = [one.answer for one in lab.held.pope]
+def test_pope_asks_for_as_many_things_that_are_there_as_that_are_not(data):
+    answers = [one.answer for one in data.eval_set.pope]
     assert answers.count("yes") == answers.count("no") == len(answers) / 2
-    names = {one.picture: one.answer for one in lab.held.asked if one.kind == "what"}
-    for one in lab.held.pope:
+    names = {one.picture: one.answer for one in data.eval_set.asked if one.kind == "what"}
+    for one in data.eval_set.pope:
         assert (names[one.picture] in one.question) == (one.answer == "yes")
 
 
-def test_the_texts_of_stage_2_hold_the_share_of_questions_that_the_recipe_asks_for(lab):
+def test_the_texts_of_stage_2_hold_the_share_of_questions_that_the_recipe_asks_for(data):
     for share in (0.0, 0.5, 0.75, 1.0):
-        told = lab.learned(share, 3)
+        told = data.learned(share, 3)
         asked = sum(prompt.startswith("Question:") for _, prompt, _ in told)
         assert asked / len(told) == pytest.approx(share, abs=0.02)
-    assert lab.learned(0.5, 3) == lab.learned(0.5, 3) != lab.learned(0.5, 4)
+    assert data.learned(0.5, 3) == data.learned(0.5, 3) != data.learned(0.5, 4)
 
 
-def test_the_small_language_model_reads_the_same_texts_whatever_the_seed(lab):
-    other = lab_of(SMALL, 4)
-    assert other.said == lab.said and other.tokenizer.digest == lab.tokenizer.digest
-    assert other.texts != lab.texts
+def test_the_small_language_model_reads_the_same_texts_whatever_the_seed(data):
+    other = build_data(SMALL, 4)
+    assert other.said == data.said and other.tokenizer.digest == data.tokenizer.digest
+    assert other.texts != data.texts
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_recipe_that_cannot_be_is_refused(changed):
 
 
 def words(context=12):
-    return Words(
+    return PromptTokenizer(
         encode=lambda text: [10 + len(word) for word in text.split()], decode=str, start=(1,), stop=(2, 3), pad=0,
         context=context,
     )  # fmt: skip
@@ -143,13 +143,13 @@ def words(context=12):
 def test_a_prompt_is_given_and_its_answer_learned_up_to_the_stop_and_a_text_alone_from_its_start_on():
     texts = words().learned([("one three", "four"), ("", "a bb")], 9)
     assert texts.tokens.tolist() == [[1, 13, 15, 14, 2], [1, 11, 12, 2, 0]]
-    assert texts.present.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert texts.attention_mask.tolist() == [[True] * 5, [True] * 4 + [False]]
     assert texts.given.tolist() == [3, 0]
 
 
 def test_prompts_are_padded_on_the_left():
-    tokens, present = words().prompts(["a", "a bb"])
-    assert tokens.tolist() == [[0, 1, 11], [1, 11, 12]] and present.tolist() == [[False, True, True], [True] * 3]
+    tokens, attention_mask = words().prompts(["a", "a bb"])
+    assert tokens.tolist() == [[0, 1, 11], [1, 11, 12]] and attention_mask.tolist() == [[False, True, True], [True] * 3]
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
@@ -179,8 +179,8 @@ def seq2seq(context=12):
 def test_a_seq2seq_model_is_asked_the_prompt_and_learns_the_answer():
     texts = seq2seq().learned([("one three", "four"), ("a", "bb a")], 9)
     assert texts.asked.tolist() == [[13, 15, 7], [11, 7, 0]] and texts.tokens.tolist() == [[14, 2, 0], [12, 11, 2]]
-    assert texts.asked_present.tolist() == [[True] * 3, [True, True, False]]
-    assert texts.present.tolist() == [[True, True, False], [True] * 3]
+    assert texts.question_mask.tolist() == [[True] * 3, [True, True, False]]
+    assert texts.attention_mask.tolist() == [[True, True, False], [True] * 3]
 
 
 def test_a_text_without_a_prompt_is_split_at_random_for_a_seq2seq_model_by_the_seed():
@@ -215,32 +215,32 @@ def test_captions_of_published_sets_are_cleaned_as_the_release_cleans_them(text,
     assert clean_caption(text) == cleaned
 
 
-def test_published_captions_are_cleaned_before_both_stages_and_generated_ones_are_left(lab, monkeypatch):
-    shouted = [(f"A {text}! (shown)",) for [text] in lab.world.train.captions]
-    train = replace(lab.world.train, captions=shouted, noisy=None)
-    test = replace(lab.world.test, captions=shouted[: len(lab.world.test.captions)])
-    monkeypatch.setattr("papers.blip2.data.load", lambda recipe, seed: replace(lab.world, train=train, test=test))
-    found = lab_of(SMALL, 3)
+def test_published_captions_are_cleaned_before_both_stages_and_generated_ones_are_left(data, monkeypatch):
+    shouted = [(f"A {text}! (shown)",) for [text] in data.dataset.train.captions]
+    train = replace(data.dataset.train, captions=shouted, noisy=None)
+    test = replace(data.dataset.test, captions=shouted[: len(data.dataset.test.captions)])
+    monkeypatch.setattr("papers.blip2.data.load", lambda recipe, seed: replace(data.dataset, train=train, test=test))
+    found = build_data(SMALL, 3)
     assert not found.generated
     assert found.texts[5] == (5, clean_caption(shouted[5][0])) and found.texts[5][1].startswith("a ")
-    for text in (*(text for _, text in found.texts), *found.held.texts, *found.said):
+    for text in (*(text for _, text in found.texts), *found.eval_set.texts, *found.said):
         assert text == clean_caption(text) and text.endswith(" shown")
-    assert lab.texts == [(row, text) for row, several in enumerate(lab.world.train.captions) for text in several]
+    assert data.texts == [(row, text) for row, several in enumerate(data.dataset.train.captions) for text in several]
 
 
 def test_the_recipe_says_how_large_the_small_language_models_are_whatever_the_variant_speaks_to(tmp_path):
     """And how much the Q-Former drops out, unless its variant is to."""
     recipe = replace(SMALL, model="blip2-mini-smollm2", small_width=24, small_layers=1, lm_steps=1, dropout=0.25)
-    work = Bridge.of(context(tmp_path, "base", recipe))
-    small, larger = work.speaker().config, work.speaker("larger").config
+    work = StagePipeline.of(context(tmp_path, "base", recipe))
+    small, larger = work.bundle().config, work.bundle("larger").config
     assert (small.family, small.width, small.layers) == ("small", 24, 1)
     assert (larger.family, larger.width, larger.layers) == ("small", 48, SMALL.larger_layers)
-    assert work.config().dropout == 0.25 and lab_of(replace(recipe, dropout=-1.0), 3).config.dropout == 0
+    assert work.config().dropout == 0.25 and build_data(replace(recipe, dropout=-1.0), 3).config.dropout == 0
 
 
-def test_a_period_ends_what_a_small_language_model_says(lab):
-    found = words_of(lab.tokenizer, 64)
-    assert lab.tokenizer.encode("red.")[-1] == found.stop[0] and found.stop[1] == lab.tokenizer.end
+def test_a_period_ends_what_a_small_language_model_says(data):
+    found = prompt_tokenizer_of(data.tokenizer, 64)
+    assert data.tokenizer.encode("red.")[-1] == found.stop[0] and found.stop[1] == data.tokenizer.end
 
 
 # ---- training
@@ -257,14 +257,14 @@ def stage2(pictures=5):
     config = replace(VARIANTS["blip2-tiny-small"](), dropout=0.0)
     language = config.language
     torch.manual_seed(0)
-    speaker = SmallLanguageModel(language.vocabulary, language.context, language.width, 2, language.heads)
-    model = Blip2(config, Frozen(speaker, through=True))
+    bundle = SmallLanguageModel(language.vocabulary, language.context, language.width, 2, language.heads)
+    model = Blip2(config, Frozen(bundle, through=True))
     features = torch.randn(pictures, config.vision.tokens, config.vision.width)
     tokens = torch.randint(1, 200, (pictures, 6))
-    present = torch.ones_like(tokens, dtype=torch.bool)
-    present[0, 4:] = False
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    attention_mask[0, 4:] = False
     given = torch.tensor([3, 2, 1, 3, 0][:pictures])
-    return Stage2Module(model, SMALL), speaker, (features, tokens, present, given)
+    return Stage2Module(model, SMALL), bundle, (features, tokens, attention_mask, given)
 
 
 def steps(module, batch, watch, count=1):
@@ -282,32 +282,32 @@ def steps(module, batch, watch, count=1):
 
 
 def test_a_step_of_stage_2_moves_the_bridge_and_leaves_the_language_model_as_it_was():
-    module, speaker, batch = stage2()
-    before, start = ([p.detach().clone() for p in part.parameters()] for part in (speaker, module.model))
+    module, bundle, batch = stage2()
+    before, start = ([p.detach().clone() for p in part.parameters()] for part in (bundle, module.model))
     watch = FrozenWatch([module.model.language_model])
     losses = steps(module, batch, watch, 8)
     assert losses[-1] < losses[0]
-    assert all(torch.equal(a, b) for a, b in zip(before, speaker.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, bundle.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(start, module.model.parameters(), strict=True))
     assert watch.measured == {
-        "frozen_parameters": sum(p.numel() for p in speaker.parameters()), "frozen_gradient_bytes": 0,
+        "frozen_parameters": sum(p.numel() for p in bundle.parameters()), "frozen_gradient_bytes": 0,
         "frozen_state_bytes": 0,
     }  # fmt: skip
 
 
 def test_a_gradient_in_a_frozen_part_is_seen_and_refused():
-    module, speaker, batch = stage2()
-    speaker.requires_grad_(True)
+    module, bundle, batch = stage2()
+    bundle.requires_grad_(True)
     with pytest.raises(ValueError, match="ask for gradients"):
-        steps(module, batch, FrozenWatch([speaker]))
+        steps(module, batch, FrozenWatch([bundle]))
 
 
 def test_a_frozen_parameter_is_given_to_no_optimizer():
-    module, speaker, _ = stage2()
-    module.beside.append(speaker)  # frozen, though it stands among what is trained
+    module, bundle, _ = stage2()
+    module.beside.append(bundle)  # frozen, though it stands among what is trained
     groups = module.configure_optimizers()["optimizer"].param_groups
     given = {id(p) for group in groups for p in group["params"]}
-    assert given.isdisjoint(id(p) for p in speaker.parameters()) and given
+    assert given.isdisjoint(id(p) for p in bundle.parameters()) and given
 
 
 def test_without_itg_the_head_of_words_is_not_trained():
@@ -327,12 +327,12 @@ def test_accumulation_which_would_leave_fewer_negatives_is_refused():
 
 
 def test_trained_whole_the_encoder_and_the_language_model_move_too(tmp_path):
-    work = Bridge.of(context(tmp_path, "train_all"))
-    speaker, encoder = work.small_speaker(), work.encoder()
-    model = work.new_bridge(speaker)
-    parts = [encoder.module, speaker.model.module]
+    work = StagePipeline.of(context(tmp_path, "train_all"))
+    bundle, encoder = work.small_speaker(), work.encoder()
+    model = work.new_bridge(bundle)
+    parts = [encoder.module, bundle.model.module]
     before = [[p.detach().clone() for p in part.parameters()] for part in parts]
-    told = work.train_all(model, speaker, encoder, second(SMALL), tmp_path / "all")
+    told = work.train_all(model, bundle, encoder, second(SMALL), tmp_path / "all")
     for part, was in zip(parts, before, strict=True):
         moved = [not torch.equal(a, b) for a, b in zip(was, part.parameters(), strict=True)]
         assert sum(moved) > 0.8 * len(moved) and not any(p.requires_grad for p in part.parameters())
@@ -367,12 +367,12 @@ def test_every_arm_measures_what_its_claims_read(tmp_path):
 
 
 def test_arms_of_a_seed_begin_alike(tmp_path):
-    work = Bridge.of(context(tmp_path, "base"))
+    work = StagePipeline.of(context(tmp_path, "base"))
     torch.manual_seed(99)
     first, second_ = work.new_qformer().state_dict(), work.new_qformer().state_dict()
     assert all(torch.equal(first[key], second_[key]) for key in first)
-    speaker = work.speaker()
-    one, other = work.new_bridge(speaker).state_dict(), work.new_bridge(speaker, fresh=True).state_dict()
+    bundle = work.bundle()
+    one, other = work.new_bridge(bundle).state_dict(), work.new_bridge(bundle, fresh=True).state_dict()
     assert torch.equal(one["projector.weight"], other["projector.weight"])
     assert not torch.equal(one["qformer.query_tokens"], other["qformer.query_tokens"]), "one has been through stage 1"
 
@@ -388,49 +388,51 @@ def test_the_projector_begins_as_the_linear_map_that_was_asked_for():
         targets = model.prefix(features)  # so there is a linear map, and one alone
         model.projector.reset_parameters()
         assert (model.prefix(features) - targets).abs().max() > 0.1 * targets.abs().max()
-        bridge.fit_projector(model, features, targets, ridge=1e-10)
+        stages.fit_projector(model, features, targets, ridge=1e-10)
         assert (model.prefix(features) - targets).abs().max() < 1e-4 * targets.abs().max()
-    bridge.fit_projector(model, features, targets, ridge=1e10)
+    stages.fit_projector(model, features, targets, ridge=1e10)
     assert model.projector.weight.abs().max() < 1e-3, "the ridge draws towards nothing"
 
 
-def test_a_query_says_a_word_of_the_picture_in_turn_and_one_of_several_tokens_by_their_mean(lab):
-    words = words_of(lab.tokenizer, 64)
-    speaker = bridge.Speaker(Frozen(SmallLanguageModel(lab.tokenizer.vocab_size, 64, 32, 1, 2)), words, None)
-    table = speaker.model.embed(torch.arange(lab.tokenizer.vocab_size))
-    targets = bridge.word_targets(speaker, [["zzz", "red"], ["red"]], 3)  # unknown to its vocabulary: in pieces
+def test_a_query_says_a_word_of_the_picture_in_turn_and_one_of_several_tokens_by_their_mean(data):
+    words = prompt_tokenizer_of(data.tokenizer, 64)
+    bundle = stages.LanguageModelBundle(
+        Frozen(SmallLanguageModel(data.tokenizer.vocab_size, 64, 32, 1, 2)), words, None
+    )
+    table = bundle.model.embed(torch.arange(data.tokenizer.vocab_size))
+    targets = stages.word_targets(bundle, [["zzz", "red"], ["red"]], 3)  # unknown to its vocabulary: in pieces
     assert len(words.encode("zzz")) > 1
     first, red = table[torch.tensor(words.encode("zzz"))].mean(0), table[torch.tensor(words.encode("red"))].mean(0)
     for query, word in enumerate((first, red, first)):
         assert torch.allclose(targets[0, query], word) and torch.allclose(targets[1, query], red)
 
 
-def test_what_a_picture_shows_is_what_its_open_questions_are_answered_with(lab):
-    shown = lab.shown()
+def test_what_a_picture_shows_is_what_its_open_questions_are_answered_with(data):
+    shown = data.shown()
     assert len(shown) == SMALL.pairs
     for row, answers in enumerate(shown):
-        assert answers == [one.answer for kind in ("what", "colour") for one in lab.asked
+        assert answers == [one.answer for kind in ("what", "colour") for one in data.asked
                            if (one.picture, one.kind) == (row, kind)]  # fmt: skip
 
 
 def test_the_headline_begins_with_words_and_without_word_steps_with_a_random_projector(tmp_path):
     recipe = replace(SMALL, headline_word_steps=2, stage2_rate=1e-5, dropout=0.0)
-    work = Bridge.of(context(tmp_path, "headline", recipe))
-    speaker = work.speaker("headline")
-    targets = bridge.word_targets(speaker, work.lab.shown(), work.lab.config.queries)
+    work = StagePipeline.of(context(tmp_path, "headline", recipe))
+    bundle = work.bundle("headline")
+    targets = stages.word_targets(bundle, work.data.shown(), work.data.config.queries)
 
     def unexplained(model):
         with torch.no_grad():
             return float((model.eval().prefix(work.train_features()) - targets).square().mean() / targets.var())
 
-    random, fitted, start = work.new_bridge(speaker), work.new_bridge(speaker), work.headline_start(speaker)
-    bridge.fit_projector(fitted, work.train_features(), targets)
+    random, fitted, start = work.new_bridge(bundle), work.new_bridge(bundle), work.headline_start(bundle)
+    stages.fit_projector(fitted, work.train_features(), targets)
     assert unexplained(fitted) < 0.6 < 1 < unexplained(random)
     assert unexplained(start) == pytest.approx(unexplained(fitted), rel=0.01), "two steps of a low rate behind it"
     moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), fitted.parameters(), strict=True)]
     assert all(moved), "the whole bridge trains"
-    none = Bridge.of(context(tmp_path, "headline", replace(recipe, headline_word_steps=0)))
-    begun, random = none.headline_start(speaker).state_dict(), none.new_bridge(speaker).state_dict()
+    none = StagePipeline.of(context(tmp_path, "headline", replace(recipe, headline_word_steps=0)))
+    begun, random = none.headline_start(bundle).state_dict(), none.new_bridge(bundle).state_dict()
     assert all(torch.equal(begun[key], random[key]) for key in random)
 
 
@@ -449,13 +451,13 @@ def test_word_steps_below_none_or_without_open_questions_are_refused():
 
 
 @pytest.fixture
-def smollm2(monkeypatch, lab):
+def smollm2(monkeypatch, data):
     """A language model by name, in 16 bit and of another family than the small one, in SmolLM2's place."""
     torch.manual_seed(5)
-    model = Frozen(SmallLanguageModel(lab.tokenizer.vocab_size, 128, 40, 2, 2), torch.bfloat16, through=True)
-    language = replace(LANGUAGES["smollm2-135m"], width=40, vocabulary=lab.tokenizer.vocab_size, context=128)
-    speaker = bridge.Speaker(model, words_of(lab.tokenizer, 128), language)
-    monkeypatch.setattr(bridge, "named_speaker", lambda name, manifest: speaker)
+    model = Frozen(SmallLanguageModel(data.tokenizer.vocab_size, 128, 40, 2, 2), torch.bfloat16, through=True)
+    language = replace(LANGUAGES["smollm2-135m"], width=40, vocabulary=data.tokenizer.vocab_size, context=128)
+    bundle = stages.LanguageModelBundle(model, prompt_tokenizer_of(data.tokenizer, 128), language)
+    monkeypatch.setattr(stages, "named_speaker", lambda name, manifest: bundle)
     return replace(SMALL, headline_model="smollm2-135m", headline_seeds=9, headline_word_steps=30, stage2_rate=3e-3)
 
 
@@ -464,13 +466,15 @@ def test_through_another_language_model_it_goes_on_from_the_plain_arm_and_says_w
 ):
     found = claims.ARMS["headline"](context(tmp_path, "headline", smollm2))
     assert set(found) >= {"accuracy", "words_right", "before_stage2", "blind"} and found["trained_parameters"]
-    work = Bridge.of(context(tmp_path, "headline", smollm2))
-    start, base = work.headline_start(work.speaker("headline")), work.stage2("base")[0]
+    work = StagePipeline.of(context(tmp_path, "headline", smollm2))
+    start, base = work.headline_start(work.bundle("headline")), work.stage2("base")[0]
     assert start.projector.out_features == 40 != base.projector.out_features
     assert start.qformer.query_tokens.shape == base.qformer.query_tokens.shape
-    kinds, features, names = work.lab.open_kinds, work.asked_features(), work.lab.answers
-    said = bridge.nearest_words(start.eval(), work.speaker("headline"), features, names)
-    right = [said[one.picture][kinds.index(one.kind)] == one.answer for one in claims.first(work.lab.held.asked, 8)]
+    kinds, features, names = work.data.open_kinds, work.asked_features(), work.data.answers
+    said = stages.nearest_words(start.eval(), work.bundle("headline"), features, names)
+    right = [
+        said[one.picture][kinds.index(one.kind)] == one.answer for one in claims.first(work.data.eval_set.asked, 8)
+    ]
     assert found["words_right"] == pytest.approx(100 * sum(right) / len(right))
 
 
@@ -479,14 +483,14 @@ def test_stopped_between_its_words_and_its_second_stage_the_headline_goes_on_to_
 ):
     whole = claims.ARMS["headline"](context(tmp_path / "whole", "headline", smollm2))
     with monkeypatch.context() as patch:
-        patch.setattr(Bridge, "train_stage2", lambda self, *args: 1 / 0)
+        patch.setattr(StagePipeline, "train_stage2", lambda self, *args: 1 / 0)
         for stage in ("base", "headline"):  # the first is trained before the words, the second after them
             with pytest.raises(ZeroDivisionError):
                 claims.ARMS["headline"](context(tmp_path / "cut", "headline", smollm2))
             if stage == "base":
                 patch.undo()
-                Bridge.of(context(tmp_path / "cut", "headline", smollm2)).stage2("base")
-                patch.setattr(Bridge, "train_stage2", lambda self, *args: 1 / 0)
+                StagePipeline.of(context(tmp_path / "cut", "headline", smollm2)).stage2("base")
+                patch.setattr(StagePipeline, "train_stage2", lambda self, *args: 1 / 0)
     assert list((tmp_path / "cut").glob("arms/stages/*/headline-words"))
     again = claims.ARMS["headline"](context(tmp_path / "cut", "headline", smollm2))
     assert {k: v for k, v in again.items() if k != "waited"} == {k: v for k, v in whole.items() if k != "waited"}
@@ -503,7 +507,7 @@ class Spoken(nn.Module):
     def embed(self, tokens):
         return nn.functional.one_hot(tokens, self.width).float() * 0.1
 
-    def decoding(self, prefix, present=None):
+    def decoding(self, prefix, attention_mask=None):
         return Telling(prefix)
 
 
@@ -511,8 +515,8 @@ class Telling:
     def __init__(self, prefix):
         self.prefix = prefix
 
-    def prefill(self, tokens, present):
-        self.tokens, self.present = tokens, present
+    def prefill(self, tokens, attention_mask):
+        self.tokens, self.attention_mask = tokens, attention_mask
         return 50 * self.prefix[:, -1] if self.prefix.shape[1] else torch.eye(20)[tokens.new_full((len(tokens),), 5)]
 
     def step(self, tokens):
@@ -536,8 +540,8 @@ class Seer(nn.Module):
         return self.language_model.decoding(features)
 
 
-SAID = Words(encode=lambda t: [9] * len(t.split()), decode=lambda ids: " ".join(map(str, ids)), start=(), stop=(2,),
-             pad=0, context=64)  # fmt: skip
+SAID = PromptTokenizer(encode=lambda t: [9] * len(t.split()), decode=lambda ids: " ".join(map(str, ids)), start=(),
+             stop=(2,), pad=0, context=64)  # fmt: skip
 
 
 def seen(*tokens):
@@ -545,7 +549,7 @@ def seen(*tokens):
 
 
 def test_answers_follow_the_picture_and_a_blind_model_has_none():
-    how = evaluate.Writing(beams=1, length_penalty=-1.0, longest=3, shortest=1)
+    how = evaluate.GenerationConfig(beams=1, length_penalty=-1.0, longest=3, shortest=1)
     assert evaluate.answer(Seer(), SAID, seen(7, 11), ["a b?", "c?"], how) == ["7", "11"]
     assert evaluate.answer(Seer(), SAID, None, ["a b?", "c?"], how) == ["5", "5"]
 
@@ -554,7 +558,7 @@ def test_in_context_the_asked_picture_stands_last_behind_the_examples(monkeypatc
     prefixes = []
     telling = Telling.__init__
     monkeypatch.setattr(Telling, "__init__", lambda self, prefix: (prefixes.append(prefix), telling(self, prefix))[1])
-    how = evaluate.Writing(beams=1, longest=3)
+    how = evaluate.GenerationConfig(beams=1, longest=3)
     examples = [(seen(4)[0], "what?", "cat"), (seen(6)[0], "what?", "dog")]
     assert evaluate.answer_in_context(Seer(), SAID, seen(7, 11), ["a?", "b?"], examples, how) == ["7", "11"]
     [prefix] = prefixes
@@ -567,7 +571,7 @@ def test_in_context_the_asked_picture_stands_last_behind_the_examples(monkeypatc
 def test_the_shortest_text_is_that_of_the_language_models_kind(monkeypatch, kind, shortest):
     asked, generate = [], evaluate.generate
     monkeypatch.setattr(evaluate, "generate", lambda *args, **more: (asked.append(args[2]), generate(*args, **more))[1])
-    model, how = Seer(), evaluate.Writing(beams=1, longest=6, shortest=4)
+    model, how = Seer(), evaluate.GenerationConfig(beams=1, longest=6, shortest=4)
     monkeypatch.setattr(type(model.language_model), "kind", kind, raising=False)
     evaluate.answer(model, SAID, seen(7), ["a?"], how)
     evaluate.answer_in_context(model, SAID, seen(7), ["a?"], [(seen(4)[0], "what?", "cat")], how)
@@ -620,7 +624,7 @@ def test_re_ranking_scores_the_pair_that_it_names():
 def test_effects_are_treatment_minus_baseline():
     names = ("accuracy", "r1", "blind", "other_picture", "cached", "each_step", "saved")
     found = {arm: {name: 100.0 * i + j for j, name in enumerate(names)} for i, arm in enumerate(claims.ARMS)}
-    within = {
+    trim_padding_of = {
         "blip2.answers.vs_blind": ("headline", "accuracy", "blind"),
         "blip2.answers.vs_other_picture": ("headline", "accuracy", "other_picture"),
         "blip2.cached_features": ("each_step", "cached", "each_step"),
@@ -628,8 +632,8 @@ def test_effects_are_treatment_minus_baseline():
     for id, claim in claims.CLAIMS.items():
         if id == "blip2.queries.cost":
             wanted = found["visual_tokens"]["saved"]
-        elif id in within:
-            arm, ours, theirs = within[id]
+        elif id in trim_padding_of:
+            arm, ours, theirs = trim_padding_of[id]
             wanted = found[arm][ours] - found[arm][theirs]
         else:
             name = "r1" if "retrieval" in id else "accuracy"
@@ -651,11 +655,13 @@ def test_another_picture_is_never_the_own_one_and_may_show_the_same_thing():
     assert torch.equal(strangers, claims.other_pictures(asked, 10)), "the same in every arm and figure"
 
 
-def test_chosen_questions_keep_their_kinds_and_ask_about_all_things(lab):
-    some = claims.first(lab.held.asked, 13)
+def test_chosen_questions_keep_their_kinds_and_ask_about_all_things(data):
+    some = claims.first(data.eval_set.asked, 13)
     assert [one.kind for one in some] == ["what", "colour"] * 6
-    assert {one.answer for one in some if one.kind == "what"} == {one.answer for one in lab.asked if one.kind == "what"}
-    assert len(claims.first(lab.held.asked, 1)) == 2
+    assert {one.answer for one in some if one.kind == "what"} == {
+        one.answer for one in data.asked if one.kind == "what"
+    }
+    assert len(claims.first(data.eval_set.asked, 1)) == 2
 
 
 def test_what_is_shown_beside_an_effect_is_the_mean_over_seeds():
@@ -666,9 +672,9 @@ def test_what_is_shown_beside_an_effect_is_the_mean_over_seeds():
 
 
 def test_a_language_model_is_built_by_its_configuration():
-    language = LanguageConfig("small", "small", 24, 50, layers=2, heads=2, hidden=96, context=20)
-    model = bridge.new_language_model(language)
+    language = LanguageConfig("small", "small", 24, 50, layers=2, heads=2, mlp_width=96, context=20)
+    model = stages.new_language_model(language)
     assert (model.width, model.vocabulary, model.context, len(model.blocks)) == (24, 50, 20, 2)
     assert all(torch.equal(a, b) for a, b in zip(
-        model.parameters(), bridge.new_language_model(language).parameters(), strict=True
+        model.parameters(), stages.new_language_model(language).parameters(), strict=True
     ))  # fmt: skip

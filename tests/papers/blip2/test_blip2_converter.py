@@ -42,12 +42,12 @@ CLIP = VisionConfig(
     "clip", 30, 6, 48, 3, 3, activation="quick_gelu", eps=1e-5, input_norm=True, patch_bias=False
 )  # fmt: skip
 CONFIG = Blip2Config(
-    vision=EVA, queries=7, width=40, layers=5, heads=4, hidden=72, embed_width=28, vocabulary=97, positions=23,
+    vision=EVA, queries=7, width=40, layers=5, heads=4, mlp_width=72, embed_width=28, vocabulary=97, positions=23,
     context=13, start_token=91, end_token=92, decode_token=96,
 )  # fmt: skip
-OPT = LanguageConfig("opt-test", "opt", 36, 89, layers=2, heads=2, hidden=56, context=64)
-T5 = LanguageConfig("t5-test", "t5", 44, 83, layers=2, heads=3, hidden=60, context=64, head_width=9)
-T, V, W = CONFIG.width, EVA.width, CONFIG.hidden
+OPT = LanguageConfig("opt-test", "opt", 36, 89, layers=2, heads=2, mlp_width=56, context=64)
+T5 = LanguageConfig("t5-test", "t5", 44, 83, layers=2, heads=3, mlp_width=60, context=64, head_width=9)
+T, V, W = CONFIG.width, EVA.width, CONFIG.mlp_width
 
 
 def linear(name, inside, outside):

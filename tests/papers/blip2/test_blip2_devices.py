@@ -8,7 +8,7 @@ from pretended import PretendedGpu, on
 from test_blip2_claims import SMALL, context, encoders  # noqa: F401
 
 from papers.blip2.evidence import claims
-from papers.blip2.evidence import stages as bridge
+from papers.blip2.evidence import stages as stages
 from papers.blip2.module import example
 
 
@@ -21,10 +21,10 @@ def gpu(monkeypatch):
         module.to("cuda")
         return waited
 
-    bridge_fit = bridge.fit
-    monkeypatch.setattr(bridge, "fit", fit)
+    bridge_fit = stages.fit
+    monkeypatch.setattr(stages, "fit", fit)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    for module in (bridge, claims):
+    for module in (stages, claims):
         monkeypatch.setattr(module, "device_for", lambda recipe: torch.device("cuda"))
     with PretendedGpu() as found:
         yield found

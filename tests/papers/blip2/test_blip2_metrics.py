@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from published import encoded
-from tests_common import CATALOGUE
+from tests_common import CATALOG
 
-from papers.blip2.config import SPECIALS, Blip2Config, LanguageConfig, VisionConfig, fitted
+from papers.blip2.config import SPECIALS, Blip2Config, LanguageConfig, VisionConfig, with_tokenizer
 from papers.blip2.converter import VISION, encoder_published, published_of
 from papers.blip2.encode import CAPTIONING, answer, caption, cosines, text_features
 from papers.blip2.encode import encoded as encoded_pictures
@@ -29,26 +29,26 @@ from shared.weights.load import save_weights
 
 transformers = pytest.importorskip("transformers")
 
-ROWS = {row.id: row for row in CATALOGUE.card("blip2").metrics}
+ROWS = {row.id: row for row in CATALOG.card("blip2").metrics}
 CAPTIONS = ["a red circle", "a blue square", "a green star", "two red circles"]
 WORDS = ["a", "photo", "of", "the", "is", "it", "red", "yes", "no", "two", "what", "colour", "circle", "square", "?"]
 EVA = VisionConfig("eva", 30, 6, width=48, layers=2, heads=3, mlp_ratio=4.4)
 CLIP = VisionConfig("clip", 30, 6, 48, 2, 3, activation="quick_gelu", eps=1e-5, input_norm=True, patch_bias=False)
 LANGUAGES = {
-    "opt-2.7b": LanguageConfig("opt-2.7b", "opt", 36, 40, layers=2, heads=2, hidden=56, context=64),
-    "flan-t5-xl": LanguageConfig("flan-t5-xl", "t5", 44, 40, layers=2, heads=3, hidden=60, context=64, head_width=9),
+    "opt-2.7b": LanguageConfig("opt-2.7b", "opt", 36, 40, layers=2, heads=2, mlp_width=56, context=64),
+    "flan-t5-xl": LanguageConfig("flan-t5-xl", "t5", 44, 40, layers=2, heads=3, mlp_width=60, context=64, head_width=9),
 }
 
 
 def tiny(id, words):
     base = Blip2Config(
-        vision=CLIP if "vit-l" in id else EVA, queries=7, width=40, layers=3, heads=4, hidden=72, embed_width=28,
+        vision=CLIP if "vit-l" in id else EVA, queries=7, width=40, layers=3, heads=4, mlp_width=72, embed_width=28,
         vocabulary=310, positions=64, context=40, dropout=0.0,
     )  # fmt: skip
     language = next(
         (one for name, one in LANGUAGES.items() if name in id.replace("6.7b", "2.7b").replace("xxl", "xl")), None
     )
-    return replace(fitted(base, words), language=language)
+    return replace(with_tokenizer(base, words), language=language)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def home(tmp_path, monkeypatch):
     torch.manual_seed(0)
     recipe = Blip2Recipe(
         paper="blip2", scale="paper", model="blip2-vit-g", data_root=str(root),
-        manifest=str(CATALOGUE.root / "checkpoints_manifest.yaml"),
+        manifest=str(CATALOG.root / "checkpoints_manifest.yaml"),
     )  # fmt: skip
     return SimpleNamespace(root=root, recipe=recipe, words=words)
 
@@ -103,15 +103,15 @@ def place(home, row):
     told = None
     if config.language is not None:
         folder = home.root / "weights" / config.language.name
-        speaker(folder, config.language)
+        lm(folder, config.language)
         language, pieces = load_language_model(config.language.name, folder=folder, dtype=torch.float32)
-        told = metrics.named_words(pieces, language.context)
+        told = metrics.load_prompt_tokenizer(pieces, language.context)
         state, model = model.state_dict(), Blip2(config, language).eval()
         model.load_state_dict(state)
     return SimpleNamespace(weights=weights, model=model, encoder=vit_encoder(vit, "last"), words=told)
 
 
-def speaker(folder, language):
+def lm(folder, language):
     """A tiny language model in transformers' form, with a tokenizer that knows "\\n"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from papers.blip2 import model as blip2
-from papers.blip2.config import LANGUAGES, VARIANTS, Blip2Config, VisionConfig, at, fitted, with_language
+from papers.blip2.config import LANGUAGES, VARIANTS, Blip2Config, VisionConfig, at, with_language, with_tokenizer
 from papers.blip2.evidence.structure import count, language_parameters, measure
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, Prompt, vision_encoder
@@ -157,8 +157,8 @@ def test_negatives_are_never_a_pairs_own_partner():
 def test_every_query_votes_and_the_mean_of_their_logits_decides():
     model, (features, tokens) = stage1().eval(), batch()
     with torch.no_grad():
-        present = model.present(tokens)
-        states = model.qformer.match(tokens, present, model.vision_norm(features))
+        attention_mask = model.attention_mask(tokens)
+        states = model.qformer.match(tokens, attention_mask, model.vision_norm(features))
         votes = [model.itm_head(states[:, query]) for query in range(TINY.queries)]
         close(model.match(features, tokens), sum(votes) / TINY.queries)
         assert model.match(features[:1], tokens).shape == (B, 2)  # texts in succession share a picture
@@ -198,13 +198,13 @@ def test_generation_is_learned_where_there_is_a_next_token_and_nowhere_else():
     rows = []
     model.head.register_forward_pre_hook(lambda head, args: rows.append(args[0].shape))
     output = model(features, tokens)
-    present = tokens != TINY.pad_token
-    labels = tokens[:, 1:][present[:, 1:]]
+    attention_mask = tokens != TINY.pad_token
+    labels = tokens[:, 1:][attention_mask[:, 1:]]
     assert torch.equal(output.next_tokens, labels) and rows == [(len(labels), TINY.width)]
     whole = model.caption_logits(features, tokens)[:, :-1]
-    close(output.logits, whole[present[:, 1:]])
+    close(output.logits, whole[attention_mask[:, 1:]])
     wanted = F.cross_entropy(
-        whole.mT, tokens[:, 1:].masked_fill(~present[:, 1:], -100), ignore_index=-100, label_smoothing=0.1
+        whole.mT, tokens[:, 1:].masked_fill(~attention_mask[:, 1:], -100), ignore_index=-100, label_smoothing=0.1
     )
     close(stage1_losses(output).itg, wanted)
 
@@ -369,10 +369,10 @@ class Causal(nn.Module):
     def embed(self, tokens):
         return self.words(tokens)
 
-    def states(self, embeddings, present, targets=None):
+    def states(self, embeddings, attention_mask, targets=None):
         x = self.dropout(embeddings + self.places.weight[: embeddings.shape[1]])
         for block in self.blocks:
-            x = block(x, mask=present[:, None, None], causal=True)
+            x = block(x, mask=attention_mask[:, None, None], causal=True)
         return self.norm(x)
 
     def logits(self, states):
@@ -385,10 +385,10 @@ class Seq2Seq(Causal):
 
     kind = "seq2seq"
 
-    def states(self, embeddings, present, targets=None):
+    def states(self, embeddings, attention_mask, targets=None):
         for block in self.blocks:
-            embeddings = block(embeddings, mask=present[:, None, None])
-        read = (embeddings * present[..., None]).sum(1, keepdim=True) / present.sum(1)[:, None, None]
+            embeddings = block(embeddings, mask=attention_mask[:, None, None])
+        read = (embeddings * attention_mask[..., None]).sum(1, keepdim=True) / attention_mask.sum(1)[:, None, None]
         before = F.pad(targets[:, :-1], (1, 0), value=0)
         return self.norm(self.embed(before).cumsum(1) + read)
 
@@ -406,45 +406,45 @@ def initialised(module):
 def said(rows=B, seed=3):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, WORDS, (rows, 7), generator=generator)
-    present = torch.arange(7) < torch.tensor([7, 4, 5, 2, 6][:rows])[:, None]
-    return tokens.masked_fill(~present, 0), present
+    attention_mask = torch.arange(7) < torch.tensor([7, 4, 5, 2, 6][:rows])[:, None]
+    return tokens.masked_fill(~attention_mask, 0), attention_mask
 
 
 @pytest.mark.parametrize("prompt", [0, 2, torch.tensor([1, 3, 0, 2, 4])], ids=["none", "of all", "of each"])
 def test_a_causal_model_speaks_behind_the_prefix_and_makes_logits_where_there_is_a_label_alone(prompt):
-    model, (features, _), (tokens, present) = speaking(), batch(), said()
-    output = model(features, tokens, present, prompt)
-    learned = present & (torch.arange(7) >= torch.as_tensor(prompt).view(-1, 1))
+    model, (features, _), (tokens, attention_mask) = speaking(), batch(), said()
+    output = model(features, tokens, attention_mask, prompt)
+    learned = attention_mask & (torch.arange(7) >= torch.as_tensor(prompt).view(-1, 1))
     language, Q = model.language_model, SPEAKING.queries
     assert torch.equal(output.next_tokens, tokens[learned]) and language.asked == [int(learned.sum())]
     words = torch.cat([model.prefix(features), language.embed(tokens)], dim=1)
-    states = language.states(words, F.pad(present, (Q, 0), value=True))
+    states = language.states(words, F.pad(attention_mask, (Q, 0), value=True))
     wanted = language.logits(states)[:, Q - 1 : -1]  # each token is said by what stands before it
     close(output.logits, wanted[learned])
     close(stage2_loss(output), F.cross_entropy(wanted[learned], tokens[learned]))  # not smoothed
 
 
 def test_a_seq2seq_model_reads_the_prefix_and_the_prompt_and_says_the_targets():
-    model, (features, _), (tokens, present) = speaking(Seq2Seq), batch(), said()
+    model, (features, _), (tokens, attention_mask) = speaking(Seq2Seq), batch(), said()
     prompt = Prompt(torch.randint(1, WORDS, (B, 3)), torch.tensor([[True] * 3] * 4 + [[True, True, False]]))
     language, Q = model.language_model, SPEAKING.queries
     for given in (prompt, 0):
         language.asked.clear()
-        output = model(features, tokens, present, given)
-        assert torch.equal(output.next_tokens, tokens[present]) and language.asked == [int(present.sum())]
-        read, real = (given.tokens, given.present) if given else (tokens[:, :0], present[:, :0])
+        output = model(features, tokens, attention_mask, given)
+        assert torch.equal(output.next_tokens, tokens[attention_mask]) and language.asked == [int(attention_mask.sum())]
+        read, real = (given.tokens, given.attention_mask) if given else (tokens[:, :0], attention_mask[:, :0])
         words = torch.cat([model.prefix(features), language.embed(read)], dim=1)
         states = language.states(words, F.pad(real, (Q, 0), value=True), targets=tokens)
-        close(output.logits, language.logits(states[present]))
+        close(output.logits, language.logits(states[attention_mask]))
     with pytest.raises(ValueError, match="reads a Prompt"):
-        model(features, tokens, present, 2)
+        model(features, tokens, attention_mask, 2)
 
 
 def test_what_is_prompted_changes_what_is_said_and_what_is_padded_does_not():
-    model, (features, _), (tokens, present) = speaking(Seq2Seq), batch(), said()
+    model, (features, _), (tokens, attention_mask) = speaking(Seq2Seq), batch(), said()
     words, real = torch.randint(1, WORDS, (B, 3)), torch.tensor([[True, True, False]] * B)
     one, two, other = (
-        model(features, tokens, present, Prompt(torch.where(place, (words + 1) % WORDS, words), real)).logits
+        model(features, tokens, attention_mask, Prompt(torch.where(place, (words + 1) % WORDS, words), real)).logits
         for place in (torch.zeros(3).bool(), torch.tensor([False, False, True]), torch.tensor([True, False, False]))
     )
     assert torch.equal(one, two) and not torch.allclose(one, other)
@@ -455,8 +455,8 @@ def test_the_bridge_alone_is_trained_through_a_language_model_that_stays_as_it_w
     language = initialised(kind())
     before = {key: value.clone() for key, value in language.state_dict().items()}
     torch.manual_seed(0)
-    model, (features, _), (tokens, present) = moved(Blip2(SPEAKING, language)), batch(), said()
-    stage2_loss(model.train()(features, tokens, present)).backward()
+    model, (features, _), (tokens, attention_mask) = moved(Blip2(SPEAKING, language)), batch(), said()
+    stage2_loss(model.train()(features, tokens, attention_mask)).backward()
     names = {name.split(".")[0] for name, _ in model.named_parameters()}
     assert names == {"vision_norm", "qformer", "projector"} == {key.split(".")[0] for key in model.state_dict()}
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
@@ -469,24 +469,26 @@ def test_the_bridge_alone_is_trained_through_a_language_model_that_stays_as_it_w
 def test_stage_2_in_half_precision_and_of_one_row():
     torch.manual_seed(0)
     language = initialised(Causal()).bfloat16()
-    model, (features, _), (tokens, present) = moved(Blip2(SPEAKING, language)), batch(), said()
+    model, (features, _), (tokens, attention_mask) = moved(Blip2(SPEAKING, language)), batch(), said()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = stage2_loss(model(features.bfloat16(), tokens, present))
-        alone = stage2_loss(model(features[:1].bfloat16(), tokens[:1], present[:1]))
+        loss = stage2_loss(model(features.bfloat16(), tokens, attention_mask))
+        alone = stage2_loss(model(features[:1].bfloat16(), tokens[:1], attention_mask[:1]))
     (loss + alone).backward()
     assert loss.dtype == torch.float32 and all(p.grad.isfinite().all() for p in model.parameters())
     whole = speaking()
-    assert float(loss.detach()) == pytest.approx(float(stage2_loss(whole(features, tokens, present)).detach()), rel=0.2)
+    assert float(loss.detach()) == pytest.approx(
+        float(stage2_loss(whole(features, tokens, attention_mask)).detach()), rel=0.2
+    )
 
 
 def test_stage_2_teaches_a_frozen_model_to_name_what_the_features_hold():
     torch.manual_seed(0)
     model = Blip2(SPEAKING, initialised(Causal()))
-    features, (tokens, present) = batch()[0], said()
+    features, (tokens, attention_mask) = batch()[0], said()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        loss = stage2_loss(model(features, tokens[:, :2], present[:, :2]))
+        loss = stage2_loss(model(features, tokens[:, :2], attention_mask[:, :2]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -498,11 +500,11 @@ def test_decoding_behind_the_prefix_says_what_the_training_pass_does():
     torch.manual_seed(0)
     language = initialised(SmallLanguageModel(WORDS, 48, WIDTH, 2, 2))
     model, (features, _), (tokens, _) = moved(Blip2(SPEAKING, language)), batch(), said()
-    present = torch.ones_like(tokens, dtype=torch.bool)
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
-        wanted = model(features, tokens, present, prompt=3).logits.view(B, 4, WORDS)
+        wanted = model(features, tokens, attention_mask, prompt=3).logits.view(B, 4, WORDS)
         decoding = model.decoding(features)
-        found = [decoding.prefill(tokens[:, :3], present[:, :3])]
+        found = [decoding.prefill(tokens[:, :3], attention_mask[:, :3])]
         found += [decoding.step(tokens[:, i]) for i in range(3, 6)]
     close(torch.stack(found, 1), wanted)
 
@@ -512,7 +514,7 @@ def test_stage_2_starts_from_stage_1_without_its_text():
     for source in (first, first.state_dict()):
         second = Blip2.started_from(source, SPEAKING, Causal()).eval()
         with torch.no_grad():
-            states = second.qformer.look(second.vision_norm(features))
+            states = second.qformer.encode_queries(second.vision_norm(features))
             assert torch.equal(states, first.image_features(features)[0])
             close(second.prefix(features), second.projector(states))
     assert not any(".mlp" in key or "word" in key or "position" in key for key in second.state_dict())
@@ -520,20 +522,20 @@ def test_stage_2_starts_from_stage_1_without_its_text():
 
 @pytest.mark.parametrize("kind", [Causal, Seq2Seq])
 def test_a_question_may_meet_the_queries_in_the_q_former(kind):
-    start, (features, tokens), (said_tokens, present) = stage1(), batch(), said()
+    start, (features, tokens), (said_tokens, attention_mask) = stage1(), batch(), said()
     language = initialised(kind())
     model = Blip2.started_from(start, SPEAKING, language, question=True).eval()
-    question = Prompt(tokens, start.present(tokens))
+    question = Prompt(tokens, start.attention_mask(tokens))
     with torch.no_grad():
-        states = start.eval().qformer.match(tokens, question.present, start.vision_norm(features))
+        states = start.eval().qformer.match(tokens, question.attention_mask, start.vision_norm(features))
         close(model.prefix(features, question), model.projector(states[:, : TINY.queries]))
         plain = Blip2.started_from(start, SPEAKING, language).eval()
         plain.projector.load_state_dict(model.projector.state_dict())
         close(model.prefix(features), plain.prefix(features))  # nothing is asked
         assert not torch.allclose(model.prefix(features, question), plain.prefix(features), atol=1e-3)
-        padded = Prompt(tokens.masked_fill(~question.present, 5), question.present)
+        padded = Prompt(tokens.masked_fill(~question.attention_mask, 5), question.attention_mask)
         close(model.prefix(features, padded), model.prefix(features, question))
-    stage2_loss(model(features, said_tokens, present, question=question)).backward()
+    stage2_loss(model(features, said_tokens, attention_mask, question=question)).backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
     assert silent == {name for name, p in model.named_parameters() if not p.requires_grad}
     unread = ("qformer.layers.2.mlp.", "qformer.layers.2.mlp_norm.")
@@ -545,8 +547,8 @@ def test_a_question_may_meet_the_queries_in_the_q_former(kind):
 def test_a_question_is_heard_where_an_answer_is_written():
     torch.manual_seed(0)
     language = SPEAKING.language
-    speaker = SmallLanguageModel(language.vocabulary, language.context, language.width, 2, language.heads)
-    model, (features, tokens) = moved(Blip2(SPEAKING, speaker, question=True)).eval(), batch()
+    lm = SmallLanguageModel(language.vocabulary, language.context, language.width, 2, language.heads)
+    model, (features, tokens) = moved(Blip2(SPEAKING, lm, question=True)).eval(), batch()
     question = Prompt(tokens, tokens != TINY.pad_token)
     with torch.no_grad():
         close(model.decoding(features, question).prefix, model.prefix(features, question))
@@ -579,7 +581,7 @@ def test_stage_2_starts_from_nothing_but_its_own_stage_1():
 
 def test_a_tokenizers_ids_become_the_configurations():
     tokenizer = SmallTokenizer.train(["a cat", "a dog"], 300, ("decode_start",))
-    config = fitted(TINY, tokenizer)
+    config = with_tokenizer(TINY, tokenizer)
     assert config.vocabulary == tokenizer.vocab_size and config.decode_token == tokenizer.decode_start
     assert (config.pad_token, config.start_token, config.end_token, config.tokenizer) == (
         tokenizer.pad,
@@ -648,9 +650,9 @@ def test_what_stage_1_trains_is_of_the_class_of_188_million():
 def test_the_houses_language_model_is_counted_as_it_is_built():
     config = LANGUAGES["small"]
     sizes = config.vocabulary, config.context, config.width, config.layers, config.heads
-    assert language_parameters(config) == count(SmallLanguageModel(*sizes, hidden=config.hidden))
-    uneven = replace(config, kv_heads=1, hidden=72)
-    assert language_parameters(uneven) == count(SmallLanguageModel(*sizes, kv_heads=1, hidden=72))
+    assert language_parameters(config) == count(SmallLanguageModel(*sizes, mlp_width=config.mlp_width))
+    uneven = replace(config, kv_heads=1, mlp_width=72)
+    assert language_parameters(uneven) == count(SmallLanguageModel(*sizes, kv_heads=1, mlp_width=72))
 
 
 @pytest.mark.parametrize("name", [name for name, one in LANGUAGES.items() if one.family != "small"])
@@ -666,7 +668,7 @@ def test_language_models_are_counted_as_transformers_builds_them(name):
                 word_embed_proj_dim=config.width,
                 num_hidden_layers=config.layers,
                 num_attention_heads=config.heads,
-                ffn_dim=config.hidden,
+                ffn_dim=config.mlp_width,
                 max_position_embeddings=config.context,
                 **sizes,
             )
@@ -675,7 +677,7 @@ def test_language_models_are_counted_as_transformers_builds_them(name):
             published = transformers.T5Config(
                 d_model=config.width,
                 d_kv=64,
-                d_ff=config.hidden,
+                d_ff=config.mlp_width,
                 num_layers=config.layers,
                 num_heads=config.heads,
                 feed_forward_proj="gated-gelu",
@@ -685,7 +687,7 @@ def test_language_models_are_counted_as_transformers_builds_them(name):
         else:
             published = transformers.LlamaConfig(
                 hidden_size=config.width,
-                intermediate_size=config.hidden,
+                intermediate_size=config.mlp_width,
                 num_hidden_layers=config.layers,
                 num_attention_heads=config.heads,
                 num_key_value_heads=config.kv_heads,

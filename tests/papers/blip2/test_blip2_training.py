@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from papers.blip2.config import VARIANTS, VisionConfig
 from papers.blip2.converter import encoder_published
-from papers.blip2.evidence import stages as bridge
+from papers.blip2.evidence import stages as stages
 from papers.blip2.evidence.stages import frozen_encoder
 from papers.blip2.model import Blip2Qformer, vision_encoder
 from papers.blip2.pretrained import ENCODER_ENTRIES, PUBLISHED_ENCODERS, from_bert, load_encoder
@@ -37,7 +37,7 @@ def files(monkeypatch, tmp_path):
     monkeypatch.setenv("PAPERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PAPERS_OFFLINE", "1")
     frozen_encoder.cache_clear()
-    bridge.named_speaker.cache_clear()
+    stages.load_language_model_bundle.cache_clear()
     found = {}
     for name, vision in NAMES.items():
         monkeypatch.setitem(PUBLISHED_ENCODERS, name, vision)
@@ -49,7 +49,7 @@ def files(monkeypatch, tmp_path):
         torch.save(encoder_published(vit.state_dict(), vision.kind), found[name])
     yield found
     frozen_encoder.cache_clear()
-    bridge.named_speaker.cache_clear()
+    stages.load_language_model_bundle.cache_clear()
 
 
 def quiet(module):
@@ -127,7 +127,8 @@ def bert(seed=0):
     torch.manual_seed(seed)
     made = transformers.BertForPreTraining(
         transformers.BertConfig(
-            vocab_size=40, hidden_size=CONFIG.width, intermediate_size=CONFIG.hidden, num_hidden_layers=CONFIG.layers,
+            vocab_size=40, hidden_size=CONFIG.width, intermediate_size=CONFIG.mlp_width,
+            num_hidden_layers=CONFIG.layers,
             num_attention_heads=CONFIG.heads, max_position_embeddings=17,
         )
     ).eval()  # fmt: skip
@@ -146,13 +147,13 @@ def test_the_q_former_starts_from_bert_and_its_queries_and_cross_attention_do_no
         state = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for key, tensor in state.items()}
     from_bert(model, state)
     tokens = torch.randint(1, 40, (3, 7))
-    present = torch.arange(7) < torch.tensor([7, 4, 5])[:, None]
+    attention_mask = torch.arange(7) < torch.tensor([7, 4, 5])[:, None]
     with torch.no_grad():
-        out = theirs(tokens, attention_mask=present.long(), output_hidden_states=True)
-        states = model.qformer.read(tokens, present)
-        torch.testing.assert_close(states[present], out.hidden_states[-1][present], atol=1e-5, rtol=1e-4)
-        words = model._logits(states[present])
-        torch.testing.assert_close(words[:, :40], out.prediction_logits[present], atol=1e-5, rtol=1e-4)
+        out = theirs(tokens, attention_mask=attention_mask.long(), output_hidden_states=True)
+        states = model.qformer.encode_text(tokens, attention_mask)
+        torch.testing.assert_close(states[attention_mask], out.hidden_states[-1][attention_mask], atol=1e-5, rtol=1e-4)
+        words = model._logits(states[attention_mask])
+        torch.testing.assert_close(words[:, :40], out.prediction_logits[attention_mask], atol=1e-5, rtol=1e-4)
     now = model.state_dict()
     fresh = [
         k for k in now if ".cross_" in k or "query_tokens" in k or k.startswith(("vision", "text_", "itm", "temp"))
@@ -184,7 +185,7 @@ def test_stage_1_of_a_recipe_starts_from_its_bert_file(files, tmp_path):
     config = prepare(replace(recipe, bert_weights=""), 3).module.model.config
     theirs = transformers.BertForMaskedLM(
         transformers.BertConfig(
-            vocab_size=config.decode_token, hidden_size=config.width, intermediate_size=config.hidden,
+            vocab_size=config.decode_token, hidden_size=config.width, intermediate_size=config.mlp_width,
             num_hidden_layers=config.layers, num_attention_heads=config.heads, max_position_embeddings=config.positions,
         )
     )  # fmt: skip
@@ -233,8 +234,8 @@ def test_flan_t5_reads_the_first_words_of_each_text_and_learns_the_rest(files, t
     trainable = prepare(recipe, 3)
     module, batches = quiet(trainable.module), trainable.batches(0, 1)
     model = module.model
-    seen, tokens, present, asked, asked_present = batch = batches[0]
-    assert len(seen) == 6 and asked_present.sum(1).min() >= 2 and present.sum(1).min() >= 2  # a word and the end
+    seen, tokens, attention_mask, asked, question_mask = batch = batches[0]
+    assert len(seen) == 6 and question_mask.sum(1).min() >= 2 and attention_mask.sum(1).min() >= 2  # a word and the end
     loss = module.training_step(batch, 0)
     loss.backward()
     assert torch.isfinite(loss) and model.projector.weight.grad.abs().max() > 0
@@ -244,9 +245,9 @@ def test_flan_t5_reads_the_first_words_of_each_text_and_learns_the_rest(files, t
     with torch.no_grad():
         words = theirs.encoder.embed_tokens(asked)
         x = torch.cat([model.prefix(features).to(words.dtype), words], dim=1)
-        mask = F.pad(asked_present.long(), (model.config.queries, 0), value=1)
-        out = theirs(inputs_embeds=x, attention_mask=mask, labels=tokens.masked_fill(~present, -100))
-        wanted = F.cross_entropy(out.logits[present].float(), tokens[present])
+        mask = F.pad(question_mask.long(), (model.config.queries, 0), value=1)
+        out = theirs(inputs_embeds=x, attention_mask=mask, labels=tokens.masked_fill(~attention_mask, -100))
+        wanted = F.cross_entropy(out.logits[attention_mask].float(), tokens[attention_mask])
     torch.testing.assert_close(loss.detach(), wanted, atol=2e-2, rtol=1e-2)  # in bfloat16
     again = prepare(recipe, 3).batches(0, 1)[0]
     assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))

@@ -12,7 +12,8 @@ from papers.clip.evidence.claims import (
     smaller_drop,
 )
 from papers.clip.recipe import ClipRecipe
-from shared.experiments.ablations import Context, once_a_seed
+from shared.core.paper_package import Context
+from shared.experiments.ablations import once_a_seed
 
 
 def curve(*values):
@@ -84,17 +85,17 @@ SMALL = ClipRecipe(
 
 
 @pytest.fixture(scope="module")
-def lab():
-    return claims.lab_of(SMALL, 3)
+def data():
+    return claims.build_data(SMALL, 3)
 
 
 def context(tmp_path, seed=3):
     return Context(SMALL, seed, tmp_path, print, False)
 
 
-def measured_by(lab, monkeypatch, tmp_path, pictures, texts=None):
+def measured_by(data, monkeypatch, tmp_path, pictures, texts=None):
     """measure_clip with `pictures(images)` and `texts(list)` in place of the encoders; classes are unit vectors."""
-    prompts, said, width = [], [], len(lab.world.classes)
+    prompts, said, width = [], [], len(data.dataset.classes)
 
     def classifier(model, tokenizer, names, templates):
         prompts.append((list(names), tuple(templates)))
@@ -108,61 +109,65 @@ def measured_by(lab, monkeypatch, tmp_path, pictures, texts=None):
     monkeypatch.setattr(claims, "text_features", text_features)
     monkeypatch.setattr(claims, "classifier", classifier)
     monkeypatch.setattr(claims, "measure_probes", lambda *_: {})
-    return claims.measure_clip(None, lab, context(tmp_path)), prompts, said
+    return claims.measure_clip(None, data, context(tmp_path)), prompts, said
 
 
-def knows(world, place_of):
+def knows(dataset, place_of):
     """Pictures' features: the unit vector of `place_of[part]` where the pictures are those of that part."""
 
     def pictures(images):
         part = next(
-            name for name in ("test", "class_test", "shift", "compositions") if images is getattr(world, name).images
+            name for name in ("test", "class_test", "shift", "compositions") if images is getattr(dataset, name).images
         )
         return torch.eye(max(256, len(images)))[place_of[part], : width_of(part)]
 
     def width_of(part):
-        return {"test": len(world.test), "compositions": len(world.compositions.texts)}.get(part, len(world.classes))
+        return {"test": len(dataset.test), "compositions": len(dataset.compositions.texts)}.get(
+            part, len(dataset.classes)
+        )
 
     return pictures
 
 
 def test_a_model_that_knows_every_answer_scores_a_hundred_and_one_that_errs_abroad_does_so_abroad(
-    lab, monkeypatch, tmp_path
+    data, monkeypatch, tmp_path
 ):
-    world = lab.world
+    dataset = data.dataset
     right = {
-        "test": torch.arange(len(world.test)),
-        "class_test": world.class_test.labels,
-        "shift": world.shift.labels,
-        "compositions": world.compositions.labels,
+        "test": torch.arange(len(dataset.test)),
+        "class_test": dataset.class_test.labels,
+        "shift": dataset.shift.labels,
+        "compositions": dataset.compositions.labels,
     }
-    found, _, _ = measured_by(lab, monkeypatch, tmp_path, knows(world, right))
+    found, _, _ = measured_by(data, monkeypatch, tmp_path, knows(dataset, right))
     scores = {name: value for name, value in found.items() if name != "compositions_chance"}
     assert set(scores.values()) == {100.0} and found["compositions_chance"] == 25.0
     for wrong in ("shift", "compositions"):
-        place = world.compositions.choices[:, 1] if wrong == "compositions" else (right[wrong] + 1) % len(world.classes)
-        found, _, _ = measured_by(lab, monkeypatch, tmp_path, knows(world, right | {wrong: place}))
+        place = (
+            dataset.compositions.choices[:, 1] if wrong == "compositions" else (right[wrong] + 1) % len(dataset.classes)
+        )
+        found, _, _ = measured_by(data, monkeypatch, tmp_path, knows(dataset, right | {wrong: place}))
         assert found[wrong] == 0.0 and found["zeroshot_ensemble"] == 100.0
 
 
-def test_prompts_are_bare_names_then_one_template_then_several(lab, monkeypatch, tmp_path):
-    _, prompts, _ = measured_by(lab, monkeypatch, tmp_path, lambda images: torch.eye(512)[: len(images), :4], blind)
+def test_prompts_are_bare_names_then_one_template_then_several(data, monkeypatch, tmp_path):
+    _, prompts, _ = measured_by(data, monkeypatch, tmp_path, lambda images: torch.eye(512)[: len(images), :4], blind)
     (bare, template, ensemble) = prompts
-    assert bare == (lab.world.classes, ("{}",))
-    assert template == (lab.phrases, ("a photo of {}",)) and all(
-        name.startswith(("a ", "an ", "some ")) for name in lab.phrases
+    assert bare == (data.dataset.classes, ("{}",))
+    assert template == (data.phrases, ("a photo of {}",)) and all(
+        name.startswith(("a ", "an ", "some ")) for name in data.phrases
     )
-    assert ensemble[0] == lab.phrases and "a photo of {}" in ensemble[1] and len(set(ensemble[1])) >= 5
+    assert ensemble[0] == data.phrases and "a photo of {}" in ensemble[1] and len(set(ensemble[1])) >= 5
 
 
 def blind(texts):
     return torch.ones(len(texts), 4)
 
 
-def test_retrieval_compares_captions_without_their_openings_with_prefixed_ones(lab, monkeypatch, tmp_path):
-    written = [["a picture of a red circle"], ["look, a cat"], *lab.world.test.captions[2:]]
-    monkeypatch.setattr(lab.world.test, "captions", written)
-    _, _, said = measured_by(lab, monkeypatch, tmp_path, lambda images: torch.ones(len(images), 4), blind)
+def test_retrieval_compares_captions_without_their_openings_with_prefixed_ones(data, monkeypatch, tmp_path):
+    written = [["a picture of a red circle"], ["look, a cat"], *data.dataset.test.captions[2:]]
+    monkeypatch.setattr(data.dataset.test, "captions", written)
+    _, _, said = measured_by(data, monkeypatch, tmp_path, lambda images: torch.ones(len(images), 4), blind)
     as_written, raw, prefixed = said[:3]
     assert as_written == [one for (one,) in written]
     assert raw[:2] == ["a red circle", "a cat"] and prefixed[:2] == ["a photo of a red circle", "a photo of a cat"]
@@ -184,6 +189,6 @@ def test_a_classifiers_rows_are_the_classes_in_order_each_from_its_own_prompts(m
 
 def test_the_arms_of_a_seed_share_its_data_and_another_seed_draws_its_own(tmp_path):
     made = []
-    make_lab = once_a_seed(lambda recipe, seed: made.append(seed) or ("lab", seed))
-    assert [make_lab(context(tmp_path, seed))[1] for seed in (3, 3, 4)] == [3, 3, 4]
+    data_of = once_a_seed(lambda recipe, seed: made.append(seed) or ("lab", seed))
+    assert [data_of(context(tmp_path, seed))[1] for seed in (3, 3, 4)] == [3, 3, 4]
     assert made == [3, 4], "made once a seed"

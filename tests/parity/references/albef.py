@@ -75,11 +75,11 @@ def look(p, place, x, context, heads, allowed, keep=None):
     return norm(p, f"{place}.output.LayerNorm", x + out, 1e-12)
 
 
-def layers(p, name, x, present, which, heads, pictures=None, seen=None, causal=False, keep=None):
+def layers(p, name, x, attention_mask, which, heads, pictures=None, seen=None, causal=False, keep=None):
     """Layers `which` of a BERT; pictures: the context, or a list of contexts that the layers take in turn; seen (B, S):
     which of its positions count; keep {layer: list} takes the cross-attention weights."""
     length = x.shape[1]
-    allowed = present[:, None, :].expand(-1, length, -1)
+    allowed = attention_mask[:, None, :].expand(-1, length, -1)
     if causal:
         allowed = allowed & torch.ones(length, length, dtype=torch.bool).tril()
     for turn, layer in enumerate(which):
@@ -117,19 +117,19 @@ class Albef:
     def text_bert(self, m=""):
         return f"text_encoder{m}.{self.bert}".rstrip(".")
 
-    def run(self, x, present, which, m="", **more):
-        return layers(self.p, self.text_bert(m), x, present, which, self.sizes["text_heads"], **more)
+    def run(self, x, attention_mask, which, m="", **more):
+        return layers(self.p, self.text_bert(m), x, attention_mask, which, self.sizes["text_heads"], **more)
 
-    def read(self, tokens, m="", present=None):
+    def read(self, tokens, m="", attention_mask=None):
         x = embed(self.p, f"{self.text_bert(m)}.embeddings", tokens)
-        present = tokens != self.sizes["pad"] if present is None else present
-        return self.run(x, present, range(self.sizes["text"]), m)
+        attention_mask = tokens != self.sizes["pad"] if attention_mask is None else attention_mask
+        return self.run(x, attention_mask, range(self.sizes["text"]), m)
 
-    def fuse(self, x, present, pictures, m="", **more):
+    def fuse(self, x, attention_mask, pictures, m="", **more):
         first = self.sizes["text"]
         times = len(pictures) if isinstance(pictures, list) else 1
         which = range(first, first + times * self.sizes["fusion"])
-        return self.run(x, present, which, m, pictures=pictures, **more)
+        return self.run(x, attention_mask, which, m, pictures=pictures, **more)
 
     def move_momentum(self):
         """Eq. before 1: every tensor that has a momentum copy."""
@@ -174,21 +174,21 @@ class Albef:
                 p["idx_queue"][0, column] = ids[place]
         p["queue_ptr"] = torch.tensor([(start + len(image_m)) % length])
 
-    def matching(self, read, present, seen, wrong_images, wrong_texts):
+    def matching(self, read, attention_mask, seen, wrong_images, wrong_texts):
         """ITM: true pairs, then every text with its wrong picture, then every picture with its wrong text."""
         pairs = [(i, i, 1) for i in range(len(seen))]
         pairs += [(int(wrong_images[i]), i, 0) for i in range(len(seen))]
         pairs += [(i, int(wrong_texts[i]), 0) for i in range(len(seen))]
         total, logits = 0.0, []
         for image, text, label in pairs:
-            fused = self.fuse(read[text : text + 1], present[text : text + 1], seen[image : image + 1])
+            fused = self.fuse(read[text : text + 1], attention_mask[text : text + 1], seen[image : image + 1])
             logits.append(linear(self.p, "itm_head", fused[0, 0]))
             total = total + cross_entropy(logits[-1], label) / len(pairs)
         return total, torch.stack(logits)
 
     def pretrain(self, pictures, tokens, alpha, wrong_images, wrong_texts, masked, labels):
         """One step's losses (itc, itm, mlm); the draws are given. Moves the momentum copy and the queue on."""
-        present = tokens != self.sizes["pad"]
+        attention_mask = tokens != self.sizes["pad"]
         seen, read, image, text = self.features(pictures, tokens)
         with torch.no_grad():
             self.move_momentum()
@@ -198,12 +198,12 @@ class Albef:
             belongs[row, row] = 1
         itc, self.batch_similarities = self.contrast(image, text, image_m, text_m, belongs, alpha)
         self.enqueue(image_m, text_m)
-        itm, self.itm_logits = self.matching(read, present, seen, wrong_images, wrong_texts)
+        itm, self.itm_logits = self.matching(read, attention_mask, seen, wrong_images, wrong_texts)
 
-        read = self.read(masked, present=present)
-        words = spell(self.p, "text_encoder.cls.predictions", self.fuse(read, present, seen))
+        read = self.read(masked, attention_mask=attention_mask)
+        words = spell(self.p, "text_encoder.cls.predictions", self.fuse(read, attention_mask, seen))
         with torch.no_grad():
-            fused_m = self.fuse(self.read(masked, "_m", present), present, seen_m, "_m")
+            fused_m = self.fuse(self.read(masked, "_m", attention_mask), attention_mask, seen_m, "_m")
             taught = torch.softmax(spell(self.p, "text_encoder_m.cls.predictions", fused_m), -1)
         places = [(row, t) for row in range(len(labels)) for t in range(labels.shape[1]) if labels[row, t] != -100]
         mlm = 0.0
@@ -215,7 +215,7 @@ class Albef:
 
     def retrieve(self, pictures, tokens, ids, alpha, wrong_images, wrong_texts):
         """Retrieval fine-tuning: (itc, itm)."""
-        present = tokens != self.sizes["pad"]
+        attention_mask = tokens != self.sizes["pad"]
         seen, read, image, text = self.features(pictures, tokens)
         with torch.no_grad():
             self.move_momentum()
@@ -225,7 +225,7 @@ class Albef:
         belongs = belongs / belongs.sum(1, keepdim=True)
         itc, self.batch_similarities = self.contrast(image, text, image_m, text_m, belongs, alpha)
         self.enqueue(image_m, text_m, ids)
-        itm, self.itm_logits = self.matching(read, present, seen, wrong_images, wrong_texts)
+        itm, self.itm_logits = self.matching(read, attention_mask, seen, wrong_images, wrong_texts)
         return itc, itm
 
     # ---- heads on the fused [CLS]
@@ -256,13 +256,13 @@ class Albef:
 
     # ---- answers
 
-    def answer_logits(self, states, present, answer, m=""):
+    def answer_logits(self, states, attention_mask, answer, m=""):
         """states (1, T, D) of one question, answer (L,) -> (L, V)."""
         name, answer = f"text_decoder{m}.bert", answer[None]
         x = embed(self.p, f"{name}.embeddings", answer)
         which, there = range(self.sizes["fusion"]), answer != self.sizes["pad"]
         x = layers(
-            self.p, name, x, there, which, self.sizes["text_heads"], pictures=states, seen=present, causal=True
+            self.p, name, x, there, which, self.sizes["text_heads"], pictures=states, seen=attention_mask, causal=True
         )  # fmt: skip
         return spell(self.p, f"text_decoder{m}.cls.predictions", x)[0]
 
@@ -284,7 +284,7 @@ class Albef:
         return total
 
     def vqa(self, pictures, questions, answers, weights, owner, alpha):
-        present = questions != self.sizes["pad"]
+        attention_mask = questions != self.sizes["pad"]
         states = self.ask(pictures, questions)
         with torch.no_grad():
             self.move_momentum()
@@ -292,21 +292,21 @@ class Albef:
         total = 0.0
         for answer, weight, row in zip(answers, weights, owner.tolist(), strict=True):
             its = slice(row, row + 1)
-            logits = self.answer_logits(states[its], present[its], answer)
+            logits = self.answer_logits(states[its], attention_mask[its], answer)
             with torch.no_grad():
-                taught = self.answer_logits(states_m[its], present[its], answer, "_m")
+                taught = self.answer_logits(states_m[its], attention_mask[its], answer, "_m")
             total = total + weight * self.likelihood(logits, answer, taught, alpha)
         return total / len(pictures)
 
     def rank(self, picture, question, candidates, keep):
         """One question -> [(candidate, score)], best first; scores before the softmax."""
-        states, present = self.ask(picture[None], question[None]), question[None] != self.sizes["pad"]
-        begin = torch.log_softmax(self.answer_logits(states, present, candidates[0, :1])[0], 0)
+        states, attention_mask = self.ask(picture[None], question[None]), question[None] != self.sizes["pad"]
+        begin = torch.log_softmax(self.answer_logits(states, attention_mask, candidates[0, :1])[0], 0)
         firsts = [(begin[candidate[1]].item(), index) for index, candidate in enumerate(candidates)]
         kept = sorted(firsts, key=lambda pair: -pair[0])[:keep]
         scored = []
         for first, index in kept:
-            logits = self.answer_logits(states, present, candidates[index])
+            logits = self.answer_logits(states, attention_mask, candidates[index])
             scored.append((index, first - self.likelihood(logits, candidates[index]).item()))
         return sorted(scored, key=lambda pair: -pair[1])
 
@@ -315,12 +315,12 @@ class Albef:
     def word_maps(self, pictures, tokens, layer):
         """(B, T, rows, columns), of multimodal layer `layer` counted from 0."""
         keep: dict = {self.sizes["text"] + layer: []}
-        present = tokens != self.sizes["pad"]
-        fused = self.fuse(self.read(tokens), present, self.see(pictures), keep=keep)
+        attention_mask = tokens != self.sizes["pad"]
+        fused = self.fuse(self.read(tokens), attention_mask, self.see(pictures), keep=keep)
         score = linear(self.p, "itm_head", fused[:, 0])[:, 1].sum()
         weights = keep[self.sizes["text"] + layer]
         gradients = torch.autograd.grad(score, weights)
         heads = [w[..., 1:] * g[..., 1:].clamp_min(0) for w, g in zip(weights, gradients, strict=True)]
-        maps = sum(heads) / len(heads) * present[..., None]
+        maps = sum(heads) / len(heads) * attention_mask[..., None]
         side = math.isqrt(maps.shape[-1])
         return maps.reshape(*maps.shape[:2], side, side)

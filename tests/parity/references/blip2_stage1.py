@@ -64,10 +64,10 @@ class Reference:
             if layer % self.cross_every == 0:
                 seen = self.attend(f"{at}.crossattention.self", looking, context, everything)
                 looking = self.sublayer(f"{at}.crossattention.output", looking, seen)
-            hidden = self.gelu(self.linear(f"{at}.intermediate_query.dense", looking))
-            looking = self.sublayer(f"{at}.output_query", looking, hidden)
-            hidden = self.gelu(self.linear(f"{at}.intermediate.dense", text))
-            text = self.sublayer(f"{at}.output", text, hidden)
+            mlp_width = self.gelu(self.linear(f"{at}.intermediate_query.dense", looking))
+            looking = self.sublayer(f"{at}.output_query", looking, mlp_width)
+            mlp_width = self.gelu(self.linear(f"{at}.intermediate.dense", text))
+            text = self.sublayer(f"{at}.output", text, mlp_width)
             x = torch.cat([looking, text])
         return x[:count], x[count:]
 

@@ -106,13 +106,13 @@ def small_vit():
 
 
 @pytest.mark.parametrize(("layer", "leave_out"), [("last", 0), ("second-last", 1)])
-def test_a_vit_is_read_after_its_last_block_or_the_one_before(layer, leave_out):
+def test_a_vit_is_read_after_its_last_block_or_the_one_before(layer, skip_last_blocks):
     vit, images = small_vit(), pictures(5, 24)
     encoder = vit_encoder(vit, layer)
     found = encoder(images)
     assert found.shape == (5, encoder.tokens, encoder.width) == (5, 10, 40)
-    torch.testing.assert_close(found, vit.tokens(images, leave_out=leave_out))
-    assert len(encoder.module.blocks) == 3 - leave_out  # what is not read is not held
+    torch.testing.assert_close(found, vit.tokens(images, skip_last_blocks=skip_last_blocks))
+    assert len(encoder.module.blocks) == 3 - skip_last_blocks  # what is not read is not held
     assert not found.requires_grad and encoder.device == torch.device("cpu")
 
 

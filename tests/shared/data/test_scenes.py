@@ -15,7 +15,7 @@ import pytest
 from published import EMOJI, EMOJI_NOUNS, emoji_package, sprite_png
 
 from shared.core.errors import UserError
-from shared.data.seeded import Draw, choose_by_hash, split_of
+from shared.data.seeded import SeededRandom, choose_by_hash, split_of
 from shared.data.synthetic import tasks
 from shared.data.synthetic.captions import (
     KINDS,
@@ -195,9 +195,9 @@ def test_splits_by_hash_are_stable_and_have_their_shares():
 
 
 def test_a_draw_gives_the_same_numbers_for_the_same_key_alone():
-    assert [Draw("a", 1).below(100) for _ in range(2)] == [Draw("a", 1).below(100)] * 2
-    assert [Draw("a", i).below(1000) for i in range(5)] == [883, 876, 756, 231, 793]
-    assert sorted(Draw(7).shuffled(range(9))) == list(range(9))
+    assert [SeededRandom("a", 1).below(100) for _ in range(2)] == [SeededRandom("a", 1).below(100)] * 2
+    assert [SeededRandom("a", i).below(1000) for i in range(5)] == [883, 876, 756, 231, 793]
+    assert sorted(SeededRandom(7).shuffled(range(9))) == list(range(9))
 
 
 def test_a_smaller_choice_by_hash_is_part_of_a_larger_one():
@@ -376,7 +376,7 @@ def test_captions_say_only_what_the_graph_holds():
     described = set()
     for i, scene in enumerate(scenes(1200)):
         by_name = {thing.name: thing for thing in scene.things}
-        text = caption(scene, Draw("c", i))
+        text = caption(scene, SeededRandom("c", i))
         found = mentions(text)
         assert found, text
         for size, colour, name in found:
@@ -392,19 +392,19 @@ def test_captions_say_only_what_the_graph_holds():
 
 def test_a_full_caption_names_every_thing_with_size_and_colour():
     for i, scene in enumerate(scenes(300)):
-        found = mentions(caption(scene, Draw("c", i), full=True))
+        found = mentions(caption(scene, SeededRandom("c", i), full=True))
         assert sorted(found) == sorted((t.size, t.colour, t.name) for t in scene.things)
 
 
 def test_a_bare_label_is_never_the_caption():
     bare = {f"{with_article(name)}" for name in SHAPES.names} | set(SHAPES.names)
-    texts = [caption(scene, Draw("c", i)) for i, scene in enumerate(scenes(1500, SceneOptions(objects=(1, 1))))]
+    texts = [caption(scene, SeededRandom("c", i)) for i, scene in enumerate(scenes(1500, SceneOptions(objects=(1, 1))))]
     assert not bare & set(texts)
 
 
 def test_captions_of_cards_name_the_card():
     thing = Thing("orange book", "orange", "small", (0, 0), 0.5, 0.5, 0.8)
-    said = caption(Scene("x", (thing,), (1, 1), cards=True), Draw(1), full=True)
+    said = caption(Scene("x", (thing,), (1, 1), cards=True), SeededRandom(1), full=True)
     assert "a small orange book on an orange card" in said
 
 
@@ -430,7 +430,7 @@ def answer_by_hand(scene, question):
 def test_answers_agree_with_an_independent_reading_of_the_graph():
     checked = 0
     for i, scene in enumerate(scenes(800)):
-        asked = ask(scene, SHAPES.names, Draw("q", i))
+        asked = ask(scene, SHAPES.names, SeededRandom("q", i))
         assert asked.answer in asked.choices and len(set(asked.choices)) == len(asked.choices), asked
         if (expected := answer_by_hand(scene, asked.question)) is not None:
             checked += 1
@@ -441,8 +441,8 @@ def test_answers_agree_with_an_independent_reading_of_the_graph():
 def test_every_kind_of_question_is_asked_and_where_is_right():
     kinds = set()
     for i, scene in enumerate(scenes(300)):
-        kinds.add(ask(scene, SHAPES.names, Draw("q", i)).kind)
-        asked = ask(scene, SHAPES.names, Draw("w", i), "where")
+        kinds.add(ask(scene, SHAPES.names, SeededRandom("q", i)).kind)
+        asked = ask(scene, SHAPES.names, SeededRandom("w", i), "where")
         if asked.kind == "where":
             thing = next(t for t in scene.things if f"the {t.name}?" in asked.question)
             assert ("left" in asked.answer) == (thing.x < 0.5 and scene.grid[1] == 2)
@@ -451,14 +451,14 @@ def test_every_kind_of_question_is_asked_and_where_is_right():
 
 
 def test_yes_and_no_are_equally_likely():
-    answers = [ask(scene, SHAPES.names, Draw("q", i), "yes/no").answer for i, scene in enumerate(scenes(1000))]
+    answers = [ask(scene, SHAPES.names, SeededRandom("q", i), "yes/no").answer for i, scene in enumerate(scenes(1000))]
     assert 430 < answers.count("yes") < 570
 
 
 def test_statements_are_true_or_false_as_drawn():
     for i, scene in enumerate(scenes(500)):
         for truth in (True, False):
-            question = claim(scene, SHAPES.names, Draw("s", i, truth), truth).question
+            question = claim(scene, SHAPES.names, SeededRandom("s", i, truth), truth).question
             assert answer_by_hand(scene, question) == ("yes" if truth else "no"), question
 
 
@@ -466,7 +466,7 @@ def test_statements_of_two_pictures_are_true_or_false_of_them():
     several = scenes(400)
     for i, (left, right) in enumerate(zip(several[::2], several[1::2], strict=True)):
         for truth in (True, False):
-            text = claim_of_two(left, right, SHAPES.names, Draw(i), truth, "each")
+            text = claim_of_two(left, right, SHAPES.names, SeededRandom(i), truth, "each")
             (_, c1, n1), (_, c2, n2) = mentions(text)
             holds = (n1, c1) in {(t.name, t.colour) for t in left.things}
             assert (holds and (n2, c2) in {(t.name, t.colour) for t in right.things}) == truth, text
@@ -474,7 +474,7 @@ def test_statements_of_two_pictures_are_true_or_false_of_them():
 
 def test_a_rationale_counts_what_it_lists():
     for i, scene in enumerate(scenes(200)):
-        found = reason(scene, Draw(i))
+        found = reason(scene, SeededRandom(i))
         colour = re.match(r"how many (\w+)", found.question)[1]
         facts = found.rationale.split(", so there")[0]
         assert found.answer == str(len(re.findall(rf"is {colour}\b", facts))) and found.answer in found.choices
@@ -482,7 +482,7 @@ def test_a_rationale_counts_what_it_lists():
 
 def test_a_dialogue_opens_with_a_description_and_answers_truly():
     for i, scene in enumerate(scenes(100)):
-        talk = turns(scene, SHAPES.names, Draw(i), 4)
+        talk = turns(scene, SHAPES.names, SeededRandom(i), 4)
         assert len(mentions(talk[0][1])) == len(scene.things) and len(talk) >= 2
         for question, answer in talk[1:]:
             assert answer_by_hand(scene, question) in (None, answer)

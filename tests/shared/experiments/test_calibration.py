@@ -7,14 +7,15 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from tests_common import CATALOGUE
+from tests_common import CATALOG
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.paper_card import ClaimRow
+from shared.core.paper_package import Claim
 from shared.experiments import calibration
-from shared.experiments.ablations import Claim, Outcome, seeds_of
+from shared.experiments.ablations import Outcome, seeds_of
 from shared.experiments.calibration import Quantity, busiest_arm, calibrate, cheap_recipe, line, quantities_of
 from shared.metrics import stats
 from shared.metrics.stats import Rule
@@ -128,9 +129,9 @@ def test_the_arm_that_most_claims_lean_on_is_the_one_that_is_trained():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A catalogue whose runs/ and results/ lie elsewhere, and arms that are drawn instead of trained."""
-    (tmp_path / "papers").symlink_to(CATALOGUE.folder)
-    (tmp_path / "recipes").symlink_to(CATALOGUE.root / "recipes")
+    """A catalog whose runs/ and results/ lie elsewhere, and arms that are drawn instead of trained."""
+    (tmp_path / "papers").symlink_to(CATALOG.folder)
+    (tmp_path / "recipes").symlink_to(CATALOG.root / "recipes")
 
     def drawn(package, recipe, arms, folder, progress):
         assert arms == ["contrastive"] and recipe.data == "shapes"
@@ -141,7 +142,7 @@ def place(tmp_path, monkeypatch):
 
     monkeypatch.setattr(calibration, "run_arms", drawn)
     monkeypatch.setattr(calibration, "RESAMPLED", 20)
-    return Catalogue(tmp_path / "papers", "papers")
+    return Catalog(tmp_path / "papers", "papers")
 
 
 def test_a_calibration_with_the_default_settings_is_evidence_and_any_other_is_not(place):
@@ -177,5 +178,5 @@ def test_too_few_seeds_for_two_runs_are_refused_before_anything_is_trained(place
 
 
 def test_the_cheap_settings_lie_under_the_users():
-    recipe = cheap_recipe(CATALOGUE, "clip", ["steps=7"])
+    recipe = cheap_recipe(CATALOG, "clip", ["steps=7"])
     assert (recipe.data, recipe.steps, recipe.classes, recipe.model) == ("shapes", 7, 4, "clip-mini")

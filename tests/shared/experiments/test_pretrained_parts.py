@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from shared.core.errors import UserError
-from shared.experiments import pretrained_parts as artifacts
-from shared.experiments.pretrained_parts import SEAL, artifact
+from shared.experiments import pretrained_parts as pretrained_parts
+from shared.experiments.pretrained_parts import SEAL, pretrained_part
 from shared.report.text import data_lines
 
 FEW = ["data=shapes", "pairs=24", "test_pairs=8", "batch=6", "steps=2", "model=clip-tiny", "accelerator=cpu"]
 
 
 def clip(cache, *overrides, **options):
-    return artifact("clip:vision", "smoke", [*FEW, *overrides], 7, cache=cache, **options)
+    return pretrained_part("clip:vision", "smoke", [*FEW, *overrides], 7, cache=cache, **options)
 
 
 def pictures():
@@ -52,8 +52,8 @@ def test_it_loads_as_an_encoder_of_the_layer_asked_for(made):
 
 def test_another_recipe_seed_or_code_makes_another_but_code_draws_no_other_numbers(made, monkeypatch):
     cache, first, _ = made
-    other_seed = artifact("clip:vision", "smoke", FEW, 8, cache=cache)
-    monkeypatch.setattr(artifacts, "code_digest", lambda root, folders: "changed")
+    other_seed = pretrained_part("clip:vision", "smoke", FEW, 8, cache=cache)
+    monkeypatch.setattr(pretrained_parts, "code_digest", lambda root, folders: "changed")
     other_code = clip(cache)
     names = {one.folder.name for one in (first, clip(cache, "steps=1"), other_seed, other_code)}
     assert len(names) == 4
@@ -68,8 +68,10 @@ def test_what_does_not_change_a_training_does_not_make_another(made):
 def test_the_code_that_counts_is_shared_and_the_other_papers_own(made, monkeypatch):
     cache, first, _ = made
     asked = []
-    digest = artifacts.code_digest
-    monkeypatch.setattr(artifacts, "code_digest", lambda root, folders: asked.append(folders) or digest(root, folders))
+    digest = pretrained_parts.code_digest
+    monkeypatch.setattr(
+        pretrained_parts, "code_digest", lambda root, folders: asked.append(folders) or digest(root, folders)
+    )
     assert clip(cache).folder == first.folder and asked == [("shared", "papers/clip")]
 
 
@@ -91,7 +93,7 @@ def test_of_several_that_ask_at_once_one_trains_and_the_others_wait(tmp_path, mo
         (folder / "vision.safetensors").write_text(f"{part} {seed}")
         return {}
 
-    monkeypatch.setattr(artifacts, "_module", lambda *name: SimpleNamespace(PARTS=("vision",), build=build))
+    monkeypatch.setattr(pretrained_parts, "_module", lambda *name: SimpleNamespace(PARTS=("vision",), build=build))
     with ThreadPoolExecutor(3) as several:  # each opens the lock for itself, as processes do
         found = list(several.map(lambda _: clip(tmp_path), range(3)))
     assert sorted(one.fresh for one in found) == [False, False, True] and len({one.digest for one in found}) == 1
@@ -127,5 +129,5 @@ def test_the_digest_is_of_the_files(made):
 )
 def test_a_wrong_name_is_an_error_that_tells_the_right_ones(tmp_path, name, overrides, fault):
     with pytest.raises(UserError, match=fault):
-        artifact(name, "smoke", overrides, cache=tmp_path)
+        pretrained_part(name, "smoke", overrides, cache=tmp_path)
     assert not list(tmp_path.rglob(SEAL))

@@ -1,4 +1,4 @@
-"""Stages are made once, by whoever comes first, whole or not at all, and follow from their key alone."""
+"""StageCache are made once, by whoever comes first, whole or not at all, and follow from their key alone."""
 
 import multiprocessing
 import random
@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from shared.experiments.stage_cache import Stages
+from shared.experiments.stage_cache import StageCache
 
 
 def test_a_stage_is_made_once_and_then_found(tmp_path):
@@ -17,16 +17,18 @@ def test_a_stage_is_made_once_and_then_found(tmp_path):
         made.append(1)
         (folder / "value").write_text(str(torch.rand(1).item()))
 
-    stages = Stages(tmp_path, 3)
-    first = stages.once("drawn", make)
-    assert stages.once("drawn", make) == first and made == [1]
+    stages = StageCache(tmp_path, 3)
+    first = stages.get_or_build("drawn", make)
+    assert stages.get_or_build("drawn", make) == first and made == [1]
 
 
 def test_what_it_draws_follows_from_seed_and_name_and_disturbs_nobody(tmp_path):
     def value(folder, seed, name, before):
         torch.manual_seed(before)
         random.seed(before)
-        found = Stages(folder, seed).once(name, lambda f: (f / "v").write_text(f"{torch.rand(1)} {random.random()}"))
+        found = StageCache(folder, seed).get_or_build(
+            name, lambda f: (f / "v").write_text(f"{torch.rand(1)} {random.random()}")
+        )
         return (found / "v").read_text(), torch.rand(1).item(), random.random()
 
     (a, torch_a, random_a), (b, torch_b, random_b) = (
@@ -47,16 +49,16 @@ def test_an_interrupted_stage_is_not_there_and_goes_on_in_its_folder(tmp_path):
         (folder / "checkpoints").mkdir()
         raise KeyboardInterrupt
 
-    stages = Stages(tmp_path, 0)
+    stages = StageCache(tmp_path, 0)
     with pytest.raises(KeyboardInterrupt):
-        stages.once("s", fails)
+        stages.get_or_build("s", fails)
     assert not (tmp_path / "s").exists()
 
     def goes_on(folder):
         assert (folder / "half").read_text() == "half" and (folder / "checkpoints").is_dir()
         (folder / "whole").write_text("whole")
 
-    found = stages.once("s", goes_on)
+    found = stages.get_or_build("s", goes_on)
     assert (found / "whole").is_file() and not (found / "checkpoints").exists()
 
 
@@ -67,7 +69,7 @@ def slow(folder):
 
 
 def ask_for(folder):
-    Stages(folder, 0).once("slow", slow)
+    StageCache(folder, 0).get_or_build("slow", slow)
 
 
 def test_two_processes_that_need_it_at_once_make_it_once(tmp_path):

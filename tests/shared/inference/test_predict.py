@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tests_common import CATALOGUE
+from tests_common import CATALOG
 
-from papers.blip.config import SPECIALS, VARIANTS, fitted
+from papers.blip.config import SPECIALS, VARIANTS, with_tokenizer
 from papers.blip.model import Blip
 from papers.blip.tasks import BlipVqa
 from shared.cli import main
@@ -91,7 +91,7 @@ def trained(tmp_path_factory):
     words = SmallTokenizer.train(["a picture of a red circle", "what colour is it? red", "blue"] * 3, 300, SPECIALS)
     words.save(folder / "tokenizer.json")
     torch.manual_seed(0)
-    config = fitted(VARIANTS["blip-tiny"](), words)
+    config = with_tokenizer(VARIANTS["blip-tiny"](), words)
     save_weights(Blip(config), folder / "model.safetensors")
     save_weights(BlipVqa(replace(config, sharing="none")), folder / "vqa.safetensors")
     return folder
@@ -99,7 +99,7 @@ def trained(tmp_path_factory):
 
 def run(*words):
     with pytest.raises(SystemExit) as ended:
-        main(CATALOGUE.folder, "papers", [str(word) for word in words])
+        main(CATALOG.folder, "papers", [str(word) for word in words])
     return ended.value.code
 
 

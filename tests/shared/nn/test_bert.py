@@ -129,9 +129,9 @@ def test_a_decoder_without_context_reads_its_text_alone():
 
 @torch.no_grad()
 def test_a_text_longer_than_the_positions_is_refused_and_padding_does_not_count(layers):
-    present = torch.arange(20)[None] >= 12  # 8 tokens behind 12 of padding; there are 9 positions
+    attention_mask = torch.arange(20)[None] >= 12  # 8 tokens behind 12 of padding; there are 9 positions
     decoding = BertDecoding(*parts(layers), torch.randn(1, 7, CONTEXT))
-    decoding.prefill(torch.randint(31, (1, 20)), present)
+    decoding.prefill(torch.randint(31, (1, 20)), attention_mask)
     decoding.step(torch.tensor([3]))
     with pytest.raises(UserError, match="a text of 10 tokens, but it has 9 positions; shorten the prompt"):
         decoding.step(torch.tensor([3]))

@@ -66,8 +66,8 @@ def test_a_compiled_block_has_the_values_and_gradients_of_the_block():
 def test_a_block_named_quick_gelu_has_it():
     block = Block(8, 2, activation="quick_gelu")
     x = torch.randn(2, 3, 8)
-    hidden = block.mlp.up(x)
-    torch.testing.assert_close(block.mlp(x), block.mlp.down(hidden * torch.sigmoid(1.702 * hidden)))
+    mlp_width = block.mlp.up(x)
+    torch.testing.assert_close(block.mlp(x), block.mlp.down(mlp_width * torch.sigmoid(1.702 * mlp_width)))
 
 
 def test_recomputed_activations_change_no_gradient():
@@ -155,4 +155,4 @@ def test_leaving_out_the_last_block_is_the_second_last_layer():
     before = []
     vit.blocks[2].register_forward_pre_hook(lambda _, args: before.append(args[0]))
     vit.tokens(images)
-    torch.testing.assert_close(vit.tokens(images, leave_out=1), before[0])
+    torch.testing.assert_close(vit.tokens(images, skip_last_blocks=1), before[0])

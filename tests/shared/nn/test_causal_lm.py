@@ -22,7 +22,7 @@ LENGTHS = [4, 1, 6, 2, 3, 6, 1, 5]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(5)
-    made = SmallLanguageModel(V, 32, W, layers=3, heads=6, kv_heads=2, hidden=44)
+    made = SmallLanguageModel(V, 32, W, layers=3, heads=6, kv_heads=2, mlp_width=44)
     for parameter in made.parameters():
         parameter.data += 0.15 * torch.randn_like(parameter)
     return made.eval()
@@ -38,11 +38,11 @@ def asked():
 
 def padded(texts, side, filler=0):
     tokens = torch.full((len(texts), max(map(len, texts))), filler)
-    present = torch.zeros_like(tokens, dtype=torch.bool)
+    attention_mask = torch.zeros_like(tokens, dtype=torch.bool)
     for row, text in enumerate(texts):
         place = slice(tokens.shape[1] - len(text), None) if side == "left" else slice(len(text))
-        tokens[row, place], present[row, place] = text, True
-    return tokens, present
+        tokens[row, place], attention_mask[row, place] = text, True
+    return tokens, attention_mask
 
 
 def test_a_state_depends_on_what_stands_before_it_and_on_nothing_behind(model):
@@ -66,9 +66,9 @@ def test_order_matters_and_where_a_text_stands_does_not(model):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_changes_no_state_of_a_token(model, side):
-    tokens, present = padded([torch.arange(4, 4 + length) for length in (7, 3, 5)], side, filler=30)
-    states = model.states(model.embed(tokens), present)
-    for row, real in enumerate(present):
+    tokens, attention_mask = padded([torch.arange(4, 4 + length) for length in (7, 3, 5)], side, filler=30)
+    states = model.states(model.embed(tokens), attention_mask)
+    for row, real in enumerate(attention_mask):
         alone = model.states(model.embed(tokens[row, real][None]), None)[0]
         torch.testing.assert_close(states[row, real], alone, atol=1e-5, rtol=1e-5)
 
@@ -76,13 +76,13 @@ def test_padding_on_either_side_changes_no_state_of_a_token(model, side):
 def test_only_padding_before_a_text_needs_a_mask():
     x = torch.zeros(3, 4, 2)
     for rows, masked in (([4, 4, 4], False), ([4, 2, 1], False)):
-        present = torch.arange(4) < torch.tensor(rows)[:, None]
-        seen, positions = seen_and_positions(x, present)
+        attention_mask = torch.arange(4) < torch.tensor(rows)[:, None]
+        seen, positions = seen_and_positions(x, attention_mask)
         assert (seen is not None) == masked and positions.tolist() == [[0, 1, 2, 3]]
-    present = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1]]).bool()
-    seen, positions = seen_and_positions(x, present)
-    assert seen is present and positions.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 2, 3]]
-    mask = causal_mask(present[:2], 2)
+    attention_mask = torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1]]).bool()
+    seen, positions = seen_and_positions(x, attention_mask)
+    assert seen is attention_mask and positions.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 2, 3]]
+    mask = causal_mask(attention_mask[:2], 2)
     assert mask.shape == (2, 1, 2, 4)
     assert mask[:, 0].int().tolist() == [[[0, 0, 1, 0], [0, 0, 1, 1]], [[1, 0, 1, 0], [1, 0, 1, 1]]]
 
@@ -90,11 +90,11 @@ def test_only_padding_before_a_text_needs_a_mask():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_steps_continue_as_one_pass_over_the_whole_text_would(model, asked, side):
     prefix, prompts = asked
-    tokens, present = padded(prompts, side, filler=9)
+    tokens, attention_mask = padded(prompts, side, filler=9)
     decoding = model.decoding(prefix)
     new = torch.randint(4, V, (PICTURES, 5), generator=torch.Generator().manual_seed(8))
     with torch.no_grad():
-        logits = [decoding.prefill(tokens, present), *(decoding.step(column) for column in new.T)]
+        logits = [decoding.prefill(tokens, attention_mask), *(decoding.step(column) for column in new.T)]
         for row, prompt in enumerate(prompts):
             words = model.embed(torch.cat([prompt, new[row]])[None])
             whole = model.logits(model.states(torch.cat([prefix[row : row + 1], words], dim=1), None))[0]
@@ -104,17 +104,19 @@ def test_steps_continue_as_one_pass_over_the_whole_text_would(model, asked, side
 
 def test_a_prefix_may_be_padded_and_a_prompt_may_be_empty(model, asked):
     prefix, _ = asked
-    present = torch.arange(Q) >= torch.tensor([0, 2, 1, 4, 0, 3, 0, 1])[:, None]
+    attention_mask = torch.arange(Q) >= torch.tensor([0, 2, 1, 4, 0, 3, 0, 1])[:, None]
     settings = GenerationSettings(STOPS, 7, beams=2, repetition_penalty=1.2, no_repeat_ngram=2)
     nothing = torch.zeros(PICTURES, 0, dtype=torch.long)
-    found = generate(model.decoding(prefix, present), nothing, settings)
-    alone = [generate(model.decoding(prefix[i : i + 1, present[i]]), nothing[:1], settings) for i in range(PICTURES)]
+    found = generate(model.decoding(prefix, attention_mask), nothing, settings)
+    alone = [
+        generate(model.decoding(prefix[i : i + 1, attention_mask[i]]), nothing[:1], settings) for i in range(PICTURES)
+    ]
     assert found.tokens == [one.tokens[0] for one in alone]
     assert found.scores == pytest.approx([one.scores[0] for one in alone], abs=1e-4)
     assert len({tuple(text) for text in found.tokens}) > 3
     some = torch.tensor([[7, 8]] * 3)
     mixed = generate(
-        model.decoding(prefix[:3]), some, settings, present=torch.tensor([[0, 0], [1, 1], [0, 1]]).bool()
+        model.decoding(prefix[:3]), some, settings, attention_mask=torch.tensor([[0, 0], [1, 1], [0, 1]]).bool()
     )  # an empty prompt among others
     assert mixed.tokens[0] == generate(model.decoding(prefix[:1]), nothing[:1], settings).tokens[0]
     assert mixed.tokens[2] == generate(model.decoding(prefix[2:3]), some[:1, 1:], settings).tokens[0]
@@ -124,11 +126,11 @@ def test_penalties_count_a_prompt_beside_an_empty_one():
     class Fixed:
         prefixed = True
 
-        def prefill(self, tokens, present):
+        def prefill(self, tokens, attention_mask):
             return torch.tensor([0.0, 0.0, 2.0, 1.5]).expand(len(tokens), -1)
 
     settings = GenerationSettings((0,), 1, repetition_penalty=2.0)
-    found = generate(Fixed(), torch.tensor([[2], [2], [3]]), settings, present=torch.tensor([[0], [1], [1]]))
+    found = generate(Fixed(), torch.tensor([[2], [2], [3]]), settings, attention_mask=torch.tensor([[0], [1], [1]]))
     assert found.tokens == [[2], [3], [2]]
 
 
@@ -151,8 +153,12 @@ def test_no_batch_and_no_padding_changes_a_text(model, asked, name):
         generator, told = torch.Generator().manual_seed(5), []
         for first in range(0, PICTURES, size):
             rows = slice(first, first + size)
-            tokens, present = padded(prompts[rows], side, filler)
-            told.append(generate(model.decoding(prefix[rows]), tokens, settings, present=present, generator=generator))
+            tokens, attention_mask = padded(prompts[rows], side, filler)
+            told.append(
+                generate(
+                    model.decoding(prefix[rows]), tokens, settings, attention_mask=attention_mask, generator=generator
+                )
+            )
         found[size, side] = [t for part in told for t in part.tokens], [s for part in told for s in part.scores]
     expected, scores = found[1, "left"]
     for tokens, others in found.values():
@@ -265,12 +271,12 @@ def words(**special):
 
 def test_prompts_have_no_end_answers_have_one_and_padding_is_on_the_side_asked_for():
     tokenizer = words(start=2, pad=0)
-    tokens, present = tokenizer.prompts(["w0 w1", "w2"], 8)
-    assert tokens.tolist() == [[2, 4, 5], [0, 2, 6]] and present.int().tolist() == [[1, 1, 1], [0, 1, 1]]
-    tokens, present = tokenizer.prompts(["w0 w1", "w2"], 8, "right")
-    assert tokens.tolist() == [[2, 4, 5], [2, 6, 0]] and present.int().tolist() == [[1, 1, 1], [1, 1, 0]]
-    tokens, present = tokenizer.answers(["w0", "w1 w2 w3 w4"], 4, starts=False)
-    assert tokens.tolist() == [[4, 3, 0, 0], [5, 6, 7, 3]] and present.sum(1).tolist() == [2, 4]
+    tokens, attention_mask = tokenizer.prompts(["w0 w1", "w2"], 8)
+    assert tokens.tolist() == [[2, 4, 5], [0, 2, 6]] and attention_mask.int().tolist() == [[1, 1, 1], [0, 1, 1]]
+    tokens, attention_mask = tokenizer.prompts(["w0 w1", "w2"], 8, "right")
+    assert tokens.tolist() == [[2, 4, 5], [2, 6, 0]] and attention_mask.int().tolist() == [[1, 1, 1], [1, 1, 0]]
+    tokens, attention_mask = tokenizer.answers(["w0", "w1 w2 w3 w4"], 4, starts=False)
+    assert tokens.tolist() == [[4, 3, 0, 0], [5, 6, 7, 3]] and attention_mask.sum(1).tolist() == [2, 4]
     assert tokenizer.answers("w0", 4)[0].tolist() == [[2, 4, 3]]
     encoder = words(pad=0, prompt_end=3)
     assert encoder.prompts(["w0", "w1 w2"], 8)[0].tolist() == [[0, 4, 3], [5, 6, 3]]

@@ -19,8 +19,8 @@ class Table:
     def __init__(self, tables):
         self.tables, self.rows, self.contexts, self.steps = tables, None, list(range(len(tables))), []
 
-    def prefill(self, tokens, present):
-        self.rows = [row[real].tolist() for row, real in zip(tokens, present, strict=True)]
+    def prefill(self, tokens, attention_mask):
+        self.rows = [row[real].tolist() for row, real in zip(tokens, attention_mask, strict=True)]
         return self.logits()
 
     def step(self, tokens):
@@ -219,13 +219,13 @@ def decoder():
 
 
 def padded(texts, side, filler=0):
-    """Texts of several lengths as one batch: tokens (B, T), present (B, T)."""
+    """Texts of several lengths as one batch: tokens (B, T), attention_mask (B, T)."""
     prompts = torch.full((len(texts), max(map(len, texts))), filler)
-    present = torch.zeros_like(prompts, dtype=torch.bool)
+    attention_mask = torch.zeros_like(prompts, dtype=torch.bool)
     for row, text in enumerate(texts):
         place = slice(-len(text), None) if side == "left" else slice(len(text))
-        prompts[row, place], present[row, place] = text, True
-    return prompts, present
+        prompts[row, place], attention_mask[row, place] = text, True
+    return prompts, attention_mask
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -238,8 +238,8 @@ def test_no_batch_and_no_padding_changes_a_text(decoder, name):
         generator, told = torch.Generator().manual_seed(5), []
         for first in range(0, 8, size):
             rows = slice(first, first + size)
-            prompts, present = padded(texts[rows], side, filler)
-            told.append(generate(start(rows), prompts, settings, present=present, generator=generator))
+            prompts, attention_mask = padded(texts[rows], side, filler)
+            told.append(generate(start(rows), prompts, settings, attention_mask=attention_mask, generator=generator))
         tokens = [text for part in told for text in part.tokens]
         scores = [score for part in told for score in part.scores]
         found[size, side, filler] = tokens, scores
@@ -252,19 +252,19 @@ def test_no_batch_and_no_padding_changes_a_text(decoder, name):
 
 def test_sampling_is_repeated_by_its_seed_and_changed_by_another(decoder):
     start, texts = decoder
-    prompts, present = padded(texts, "right")
+    prompts, attention_mask = padded(texts, "right")
     settings = GenerationSettings((STOP,), 10, sample=True)
 
     def told(seed):
         return generate(
-            start(), prompts, settings, present=present, generator=torch.Generator().manual_seed(seed)
+            start(), prompts, settings, attention_mask=attention_mask, generator=torch.Generator().manual_seed(seed)
         ).tokens
 
     assert told(1) == told(1) != told(2)
     torch.manual_seed(11)
-    first = generate(start(), prompts, settings, present=present).tokens
+    first = generate(start(), prompts, settings, attention_mask=attention_mask).tokens
     torch.manual_seed(11)
-    assert generate(start(), prompts, settings, present=present).tokens == first
+    assert generate(start(), prompts, settings, attention_mask=attention_mask).tokens == first
 
 
 def test_sampled_words_have_the_models_frequencies():
@@ -281,9 +281,11 @@ def test_sampled_words_have_the_models_frequencies():
 
 def test_one_beam_is_greedy_and_an_empty_batch_is_nothing(decoder):
     start, texts = decoder
-    prompts, present = padded(texts, "left")
-    greedy = generate(start(), prompts, GenerationSettings((STOP,), 10), present=present)
-    narrow = generate(start(), prompts, GenerationSettings((STOP,), 10, sample=True, top_k=1), present=present)
+    prompts, attention_mask = padded(texts, "left")
+    greedy = generate(start(), prompts, GenerationSettings((STOP,), 10), attention_mask=attention_mask)
+    narrow = generate(
+        start(), prompts, GenerationSettings((STOP,), 10, sample=True, top_k=1), attention_mask=attention_mask
+    )
     assert greedy.tokens == narrow.tokens
     nothing = generate(start(slice(0, 0)), prompts[:0], GenerationSettings((STOP,), 10))
     assert nothing == ([], [], [])
@@ -291,10 +293,10 @@ def test_one_beam_is_greedy_and_an_empty_batch_is_nothing(decoder):
 
 def test_bad_requests_are_told_the_way_out(decoder):
     start, texts = decoder
-    prompts, present = padded(texts, "right")
-    present[2] = False
+    prompts, attention_mask = padded(texts, "right")
+    attention_mask[2] = False
     with pytest.raises(UserError, match="prompt 2 of the batch is empty"):
-        generate(start(), prompts, GenerationSettings((STOP,), 3), present=present)
+        generate(start(), prompts, GenerationSettings((STOP,), 3), attention_mask=attention_mask)
     with pytest.raises(UserError, match="25 beams choose among 50 words, the vocabulary has 40"):
         generate(start(), prompts, GenerationSettings((STOP,), 3, beams=25))
     with pytest.raises(UserError, match="a text of 33 tokens, but it has 32 positions"):

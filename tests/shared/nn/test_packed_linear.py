@@ -46,7 +46,7 @@ def test_gradients_pass_through_a_frozen_packed_model_as_through_the_plain_one(d
     if not packed.can_pack(dtype):
         pytest.skip("not on this machine")
     torch.manual_seed(0)
-    model = SmallLanguageModel(97, 64, 48, 2, 4, kv_heads=2, hidden=80).to(dtype).requires_grad_(False)
+    model = SmallLanguageModel(97, 64, 48, 2, 4, kv_heads=2, mlp_width=80).to(dtype).requires_grad_(False)
     other = copy.deepcopy(model)
     pack(other, through=True)
     count = sum(p.numel() for p in model.parameters())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.metrics.stats import Rule, verdict, verdict_of_interval
 from shared.report.evidence_table import judge_results, keep_result
@@ -27,7 +27,7 @@ def a_report(folder, **changed):
 
 
 def kept(folder, **changed):
-    return keep_result(Catalogue(folder / "papers", "papers"), a_report(folder, **changed))
+    return keep_result(Catalog(folder / "papers", "papers"), a_report(folder, **changed))
 
 
 def test_where_the_data_lay_is_left_out_and_all_else_stays(tmp_path):
@@ -98,10 +98,10 @@ def test_kept_verdicts_are_taken_anew_once_and_the_file_says_so(tmp_path, monkey
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"data": {"name": "emoji"}, "rows": [row | {"verdict": "reproduced"} for row in rows]}))
     claims = [SimpleNamespace(id=row["id"], direction="greater", margin=None) for row in rows]
-    catalogue = Catalogue(tmp_path / "papers", "papers")
-    monkeypatch.setattr(Catalogue, "card", lambda self, name: SimpleNamespace(claims=claims))
-    assert judge_results(catalogue, "toy") == [path]
+    catalog = Catalog(tmp_path / "papers", "papers")
+    monkeypatch.setattr(Catalog, "card", lambda self, name: SimpleNamespace(claims=claims))
+    assert judge_results(catalog, "toy") == [path]
     found = json.loads(path.read_text())
     assert [row["verdict"] for row in found["rows"]] == ["inconclusive", "reproduced", "reproduced"]
     assert found["rows"][0]["what"] == "thin [reproduced by the rule of its day]"
-    assert len(found["data"]["run"]) == 1 and judge_results(catalogue, "toy") == []
+    assert len(found["data"]["run"]) == 1 and judge_results(catalog, "toy") == []

@@ -1,7 +1,7 @@
 """`chaos` in short: a run killed with -9 ends bit for bit as one that was not, and a run that differs is told."""
 
 import pytest
-from tests_common import CATALOGUE
+from tests_common import CATALOG
 
 from shared.core.errors import UserError
 from shared.tools import crash_test as module
@@ -12,7 +12,7 @@ SHORT = ["steps=12", "pairs=64", "checkpoint_every=2", "measure_at=2"]
 
 def test_killed_twice_it_ends_bit_for_bit_as_uninterrupted(tmp_path):
     said = []
-    found = chaos(CATALOGUE, "clip", 2, 5, tmp_path, SHORT, said.append)
+    found = chaos(CATALOG, "clip", 2, 5, tmp_path, SHORT, said.append)
     assert found.kills == 2 and found.runs >= 1
     assert found.equal == found.runs and found.differences == []
     assert sum(line.startswith("kill ") for line in said) == 2
@@ -23,7 +23,7 @@ def test_killed_twice_it_ends_bit_for_bit_as_uninterrupted(tmp_path):
 def fake(tmp_path, monkeypatch, script):
     """chaos over a child that is `script`, which is given its folder as argv[5]."""
     monkeypatch.setattr(module, "CHILD", script)
-    return chaos(CATALOGUE, "clip", 1, 0, tmp_path, [], lambda line: None)
+    return chaos(CATALOG, "clip", 1, 0, tmp_path, [], lambda line: None)
 
 
 RUN = """
@@ -65,5 +65,5 @@ def test_a_run_that_never_ends_is_stopped(tmp_path, monkeypatch):
 
 def test_a_mistake_in_the_words_is_told_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match="stepz"):
-        chaos(CATALOGUE, "clip", 1, 0, tmp_path, ["stepz=3"], lambda line: None)
+        chaos(CATALOG, "clip", 1, 0, tmp_path, ["stepz=3"], lambda line: None)
     assert list(tmp_path.iterdir()) == []

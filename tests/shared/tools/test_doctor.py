@@ -12,7 +12,7 @@ import shared.doctor
 import yaml
 from tests_common import ROOT
 
-from shared.core.catalog import Catalogue
+from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.tools.doctor import Finding, doctor, hide, pins, requirements
 
@@ -32,7 +32,7 @@ def place(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PAPERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shared.tools.doctor, "bf16_slowdown", lambda device: 1.0)
-    return Catalogue(root / "papers", "papers")
+    return Catalog(root / "papers", "papers")
 
 
 def write_manifest(root, content):
@@ -48,9 +48,9 @@ def put(tmp_path, content):
     (folder / "w.bin").write_bytes(content)
 
 
-def said(capsys, catalogue, *arguments, **options):
+def said(capsys, catalog, *arguments, **options):
     """(exit code, {level: [lines]}, the block)."""
-    code = doctor(catalogue, *arguments, **options)
+    code = doctor(catalog, *arguments, **options)
     lines, _, block = capsys.readouterr().out.partition("\nto paste into an issue:\n\n")
     levels = {level: [x for x in lines.splitlines() if x.startswith(level)] for level in ("ok", "note", "problem")}
     assert sum(map(len, levels.values())) == len(lines.splitlines()), lines

@@ -9,7 +9,7 @@ import sys
 import pytest
 import shared.plan
 import torch
-from tests_common import CATALOGUE, ROOT
+from tests_common import CATALOG, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from papers.clip.evidence.cost import workload
@@ -204,7 +204,7 @@ def test_the_memory_of_a_real_training_process_is_what_was_estimated():
     ran = subprocess.run(command, cwd=ROOT, env=returning, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr
     settings = ["batch=16", "precision=32-true", "recompute=false"]
-    (row,) = make_plan(CATALOGUE, "clip-small", zero=0, overrides=settings).rows
+    (row,) = make_plan(CATALOG, "clip-small", zero=0, overrides=settings).rows
     assert row.working > row.states.total, "activations must be what is tested"
     assert 0.95 < int(ran.stdout) / (row.states.total + row.working) < 1.15
 
@@ -215,7 +215,7 @@ def test_the_memory_of_a_real_training_process_is_what_was_estimated():
 @pytest.fixture(scope="module")
 def a_plan() -> Plan:
     settings = ["batch=1024", "precision=32-true", "recompute=false"]
-    return make_plan(CATALOGUE, "clip-tiny", gpus=16, gpu="a100", overrides=settings)
+    return make_plan(CATALOG, "clip-tiny", gpus=16, gpu="a100", overrides=settings)
 
 
 def test_zero_divides_what_it_says_it_divides():
@@ -310,13 +310,13 @@ def test_what_does_not_fit_is_said_and_given_no_time(a_plan):
 )
 def test_a_plan_that_cannot_be_made_says_why(settings, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
-        make_plan(CATALOGUE, **{"variant": "clip-tiny", **settings})
+        make_plan(CATALOG, **{"variant": "clip-tiny", **settings})
 
 
 @pytest.mark.parametrize("variant", ["albef-tiny", "blip-tiny", "blip2-tiny", "blip2-tiny-small"])
 def test_every_paper_is_planned_at_every_precision(variant):
     for given in ([], ["precision=bf16-mixed"], ["precision=32-true"]):
-        assert make_plan(CATALOGUE, variant, gpus=16, gpu="a100", overrides=given).rows
+        assert make_plan(CATALOG, variant, gpus=16, gpu="a100", overrides=given).rows
 
 
 def test_data_sheet_rates_are_dense_and_one_way():
@@ -330,7 +330,7 @@ def test_data_sheet_rates_are_dense_and_one_way():
 
 
 def test_the_estimate_counts_the_cores_that_this_process_may_use(monkeypatch):
-    recipe = CATALOGUE.recipe("clip", "mini", [])
+    recipe = CATALOG.recipe("clip", "mini", [])
     monkeypatch.setattr(shared.tools.plan, "cores", lambda: 1)
     one = estimate(recipe, measure("clip-mini")["total"], forward_flops("clip-mini"), 10)
     monkeypatch.setattr(shared.tools.plan, "cores", lambda: 4)
@@ -343,6 +343,6 @@ def test_the_estimate_counts_the_cores_that_this_process_may_use(monkeypatch):
 @pytest.mark.parametrize(("scale", "rate"), [("mini", "CORE_FLOPS"), ("field", "GPU_FLOPS"), ("gpu", "GPU_FLOPS")])
 def test_the_estimate_is_for_the_device_of_the_recipe(monkeypatch, scale, rate):
     monkeypatch.setattr(shared.tools.plan, "cores", lambda: 1)
-    recipe = CATALOGUE.recipe("blip2", scale, [])
+    recipe = CATALOG.recipe("blip2", scale, [])
     found = estimate(recipe, 1, 1, 1)
     assert found.rate == getattr(shared.tools.plan, rate)

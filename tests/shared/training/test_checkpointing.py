@@ -14,7 +14,7 @@ from torch import nn
 from papers.clip.recipe import ClipRecipe
 from shared.core.errors import UserError
 from shared.data.loader import Batches
-from shared.training.callbacks import At, Curves
+from shared.training.callbacks import EvalAtSteps, MetricRecorder
 from shared.training.checkpointing import SEAL, newest, newest_valid, random_states, restore_random
 from shared.training.optim import adamw_with_cosine
 from shared.training.trainer import fit
@@ -60,8 +60,8 @@ def run(folder, stop_at=None, **changes):
     rows = torch.arange(20)
     tensors = (torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), rows)
     batches = Batches(tensors, recipe.batch, recipe.steps, 3, accumulate=recipe.accumulate)
-    curves = Curves(recipe.batch, every=1)
-    at = At([3, 8, 11], recipe.batch, lambda: float(module.net(torch.ones(1, 3)).detach()))
+    curves = MetricRecorder(recipe.batch, every=1)
+    at = EvalAtSteps([3, 8, 11], recipe.batch, lambda: float(module.net(torch.ones(1, 3)).detach()))
 
     class Stops(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, index):

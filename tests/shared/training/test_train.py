@@ -7,7 +7,7 @@ import pytest
 import shared.tracking
 import torch
 import yaml
-from tests_common import CATALOGUE, ROOT
+from tests_common import CATALOG, ROOT
 
 from papers.clip import train as training
 from papers.clip.module import ClipModule
@@ -31,8 +31,8 @@ def tracker(monkeypatch):
 
 
 def run(folder, *words):
-    recipe = CATALOGUE.recipe("clip", "smoke", [*WORDS, *words])
-    assert train(CATALOGUE, recipe, folder, Console()) == folder
+    recipe = CATALOG.recipe("clip", "smoke", [*WORDS, *words])
+    assert train(CATALOG, recipe, folder, Console()) == folder
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
 
 
 def test_it_ends_in_weights_that_load_by_themselves_with_recipe_and_tokenizer(whole):
-    recipe = CATALOGUE.recipe("clip", "smoke", WORDS)
+    recipe = CATALOG.recipe("clip", "smoke", WORDS)
     weights = whole.folder / "model.safetensors"
     model, words = load_model("clip-tiny", weights, whole.folder / "tokenizer.json", ROOT / "checkpoints_manifest.yaml")
     assert words.vocab_size == model.config.vocabulary and model.config.image_size == recipe.image_size
@@ -107,9 +107,9 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
 
 def test_a_paper_that_trains_in_its_claims_alone_is_told(tmp_path):
     (tmp_path / "papers" / "clip").mkdir(parents=True)
-    catalogue = SimpleNamespace(folder=tmp_path / "papers", root=tmp_path)
+    catalog = SimpleNamespace(folder=tmp_path / "papers", root=tmp_path)
     with pytest.raises(UserError, match=r"papers/clip has no train.py, .*make reproduce$"):
-        train(catalogue, CATALOGUE.recipe("clip", "smoke", WORDS), tmp_path / "run", Console())
+        train(catalog, CATALOG.recipe("clip", "smoke", WORDS), tmp_path / "run", Console())
 
 
 def test_weights_beside_the_model_are_refused_before_anything_is_trained(tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ from papers.clip.evidence import claims
 from papers.clip.module import example
 from papers.clip.recipe import ClipRecipe
 from shared.core.device import device_for
-from shared.core.recipe import digest, of_one_arm
-from shared.data.loader import Batches, Rows
+from shared.core.recipe import digest, training_fields
+from shared.data.loader import Batches, IndexedTensor
 from shared.experiments.ablations import Job, Outcome
-from shared.training.callbacks import At, Curves
+from shared.training.callbacks import EvalAtSteps, MetricRecorder
 from shared.training.optim import decay_groups, warmup_cosine, warmup_cosine_between
 from shared.training.trainer import make_trainer
 
@@ -33,7 +33,7 @@ def test_a_batch_does_not_depend_on_what_was_read_before():
 
 def test_rows_that_are_gathered_batch_by_batch_give_what_all_of_them_would():
     pictures, rows = torch.randn(5, 3), torch.randint(5, (12,))
-    lazy, whole = (Batches((seen, rows), 4, 6, seed=1) for seen in (Rows(pictures, rows), pictures[rows]))
+    lazy, whole = (Batches((seen, rows), 4, 6, seed=1) for seen in (IndexedTensor(pictures, rows), pictures[rows]))
     for step in range(6):
         assert all(torch.equal(a, b) for a, b in zip(lazy[step], whole[step], strict=True))
 
@@ -86,8 +86,8 @@ def test_a_run_logs_its_curve_measures_where_asked_and_counts_samples(tmp_path):
     recipe = ClipRecipe(model="clip-tiny", steps=6, batch=8, pairs=16, accelerator="cpu")
     module.recipe, counted = recipe, []
     module.model.logit_scale.data.fill_(9.0)
-    curves = Curves(8, counted.append, every=2)
-    at = At([3, 6], 8, lambda: module.training)
+    curves = MetricRecorder(8, counted.append, every=2)
+    at = EvalAtSteps([3, 6], 8, lambda: module.training)
     make_trainer(recipe, tmp_path, [curves, at]).fit(module, Batches(batch, 8, 6, 0).loader())
     assert at.values == [(24, False), (48, False)] and sum(counted) == 48
     assert [x for x, _ in curves.values["loss"]] == [16, 32, 48]
@@ -112,7 +112,7 @@ def test_a_finished_arm_is_taken_as_it_is_but_only_for_the_same_recipe(tmp_path)
     one = job(tmp_path)
     assert one.finished() is None
     outcome = {"arm": "contrastive", "seed": 7, "seconds": 1.0, "measured": {"x": 2.0}}
-    one.file.write_text(json.dumps({"recipe": digest(of_one_arm(one.recipe)), "outcome": outcome}))
+    one.file.write_text(json.dumps({"recipe": digest(training_fields(one.recipe)), "outcome": outcome}))
     assert one.finished() == Outcome("contrastive", 7, 1.0, {"x": 2.0})
     assert job(tmp_path, steps=99).finished() is None
 

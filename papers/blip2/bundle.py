@@ -44,7 +44,7 @@ from shared.weights.safe_load import read_tensors
 
 CARD, VISION, LANGUAGE, TOKENIZER = "bridge.json", "vision.safetensors", "language_model.safetensors", "tokenizer.json"
 HALF = torch.bfloat16  # of frozen encoders on a CPU
-SIZES = ("queries", "width", "layers", "heads", "hidden", "cross_every", "embed_width", "context")
+SIZES = ("queries", "width", "layers", "heads", "mlp_width", "cross_every", "embed_width", "context")
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,9 @@ def read_card(path: Path) -> dict:
     """bridge.json with its configurations made; UserError for anything else under that name."""
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
+        for part in (card["language"], card["sizes"]):
+            if "hidden" in part:  # its name until the end of 2026
+                part["mlp_width"] = part.pop("hidden")
         for key in ("mean", "std"):
             card["vision"][key] = tuple(card["vision"][key])
         card["vision"], card["language"] = VisionConfig(**card["vision"]), LanguageConfig(**card["language"])

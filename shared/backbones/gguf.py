@@ -46,7 +46,8 @@ def load_gguf(path: Path, entry: Entry, dtype: torch.dtype = torch.bfloat16) -> 
                 raise UserError(f"{converted}: cannot be read ({error}); remove it and run again") from None
             _seal(converted).unlink(missing_ok=True)
     with torch.device("meta"):
-        model = SmallLanguageModel(**about["sizes"])
+        sizes = dict(about["sizes"])
+        model = SmallLanguageModel(mlp_width=sizes.pop("hidden"), **sizes)
     model.load_state_dict(weights, assign=True)
     pieces = tokenizers.Tokenizer.from_str(about["tokenizer"])
     return freeze(model), LanguageTokenizer(pieces, template=about["template"], **about["tokens"])

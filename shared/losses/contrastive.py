@@ -110,8 +110,8 @@ class _ChunkedContrastive(torch.autograd.Function):
         # Σ d_logits · cosines, without the cosines
         d_scale = (d_texts * texts if d_images is None else d_images * images).sum().reshape(scale.shape)
         return (
-            d_images.mul_(scale) if to_images else None,
-            d_texts.mul_(scale) if to_texts else None,
+            d_images.mul_(scale) if to_images and d_images is not None else None,
+            None if d_texts is None else d_texts.mul_(scale),
             d_scale if to_scale else None,
             None,
         )

@@ -51,8 +51,10 @@ def distilled_targets(targets: Tensor, teacher: Similarities, alpha: float) -> S
 
 def contrastive_to_targets(student: Similarities, targets: Similarities) -> Tensor:
     """Cross-entropy of the student's similarities to soft targets, mean of both directions. Scalar."""
-    losses = [-(wanted * side.log_softmax(1)).sum(1).mean() for side, wanted in zip(student, targets, strict=True)]
-    return sum(losses) / 2
+    to_text, to_image = (
+        -(wanted * side.log_softmax(1)).sum(1).mean() for side, wanted in zip(student, targets, strict=True)
+    )
+    return (to_text + to_image) / 2
 
 
 class Negatives(NamedTuple):

@@ -54,6 +54,9 @@ class ZeroShotAccuracy(Metric):
 
     higher_is_better = True
     full_state_update = False
+    hits: Tensor  # (len(ks),)
+    class_hits: Tensor  # (C,)
+    class_count: Tensor  # (C,)
 
     def __init__(self, classes: int, protocol: str, ks: Sequence[int] = (1, 5)) -> None:
         super().__init__()

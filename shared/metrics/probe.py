@@ -55,19 +55,22 @@ def linear_probe(
     if strengths is not None and (not strengths or any(not (math.isfinite(s) and s > 0) for s in strengths)):
         raise UserError(f"linear probe: strengths are {list(strengths)}, give one or more positive numbers")
 
-    all_x, all_y = (train_x, train_y) if val_x is None else (torch.cat([train_x, val_x]), torch.cat([train_y, val_y]))
+    all_x, all_y = train_x, train_y
+    if val_x is not None and val_y is not None:
+        all_x, all_y = torch.cat([train_x, val_x]), torch.cat([train_y, val_y])
+    tried: dict[float, float] = {}
     if strengths is not None and len(strengths) == 1:
-        best, tried = strengths[0], {}
+        best = strengths[0]
     else:
-        if val_x is None:
+        if val_x is None or val_y is None:
             train, val = _holdout(train_y, seed)
             train_x, train_y, val_x, val_y = train_x[train], train_y[train], train_x[val], train_y[val]
-        tried = {}
+        known_x, known_y = _array(val_x), val_y.cpu().numpy()
 
         def score(strength: float) -> float:
             if strength not in tried:
-                fitted, _ = _fit(train_x, train_y, strength, max_iter)
-                tried[strength] = float(fitted.score(_array(val_x), val_y.cpu().numpy()))
+                model, _ = _fit(train_x, train_y, strength, max_iter)
+                tried[strength] = float(model.score(known_x, known_y))
             return tried[strength]
 
         # of equals the strongest

@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shared.core.errors import UserError
@@ -50,38 +51,47 @@ class Protocol:
 
     score: Callable[[list[str], list[list[str]]], Scored]
     lacks: Callable[[list[str]], str | None] = _any
-    beside: Callable[[list[str], list[list[str]]], str] = lambda said, right: ""  # what belongs next to the score
+    beside: Callable[[list[str], list[list[str]]], str] = lambda predictions, references: (
+        ""
+    )  # what belongs next to the score
 
 
 def protocols() -> dict[str, Protocol]:
     """By the metric's name, as `vqa/acc@official`; those with the same words before the @ are compared."""
     found = {}
     for name in vqa.PROTOCOLS:
-        found[metric_name("vqa", "acc", name)] = Protocol(
-            lambda said, right, name=name: next(iter(vqa.vqa_accuracy(said, right, name).values())), _ten
-        )
-    found[metric_name("vqa", "acc", "exact")] = Protocol(
-        lambda said, right: next(iter(vqa.exact_match(said, right).values()))
-    )
+        found[metric_name("vqa", "acc", name)] = Protocol(partial(_first_score, vqa.vqa_accuracy, protocol=name), _ten)
+    found[metric_name("vqa", "acc", "exact")] = Protocol(partial(_first_score, vqa.exact_match))
     scorers: dict[str, Callable] = {"cider_d": captioning.cider_d, "rouge_l": captioning.rouge_l}
     scorers |= {f"bleu{n}": lambda *tokens, n=n: captioning.bleu(*tokens)[n - 1] for n in (1, 2, 3, 4)}
     for metric, scorer in scorers.items():
         for name in captioning.TOKENISATIONS:
-            found[metric_name("caption", metric, name)] = Protocol(
-                lambda said, right, scorer=scorer, name=name: scorer(*captioning.tokenise_all(said, right, name))
-            )
+            found[metric_name("caption", metric, name)] = Protocol(partial(_caption_score, scorer, name))
     for name in POPE_PROTOCOLS:
         found[metric_name("pope", "acc", name)] = Protocol(
-            lambda said, right, name=name: pope_accuracy(said, [label for [label] in right], name),
-            _yes_or_no,
-            lambda said, right, name=name: _pope_beside(said, [label for [label] in right], name),
+            partial(_pope_score, name), _yes_or_no, partial(_pope_beside, name)
         )
     return found
 
 
-def _pope_beside(said: list[str], labels: list[str], protocol: str) -> str:
-    found = {name.split("/")[1].split("@")[0]: 100 * value for name, value in pope(said, labels, protocol).items()}
-    return f"f1 {found['f1']:.2f}, yes {found['yes_ratio']:.1f} %, not parsed {found['parse_failures']:.1f} %"
+def _first_score(
+    scorer: Callable[..., dict[str, Scored]], predictions: list[str], references: list, **options
+) -> Scored:
+    return next(iter(scorer(predictions, references, **options).values()))
+
+
+def _caption_score(scorer: Callable[..., Scored], way: str, predictions: list[str], references: list) -> Scored:
+    return scorer(*captioning.tokenise_all(predictions, references, way))
+
+
+def _pope_score(protocol: str, predictions: list[str], references: list[list[str]]) -> Scored:
+    return pope_accuracy(predictions, [label for [label] in references], protocol)
+
+
+def _pope_beside(protocol: str, predictions: list[str], references: list[list[str]]) -> str:
+    scores = pope(predictions, [label for [label] in references], protocol)
+    percent = {name.split("/")[1].split("@")[0]: 100 * value for name, value in scores.items()}
+    return f"f1 {percent['f1']:.2f}, yes {percent['yes_ratio']:.1f} %, not parsed {percent['parse_failures']:.1f} %"
 
 
 def rescore(path: Path, names: Sequence[str]) -> str:

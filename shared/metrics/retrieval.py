@@ -57,6 +57,11 @@ class RetrievalHits(Metric):
 
     higher_is_better = True
     full_state_update = False
+    image_features: list[Tensor]
+    image_ids: list[Tensor]
+    text_features: list[Tensor]
+    text_ids: list[Tensor]
+    text_image_ids: list[Tensor]
 
     def __init__(self, ks: Sequence[int] = (1, 5, 10), protocol: str = "hit-pessimistic") -> None:
         super().__init__()

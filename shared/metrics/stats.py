@@ -105,7 +105,9 @@ def verdict(effects: Sequence[float], rule: Rule, level: float = DECIDES) -> Ver
     if low is None or high is None:
         return Verdict("inconclusive", mean, None, None, None, "one seed: no interval, no verdict")
     _, lowest, highest = interval(effects, level)
-    word, smallest, note = _decided(rule, lowest, highest), highest - mean, ""
+    assert lowest is not None and highest is not None, "there were two seeds for the interval above"
+    word, note = _decided(rule, lowest, highest), ""
+    smallest: float | None = highest - mean
     if word == "inconclusive" and _decided(rule, low, high) != word:
         note = f"the {SHOWN:.0%} interval would decide, the {level:.1%} interval that verdicts are taken from does not"
     # differences of percentages agree up to rounding only: 60.2 - 60 is not 40.2 - 40

@@ -7,6 +7,7 @@ S key tokens, D width, H heads, G key/value heads (G divides H), K head width.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class StructuredMask:
 
     def __init__(self, mask_mod: MaskMod, B: int, H: int, T: int, S: int) -> None:
         self.mask_mod, self.shape = mask_mod, (B, H, T, S)
-        self._derived: dict[tuple, Tensor | BlockMask] = {}
+        self._derived: dict[tuple, Any] = {}
 
     def dense(self, device: torch.device | str, *, causal: bool = False) -> Tensor:
         """The rule (and causality, where asked) as a bool tensor (B, H, T, S)."""
@@ -39,7 +40,7 @@ class StructuredMask:
         """The rule (and causality, where asked) as FlexAttention's sparse block mask."""
         return self._derive(create_block_mask, device, causal)
 
-    def _derive(self, create: Callable, device: torch.device | str, causal: bool) -> Tensor | BlockMask:
+    def _derive(self, create: Callable, device: torch.device | str, causal: bool) -> Any:
         key = (create is create_mask, str(device), causal)
         if key not in self._derived:
             *_, T, S = self.shape
@@ -108,7 +109,9 @@ def _dense(mask: Tensor | StructuredMask | None, causal: bool, q: Tensor, k: Ten
 
 def _per_query_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     group = q.shape[1] // k.shape[1]
-    return (k, v) if group == 1 else tuple(repeat(x, "b g s k -> b (g r) s k", r=group) for x in (k, v))
+    if group == 1:
+        return k, v
+    return repeat(k, "b g s k -> b (g r) s k", r=group), repeat(v, "b g s k -> b (g r) s k", r=group)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask, causal: bool, scale: float, dropout: float) -> Tensor:
@@ -169,11 +172,12 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask, causal: bool, scale: float, dro
     else:
         q, k, v = q.detach(), k.detach(), v.detach()  # it looks at requires_grad even when no gradient is recorded
     (B, H, T, _), S = q.shape, k.shape[2]
+    blocks: BlockMask | None
     if isinstance(mask, StructuredMask):
         blocks = mask.block_mask(q.device, causal=causal)
     elif mask is not None:
         table, sizes = mask.expand(B, H, T, S), (1,) * (4 - mask.ndim) + tuple(mask.shape)
-        by_table = StructuredMask(lambda b, h, i, j: table[b, h, i, j], *sizes[:2], T, S)
+        by_table = StructuredMask(lambda b, h, i, j: table[b, h, i, j], sizes[0], sizes[1], T, S)
         blocks = by_table.block_mask(q.device, causal=causal)
     else:
         blocks = _causal_blocks(T, S, str(q.device)) if causal else None
@@ -245,15 +249,15 @@ class KVCache:
     def __init__(self, max_length: int | None = None) -> None:
         self.max_length = max_length
         self.length = 0
-        self._keys: Tensor | None = None  # (B, G, capacity, K)
-        self._values: Tensor | None = None
+        self._keys: Tensor = torch.empty(0, 0, 0, 0)  # (B, G, capacity, K)
+        self._values: Tensor = self._keys
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add k, v (B, G, T, K); return views of all so far, (B, G, length, K). ValueError beyond max_length."""
         start, end = self.length, self.length + k.shape[2]
         if self.max_length is not None and end > self.max_length:
             raise ValueError(f"KVCache: {end} positions asked, max_length is {self.max_length}")
-        capacity = 0 if self._keys is None else self._keys.shape[2]
+        capacity = self._keys.shape[2]
         if end > capacity:
             capacity = self.max_length or max(end, 2 * capacity)
             self._keys = self._moved(self._keys, k, capacity)
@@ -273,17 +277,17 @@ class KVCache:
         since: the first so many positions are equal in all rows that change places, and as many rows stay as there
         are; then only what follows is moved, in place.
         """
-        if self._keys is None:
+        if not self.length:
             return
         if since:
-            for kept in (self._keys, self._values):
-                kept[:, :, since : self.length] = kept[:, :, since : self.length].index_select(0, indices)
+            for cached in (self._keys, self._values):
+                cached[:, :, since : self.length] = cached[:, :, since : self.length].index_select(0, indices)
         else:
             self._keys, self._values = self._keys.index_select(0, indices), self._values.index_select(0, indices)
 
-    def _moved(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
+    def _moved(self, old: Tensor, like: Tensor, capacity: int) -> Tensor:
         new = like.new_empty(*like.shape[:2], capacity, like.shape[3])
-        if old is not None:
+        if self.length:
             new[:, :, : self.length] = old[:, :, : self.length]
         return new
 
@@ -313,7 +317,7 @@ class Attention(nn.Module):
         self.head_width = width // heads
         kv_width = self.kv_heads * self.head_width
         self.is_cross = context_width is not None
-        if self.is_cross:
+        if context_width is not None:
             self.q = nn.Linear(width, width, bias=bias)
             self.kv = nn.Linear(context_width, 2 * kv_width, bias=bias)
         else:

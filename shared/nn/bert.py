@@ -62,7 +62,8 @@ class BertLayer(nn.Module):
         super().__init__()
         self.attention = Attention(width, heads, dropout=dropout)
         self.attention_norm = nn.LayerNorm(width, eps=EPS)
-        self.cross_attention = self.cross_norm = None
+        self.cross_attention: Attention | None = None
+        self.cross_norm: nn.LayerNorm | None = None
         if context_width is not None:
             self.cross_attention = Attention(width, heads, context_width=context_width, dropout=dropout)
             self.cross_norm = nn.LayerNorm(width, eps=EPS)
@@ -109,9 +110,9 @@ class BertLayer(nn.Module):
     def _after_attention(
         self, x: Tensor, context: Tensor | None, context_mask: Tensor | None, seen: KVCache | None = None
     ) -> Tensor:
-        if self.cross_attention is not None and (context is not None or (seen is not None and seen.length)):
-            looked = self.cross_attention(x, context, mask=context_mask, cache=seen)
-            x = self.cross_norm(x + self.dropout(looked))
+        cross, norm = self.cross_attention, self.cross_norm
+        if cross is not None and norm is not None and (context is not None or (seen is not None and seen.length)):
+            x = norm(x + self.dropout(cross(x, context, mask=context_mask, cache=seen)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
@@ -138,7 +139,7 @@ class BertLayers(Blocks):
             for i in range(layers)
         )
 
-    def forward(
+    def forward(  # type: ignore[override]  # its layers take more than a Block does
         self,
         x: Tensor,
         *,
@@ -209,7 +210,7 @@ def initialise_bert(module: nn.Module, std: float = INIT_STD) -> None:
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Embedding)):
             nn.init.normal_(child.weight, std=std)
-            if getattr(child, "bias", None) is not None:
+            if isinstance(child, nn.Linear) and child.bias is not None:
                 nn.init.zeros_(child.bias)
         elif isinstance(child, nn.LayerNorm):
             nn.init.ones_(child.weight)

@@ -5,7 +5,8 @@ Vaswani et al. 2017 (post-norm), Wang et al. 2019 / Radford et al. 2019 (pre-nor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,12 @@ class Blocks(nn.ModuleList):
     """A stack of equal blocks; with `recompute`, activations inside a block are recomputed in the backward pass."""
 
     recompute: bool = False
+
+    if TYPE_CHECKING:  # nn.ModuleList promises nothing of what it holds
+
+        def __iter__(self) -> Iterator[Any]: ...
+        def __getitem__(self, index: int | slice) -> Any: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     def forward(
         self,

@@ -8,8 +8,8 @@ other forms answer the same protocol in shared/backbones/lm.py. Axes: B texts, T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,9 @@ class SmallLanguageModel(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
-        for block in self.blocks:  # what is added to the stream, as in GPT-2: its size does not grow with depth
+        for block in cast(
+            Iterable[LanguageBlock], self.blocks
+        ):  # what is added to the stream, as in GPT-2: its size does not grow with depth
             for added in (block.attention.out, block.mlp.down):
                 nn.init.normal_(added.weight, std=0.02 / (2 * layers) ** 0.5)
 

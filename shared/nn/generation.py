@@ -144,7 +144,9 @@ def _one_by_one(
     rows = list(range(len(histories)))  # which prompt each row continues
     for count in range(settings.max_new_tokens):
         scores = _adjusted(logits, [histories[row] + found.tokens[row] for row in rows], count, settings)
-        chosen = draw(filtered(scores, settings), chance[rows, count]) if settings.sample else scores.argmax(1)  # (R,)
+        chosen = (
+            draw(filtered(scores, settings), chance[rows, count]) if chance is not None else scores.argmax(1)
+        )  # (R,)
         gained = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(1)  # (R,)
         going = []  # places in rows
         for place, (row, token, gain) in enumerate(zip(rows, chosen.tolist(), gained.tolist(), strict=True)):

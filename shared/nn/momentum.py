@@ -14,7 +14,7 @@ from shared.nn.distributed import all_gather
 
 def momentum_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` that is trained by no gradient, only by `follow`."""
-    own = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in module.parameters()}
+    own: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in module.parameters()}
     own |= {id(b): b.detach().clone() for b in module.buffers()}
     return copy.deepcopy(module, own)  # given the copies, since tensors without values cannot be copied deeply
 
@@ -36,6 +36,11 @@ class FeatureQueue(nn.Module):
     Part of the checkpoint. Starts as normalised noise, the same everywhere, its ids as -1. Under several ranks all push
     the same: every rank's features, in the order of ranks; each must bring as many.
     """
+
+    images: Tensor
+    texts: Tensor
+    ids: Tensor
+    next: Tensor
 
     def __init__(self, size: int, width: int):
         super().__init__()

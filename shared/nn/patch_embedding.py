@@ -57,7 +57,8 @@ class PatchEmbedding(nn.Module):
         kind = images.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on meta
         dtype = torch.get_autocast_dtype(kind) if autocast else self.weight.dtype
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if images.dtype == torch.uint8:
             weight, bias = self._folded()
             patches = torch.add(patches.new_full((), -1, dtype=dtype), patches, alpha=1 / 128)
@@ -73,8 +74,8 @@ class PatchEmbedding(nn.Module):
             w.flatten(1).sum(1) * ((128 / 255 - mean) / std)
             for w, mean, std in zip(kernels, self.mean, self.std, strict=True)
         ]
-        shift = sum(shifts) if self.bias is None else sum(shifts, start=self.bias.float())  # (D,)
-        return torch.stack(scaled, dim=1), shift
+        start = torch.zeros_like(shifts[0]) if self.bias is None else self.bias.float()
+        return torch.stack(scaled, dim=1), sum(shifts, start=start)  # (D, C, p, p), (D,)
 
     def _patches(self, images: Tensor) -> Tensor:
         p, t = self.patch, self.tubelet
@@ -103,7 +104,7 @@ class ClassTokenAndPositions(nn.Module):
 
     def __init__(self, width: int, grid: tuple[int, int], *, class_token: bool = True) -> None:
         super().__init__()
-        self.grid, self.prefix = tuple(grid), int(class_token)
+        self.grid, self.prefix = (grid[0], grid[1]), int(class_token)
         self.class_token = nn.Parameter(0.02 * torch.randn(width)) if class_token else None
         self.position = nn.Parameter(0.02 * torch.randn(self.prefix + grid[0] * grid[1], width))
 

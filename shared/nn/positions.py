@@ -79,8 +79,8 @@ def resample_square(table: Tensor, like: Tensor, *, antialias: bool) -> Tensor:
     """`resample_grid` from a square grid behind one class token (1 + N, D) to the square grid of another such table."""
     if len(table) == len(like):
         return table
-    grids = [(math.isqrt(len(one) - 1),) * 2 for one in (table, like)]
-    return resample_grid(table, *grids, antialias=antialias)
+    before, after = math.isqrt(len(table) - 1), math.isqrt(len(like) - 1)
+    return resample_grid(table, (before, before), (after, after), antialias=antialias)
 
 
 def sincos_1d(width: int, positions: int | Tensor) -> Tensor:

@@ -5,7 +5,7 @@ H heads, K head width, R texts, V vocabulary."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class QueryCache:
 
     def __init__(self) -> None:
         self.length = 0
-        self.keys = self.values = None  # (B, H, Q, K)
+        self.keys = self.values = torch.empty(0, 0, 0, 0)  # (B, H, Q, K)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if not self.length:
@@ -74,7 +74,8 @@ class QFormerLayer(nn.Module):
         super().__init__()
         self.attention = Attention(width, heads, dropout=dropout)
         self.attention_norm = nn.LayerNorm(width, eps=EPS)
-        self.cross_attention = self.cross_norm = None
+        self.cross_attention: Attention | None = None
+        self.cross_norm: nn.LayerNorm | None = None
         if context_width is not None:
             self.cross_attention = Attention(width, heads, context_width=context_width, dropout=dropout)
             self.cross_norm = nn.LayerNorm(width, eps=EPS)
@@ -99,12 +100,13 @@ class QFormerLayer(nn.Module):
         looking, text = x.split([queries, x.shape[1] - queries], dim=1)
         parts = []
         if queries:
-            if self.cross_attention is not None:
+            if self.cross_attention is not None and self.cross_norm is not None:
                 seen = (None, context) if isinstance(context, CrossAttentionKV) else (context, None)
                 looked = self.cross_attention(looking, seen[0], cache=seen[1])
                 looking = self.cross_norm(looking + self.dropout(looked))
             parts.append(self.query_mlp_norm(looking + self.dropout(self.query_mlp(looking))))
         if text.shape[1]:
+            assert self.mlp is not None and self.mlp_norm is not None, "a Q-Former without a vocabulary got a text"
             parts.append(self.mlp_norm(text + self.dropout(self.mlp(text))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -127,7 +129,7 @@ class QFormerLayers(Blocks):
         widths = [None if i % cross_every else context_width for i in range(layers)]
         return cls(QFormerLayer(width, heads, mlp_width, context_width=c, text=text, dropout=dropout) for c in widths)
 
-    def forward(
+    def forward(  # type: ignore[override]  # its layers take more than a Block does
         self,
         x: Tensor,
         queries: int,
@@ -140,11 +142,11 @@ class QFormerLayers(Blocks):
         """As QFormerLayer, through all layers; context (B, S, C), or what each layer saw of it. (B, Q + T, D)."""
         for index, layer in enumerate(self):
             seen = context if context is None or isinstance(context, Tensor) else context[index]
-            given = {"mask": mask, "causal": causal, "context": seen}
+            options: dict[str, Any] = {"mask": mask, "causal": causal, "context": seen}
             if caches is None and self.recompute and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, queries, **given, use_reentrant=False)
+                x = checkpoint(layer, x, queries, **options, use_reentrant=False)
             else:
-                x = layer(x, queries, **given, cache=caches[index] if caches else None)
+                x = layer(x, queries, **options, cache=caches[index] if caches else None)
         return x
 
 
@@ -180,15 +182,14 @@ class QFormer(nn.Module):
     ):
         super().__init__()
         self.query_tokens = nn.Parameter(torch.empty(queries, width))
-        has_text = vocabulary is not None
-        self.embeddings = (
-            BertEmbeddings(vocabulary, width, positions, dropout=dropout)
-            if has_text
-            else _QueryEmbeddings(width, dropout)
+        self.embeddings: Any = (
+            _QueryEmbeddings(width, dropout)
+            if vocabulary is None
+            else BertEmbeddings(vocabulary, width, positions, dropout=dropout)
         )
         self.layers = QFormerLayers.make(
-            layers, width, heads, mlp_width, context_width=context_width, cross_every=cross_every, text=has_text,
-            dropout=dropout,
+            layers, width, heads, mlp_width, context_width=context_width, cross_every=cross_every,
+            text=vocabulary is not None, dropout=dropout,
         )  # fmt: skip
         self.initialise()
 
@@ -280,7 +281,8 @@ def multimodal_causal_mask(queries: int, attention_mask: Tensor) -> StructuredMa
 def _rows(context: Tensor | Sequence[CrossAttentionKV | None]) -> int:
     if isinstance(context, Tensor):
         return len(context)
-    first = context[0]  # layer 0 always looks
+    first = context[0]
+    assert first is not None, "layer 0 always looks"
     return len(first.keys) if first.rows is None else len(first.rows)
 
 
@@ -296,7 +298,7 @@ class QFormerDecoding:
         self.qformer, self.head = qformer, head
         self.caches = [KVCache() for _ in qformer.layers]
         qformer.encode_queries(context, caches=self.caches)
-        self.attention_mask: Tensor | None = None  # (R, T)
+        self.attention_mask = torch.empty(0, 0, dtype=torch.bool)  # (R, T), from `prefill` on
         self.length = 0  # tokens of the longest prompt and of what followed
 
     @torch.no_grad()

@@ -26,7 +26,9 @@ class Bottleneck(nn.Module):
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, channels_out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels_out)
-        self.shortcut_pool = self.shortcut_conv = self.shortcut_bn = nn.Identity()
+        self.shortcut_pool: nn.Module = nn.Identity()
+        self.shortcut_conv: nn.Module = nn.Identity()
+        self.shortcut_bn: nn.Module = nn.Identity()
         if stride > 1 or channels_in != channels_out:
             self.shortcut_pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
             self.shortcut_conv = nn.Conv2d(channels_in, channels_out, 1, bias=False)
@@ -58,6 +60,9 @@ class ModifiedResNet(nn.Module):
 
     uint8 (B, 3, H, W), or floating point, then taken as normalised already -> (B, out_width).
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,

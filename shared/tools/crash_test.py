@@ -176,8 +176,8 @@ def ended(child: Child) -> tuple[dict, float]:
 CHILD = """
 import json, sys
 from pathlib import Path
-from shared.catalogue import Catalog
-from shared.chaos import run_child
+from shared.core.catalog import Catalog
+from shared.tools.crash_test import run_child
 root, package, name, overrides, folder = sys.argv[1:]
 run_child(Catalog(Path(root) / package, package), name, json.loads(overrides), Path(folder))
 """

@@ -314,11 +314,11 @@ def test_words_are_corrupted_as_often_and_as_said(count):
     masked = AlbefPretraining(Albef(CONFIG)).mask(tokens)
     chosen, changed = masked.labels != IGNORED, masked.tokens != tokens
     open_ = (tokens != CONFIG.pad) & (tokens != CONFIG.start)
-    mlp_width = chosen & (masked.tokens == CONFIG.mask)
-    other = chosen & changed & ~mlp_width
+    hidden = chosen & (masked.tokens == CONFIG.mask)
+    other = chosen & changed & ~hidden
     shares = {
         "chosen": (chosen.sum() / open_.sum(), 0.15),
-        "hidden": (mlp_width.sum() / chosen.sum(), 0.8 + 0.1 / CONFIG.vocabulary),
+        "hidden": (hidden.sum() / chosen.sum(), 0.8 + 0.1 / CONFIG.vocabulary),
         "replaced": (other.sum() / chosen.sum(), 0.1 * (1 - 2 / CONFIG.vocabulary)),
         "kept": ((chosen & ~changed).sum() / chosen.sum(), 0.1 * (1 + 1 / CONFIG.vocabulary)),
         "end": (chosen[tokens == CONFIG.end].float().mean(), 0.15),

@@ -15,7 +15,7 @@ from shared.nn.bert import BertDecoding, key_mask, positions_of
 pytest.importorskip("transformers")
 
 LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY, POSITIONS, TYPES, CONTEXT = 3, 24, 3, 50, 61, 29, 2, 20
-SIZES = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "hidden": HIDDEN, "vocabulary": VOCABULARY}
+SIZES = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "mlp_width": HIDDEN, "vocabulary": VOCABULARY}
 PRESENT = torch.arange(9) < torch.tensor([9, 5, 1, 7])[:, None]  # (B, T)
 SEEN = {
     "decoder": torch.arange(11) < torch.tensor([11, 1, 6, 4])[:, None],  # (B, S)

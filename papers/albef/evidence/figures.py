@@ -152,7 +152,7 @@ def sheet(lines: list[list[tuple]]) -> bytes:
     wide, text_lines, gap = 3, 4, 12
     high = SIDE + 14 * text_lines + gap
     canvas = Image.new("RGB", (wide * (SIDE + gap) + gap, len(lines) * high + gap), "white")
-    pen = ImageDraw.SeededRandom(canvas)
+    pen = ImageDraw.Draw(canvas)
     for row, cells in enumerate(lines):
         for column, (picture, words) in enumerate(cells):
             left, top = gap + column * (SIDE + gap), gap + row * high

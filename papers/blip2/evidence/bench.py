@@ -197,10 +197,10 @@ class TheirQFormer(nn.Module):
     def look_at(self, context: Tensor) -> Tensor:
         return context
 
-    def look(self, context: Tensor, *, caches: None = None) -> Tensor:
+    def encode_queries(self, context: Tensor, *, caches: None = None) -> Tensor:
         return self.theirs(self._queries(len(context)), encoder_hidden_states=context).last_hidden_state
 
-    def read(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode_text(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         return self.theirs(self._words(tokens), query_length=0, attention_mask=attention_mask.long()).last_hidden_state
 
     def match(self, tokens: Tensor, attention_mask: Tensor, context: Tensor) -> Tensor:

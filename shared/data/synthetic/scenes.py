@@ -305,9 +305,7 @@ def _rounded(side: int, radius: float) -> ndarray:
     from PIL import Image, ImageDraw
 
     large = Image.new("L", (4 * side, 4 * side))
-    ImageDraw.SeededRandom(large).rounded_rectangle(
-        (0, 0, 4 * side - 1, 4 * side - 1), radius=4 * side * radius, fill=255
-    )
+    ImageDraw.Draw(large).rounded_rectangle((0, 0, 4 * side - 1, 4 * side - 1), radius=4 * side * radius, fill=255)
     return np.asarray(large.resize((side, side), Image.Resampling.BOX))
 
 

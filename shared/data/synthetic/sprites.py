@@ -414,8 +414,8 @@ def _drawn(rings: list[list[tuple[float, float]]], vendor: str, side: int) -> nd
     width = large // (8 if vendor == "outline" else 24)
     for level, ring in zip((255, 0), rings, strict=False):
         corners = [((x * 0.92 + 1) * large / 2, (y * 0.92 + 1) * large / 2) for x, y in ring]
-        ImageDraw.SeededRandom(body).polygon(corners, fill=level)
-        pen = ImageDraw.SeededRandom(stroke)
+        ImageDraw.Draw(body).polygon(corners, fill=level)
+        pen = ImageDraw.Draw(stroke)
         pen.line([*corners, corners[0]], fill=255, width=width)
         for x, y in corners:
             pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=255)

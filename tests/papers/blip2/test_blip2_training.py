@@ -107,7 +107,7 @@ def test_stage_1_begins_with_a_published_encoder_in_each_step(files, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_encoder_is_one_line_before_any_picture_is_read(files, name, monkeypatch):
-    monkeypatch.setattr("papers.blip2.train.lab_of", lambda *_: pytest.fail("pictures were read"))
+    monkeypatch.setattr("papers.blip2.train.build_data", lambda *_: pytest.fail("pictures were read"))
     known = f"the frozen image encoder is .*without its last block.*encoder='{name} PATH'"
     with pytest.raises(UserError, match=known) as said:
         prepare(replace(RECIPE, encoder=name), 3)

@@ -47,7 +47,7 @@ def test_a_mistake_in_a_worker_reaches_the_user_as_its_own_line(tmp_path):
 
 
 def test_more_jobs_than_a_pipe_holds_are_all_done(tmp_path, monkeypatch):
-    (tmp_path / "idle").mkdir()
+    (tmp_path / "idle" / "evidence").mkdir(parents=True)
     (tmp_path / "idle" / "__init__.py").touch()
     (tmp_path / "idle" / "evidence" / "claims.py").write_text(
         "def nothing(context):\n    return {}\nARMS = {'nothing': nothing}\n"
@@ -88,7 +88,7 @@ ARMS = {"makes": makes} | {f"takes{number}": takes for number in range(4)}
 
 def test_each_seed_has_workers_of_its_own_and_begins_with_what_others_wait_for(tmp_path, monkeypatch):
     """Seeds 1000 and 1001 make their stage at the same time, since nobody waits for one while a seed is left alone."""
-    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "evidence").mkdir(parents=True)
     (tmp_path / "staged" / "__init__.py").touch()
     (tmp_path / "staged" / "evidence" / "claims.py").write_text(STAGED)
     monkeypatch.syspath_prepend(tmp_path)

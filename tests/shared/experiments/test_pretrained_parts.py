@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from shared.core.errors import UserError
-from shared.experiments import pretrained_parts as pretrained_parts
+from shared.core.paper_package import PaperPackage
+from shared.experiments import pretrained_parts
 from shared.experiments.pretrained_parts import SEAL, pretrained_part
 from shared.report.text import data_lines
 
@@ -93,7 +94,7 @@ def test_of_several_that_ask_at_once_one_trains_and_the_others_wait(tmp_path, mo
         (folder / "vision.safetensors").write_text(f"{part} {seed}")
         return {}
 
-    monkeypatch.setattr(pretrained_parts, "_module", lambda *name: SimpleNamespace(PARTS=("vision",), build=build))
+    monkeypatch.setattr(PaperPackage, "parts", SimpleNamespace(PARTS=("vision",), build=build))
     with ThreadPoolExecutor(3) as several:  # each opens the lock for itself, as processes do
         found = list(several.map(lambda _: clip(tmp_path), range(3)))
     assert sorted(one.fresh for one in found) == [False, False, True] and len({one.digest for one in found}) == 1
@@ -123,7 +124,7 @@ def test_the_digest_is_of_the_files(made):
         ("clip", [], "artifact 'clip': name paper and part, such as clip:vision"),
         ("clap:vision", [], r"no paper 'clap'; did you mean 'clip'\?"),
         ("clip:text", [], "clip has no text; it has vision"),
-        ("albef:vision", [], "albef offers no artifact to other papers"),
+        ("albef:vision", [], "papers/albef has no parts.py"),
         ("clip:vision", ["stpes=3"], r"unknown key 'stpes' \(did you mean 'steps'\?\)"),
     ],
 )

@@ -139,7 +139,7 @@ def test_no_ngram_of_prompt_and_text_comes_twice(beams, n):
 def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_once():
     made = torch.zeros(1, 6, 6)
     made[0, 2] = torch.tensor([0.0, -1.0, 3.0, -9.0, 2.4, -1.6])
-    ask = {"prompts": torch.tensor([[1, 2, 2, 2]]), "present": torch.ones(1, 4)}
+    ask = {"prompts": torch.tensor([[1, 2, 2, 2]]), "attention_mask": torch.ones(1, 4)}
     for penalty, chosen in ((1.0, 2), (1.2, 2), (1.3, 4)):  # 3 / 1.2 = 2.5 beats 2.4, 3 / 1.3 does not
         settings = GenerationSettings((STOP,), 1, repetition_penalty=penalty)
         assert generate(Table(made), settings=settings, **ask).tokens == [[chosen]]

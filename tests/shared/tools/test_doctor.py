@@ -8,10 +8,10 @@ import socket
 import sys
 
 import pytest
-import shared.doctor
 import yaml
 from tests_common import ROOT
 
+import shared.tools.doctor
 from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.tools.doctor import Finding, doctor, hide, pins, requirements

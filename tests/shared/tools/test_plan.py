@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-import shared.plan
 import torch
 from tests_common import CATALOG, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+import shared.tools.plan
 from papers.clip.evidence.cost import workload
 from papers.clip.evidence.structure import forward_flops, measure
 from papers.clip.losses import clip_loss

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import shared.tracking
 import torch
 import yaml
 from tests_common import CATALOG, ROOT
 
+import shared.training.tracking
 from papers.clip import train as training
 from papers.clip.module import ClipModule
 from papers.clip.pretrained import load_model

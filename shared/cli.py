@@ -311,11 +311,14 @@ def report(catalog: Catalog, options: argparse.Namespace) -> None:
 
 def convert(catalog: Catalog, options: argparse.Namespace) -> None:
     catalog.variant(options.paper, options.variant)
+    package = catalog.package(options.paper)
     if options.target.suffix == ".safetensors":
-        catalog.package(options.paper).converter.convert(options.source, options.target, options.variant, options.to)
-    else:  # a folder that the library of that name loads
-        export = catalog.package(options.paper).export.export
-        export(options.source, options.target, options.variant, options.to, options.tokenizer, catalog)
+        package.weights.convert(options.source, options.target, options.variant, options.to)
+    elif package.offers("weights", "export"):  # a folder that the library of that name loads
+        given = options.source, options.target, options.variant, options.to
+        package.weights.export(*given, options.tokenizer, catalog)
+    else:
+        raise UserError(f"papers/{options.paper} is exported to no library; name a *.safetensors file")
     print(options.target)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from papers.blip.config import PROMPT
 from papers.blip.encode import GenerationConfig, rank_answers, tokens_of, write, write_answers
-from papers.blip.pretrained import load_model
 from papers.blip.text import clean_question
+from papers.blip.weights import load_model
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
 from shared.inference.predict import Task

@@ -16,18 +16,10 @@ import torch
 from torch import nn
 
 from papers.blip2.config import VARIANTS, Blip2Config, LanguageConfig, VisionConfig
-from papers.blip2.evidence.stages import frozen_encoder
+from papers.blip2.frozen import HALF, encoder_beside, encoder_with, frozen_encoder, load_encoder
 from papers.blip2.model import Blip2
-from papers.blip2.pretrained import (
-    Loaded,
-    check_entry,
-    config_of,
-    encoder_beside,
-    encoder_with,
-    load_encoder,
-    load_file,
-)
 from papers.blip2.text import PromptTokenizer, load_prompt_tokenizer, prompt_tokenizer_of
+from papers.blip2.weights import Loaded, check_entry, config_of, load_file
 from shared.backbones.vision import Encoder
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
@@ -43,7 +35,6 @@ from shared.weights.manifest import load_manifest
 from shared.weights.safe_load import read_tensors
 
 CARD, VISION, LANGUAGE, TOKENIZER = "bridge.json", "vision.safetensors", "language_model.safetensors", "tokenizer.json"
-HALF = torch.bfloat16  # of frozen encoders on a CPU
 SIZES = ("queries", "width", "layers", "heads", "mlp_width", "cross_every", "embed_width", "context")
 
 
@@ -169,9 +160,7 @@ def _released(variant: str, manifest: str | Path, use: str) -> InferenceModel:
 
 def _of_file(weights: Path, config: Blip2Config, manifest: str | Path) -> InferenceModel:
     """A published file or folder, the frozen encoder in it, beside it or in the cache."""
-    loaded = load_file(weights, config)
-    model = bridge_of(loaded, weights)
-    encoder = loaded.encoder
+    model, encoder = bridge_of(load_file(weights, config), weights)
     if encoder is None:
         vision, half = model.config.vision, torch.float16 if torch.cuda.is_available() else HALF
         encoder = load_encoder(encoder_beside(weights, config, manifest), vision, half)
@@ -186,7 +175,7 @@ def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manif
         _check_seal(weights.with_name(name), seal)
     vision, language = card["vision"], card["language"]
     config = replace(VARIANTS[variant](), **card["sizes"], vision=vision, language=language)
-    model = bridge_of(load_file(weights, config), weights)
+    model, _ = bridge_of(load_file(weights, config), weights)
     if language.family == "small":
         pieces = load_tokenizer(tokenizer or weights.with_name(TOKENIZER))
         small = SmallLanguageModel(
@@ -206,10 +195,10 @@ def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manif
     return joined(model, encoder, *speaks, True)
 
 
-def bridge_of(loaded: Loaded, place: Path) -> Blip2:
+def bridge_of(loaded: Loaded, place: Path) -> Loaded:
     if not isinstance(loaded.model, Blip2):
         raise UserError(f"{place}: weights of stage 1, which speak through no language model; give those of stage 2")
-    return loaded.model
+    return loaded
 
 
 def named_language(
@@ -274,5 +263,5 @@ def read_card(path: Path) -> dict:
 def _check_seal(path: Path, seal: str) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file; it was written beside the weights, take it from there")
-    if (found := sha256(path)) != seal:
-        raise UserError(f"{path}: sha256 {found[:12]}..., the weights beside it were trained with {seal[:12]}...")
+    if (digest := sha256(path)) != seal:
+        raise UserError(f"{path}: sha256 {digest[:12]}..., the weights beside it were trained with {seal[:12]}...")

@@ -12,11 +12,11 @@ from torch import Tensor
 from papers.blip2.bundle import keep_frozen
 from papers.blip2.config import with_language
 from papers.blip2.data import ExperimentData, build_data
-from papers.blip2.evidence.stages import HALF, LanguageModelBundle, frozen_encoder, load_language_model_bundle
+from papers.blip2.frozen import HALF, LanguageModelBundle, frozen_encoder, load_language_model_bundle
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import Stage1Module, Stage2Module
-from papers.blip2.pretrained import from_bert, read_bert
 from papers.blip2.recipe import Blip2Recipe
+from papers.blip2.weights import from_bert, read_bert
 from shared.backbones.vision import Encoder
 from shared.core.device import device_for
 from shared.core.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from papers.clip.encode import classifier, image_features
-from papers.clip.pretrained import load_model
+from papers.clip.weights import load_model
 from shared.core.errors import UserError
 from shared.data.readers import Record, read_pictures
 from shared.weights.manifest import MANIFEST

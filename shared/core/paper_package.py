@@ -68,15 +68,11 @@ class Module(Protocol):
         """A tiny module and a batch of so many pictures: what the contract tests train."""
 
 
-class Converter(Protocol):
-    """papers/<name>/converter.py."""
+class Weights(Protocol):
+    """papers/<name>/weights.py. What transformers has no class for, a paper need not export."""
 
     def convert(self, source: Path, target: Path, variant: str, to: str) -> None:
         """Rewrite a weights file under the names `to`, "ours" or a published format's."""
-
-
-class Export(Protocol):
-    """papers/<name>/export.py."""
 
     def export(self, source: Path, target: Path, variant: str, to: str, tokenizer: Path | None, catalog: Any) -> None:
         """Write weights as a new folder that the library `to` loads, with its tokenizer and card."""
@@ -185,12 +181,8 @@ class PaperPackage:
         return cast(Module, self._part("module"))
 
     @property
-    def converter(self) -> Converter:
-        return cast(Converter, self._part("converter"))
-
-    @property
-    def export(self) -> Export:
-        return cast(Export, self._part("export"))
+    def weights(self) -> Weights:
+        return cast(Weights, self._part("weights"))
 
     @property
     def inference(self) -> Inference:

@@ -72,6 +72,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_beside(weights: Path, given: Path | None) -> Tokenizer:
+    """The tokenizer of weights that were trained here: the given file, or the tokenizer.json beside them."""
+    place = given or weights.with_name("tokenizer.json")
+    if not place.is_file():
+        raise UserError(f"{place}: no such file; --tokenizer takes the tokenizer.json written beside the weights")
+    return load_tokenizer(place)
+
+
 @lru_cache(maxsize=1)
 def imagenet_classes() -> tuple[str, ...]:
     """The 1,000 class names that CLIP's authors edited by hand, in ImageNet's order (worth 1.5 points on B/32)."""

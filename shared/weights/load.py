@@ -36,15 +36,48 @@ def _fitted(
             _refuse("weights do not fit the model", _differences(tensors, expected))
         else:
             tensors = to_ours(tensors, weight_map, expected)
-        kinds = [f"{key} {t.dtype} for {own[key].dtype}" for key, t in tensors.items() if _kind(t) != _kind(own[key])]
-        _refuse("weights do not fit the model", [("other kinds of numbers", kinds)])
+        other_kinds(tensors, own)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return tensors
 
 
-def _kind(tensor: Tensor) -> Any:
-    return "floating-point" if tensor.is_floating_point() else tensor.dtype
+def other_kinds(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """UserError for tensors whose numbers are of another kind (floating-point, or an integer type) than the model's."""
+
+    def kind(tensor: Tensor) -> Any:
+        return "floating-point" if tensor.is_floating_point() else tensor.dtype
+
+    others = [f"{key} {t.dtype} for {own[key].dtype}" for key, t in tensors.items() if kind(t) != kind(own[key])]
+    _refuse("weights do not fit the model", [("other kinds of numbers", others)])
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a weights file, or of a folder with one safetensors file or its shards."""
+    if path.is_file():
+        return read_tensors(path)
+    if (path / "model.safetensors").is_file():
+        return read_tensors(path / "model.safetensors")
+    if not (path / INDEX).is_file():
+        raise UserError(f"{path}: no such file, nor a folder with model.safetensors or {INDEX}")
+    try:
+        places = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(places.values()))
+        strange = [name for name in shards if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as wrong:
+        raise UserError(f"{path / INDEX}: no index of shards ({type(wrong).__name__}); fetch the folder anew") from None
+    missing = [name for name in shards if not (path / name).is_file()]
+    if strange or missing:
+        raise UserError(f"{path}: shards missing: {', '.join((strange + missing)[:4])}; fetch the folder anew")
+    tensors = {key: tensor for name in shards for key, tensor in read_tensors(path / name).items()}
+    if lost := sorted(set(places) - set(tensors)):
+        raise UserError(
+            f"{path}: its index promises {', '.join(lost[:4])}, which no shard holds; fetch the folder anew"
+        )
+    return tensors
 
 
 def save_weights(
@@ -84,6 +117,23 @@ def _sort_header(path: Path) -> None:
         if len(text) <= size:  # it was padded with spaces to a multiple of eight
             file.seek(8)
             file.write(text.ljust(size))
+
+
+def card(pictures: Any, tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a manifest entry states of a model. pictures: a configuration with image_size, resize, mean and std."""
+    preprocess = {
+        "size": pictures.image_size,
+        "resize": pictures.resize,
+        "antialias": True,
+        "mean": list(pictures.mean),
+        "std": list(pictures.std),
+    }
+    return {"preprocess": preprocess, "tokenizer": dict(tokenizer), "config": dict(config)}
+
+
+def text_card(config: Any) -> dict[str, Any]:
+    """The tokenizer of a configuration, as a manifest entry states it."""
+    return {"kind": config.tokenizer, "vocabulary": config.vocabulary, "context": config.context}
 
 
 def check_card(entry: Entry, config: Mapping[str, Mapping[str, Any]]) -> None:

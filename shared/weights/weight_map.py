@@ -4,7 +4,7 @@ code of theirs: safetensors, torch archives with weights_only, and TorchScript a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,13 @@ from shared.nn.positions import resample_square
 @dataclass(frozen=True)
 class Rule:
     """Our key, and what happens on the way, in both directions: `transpose` swaps the two dimensions of a matrix;
-    the published tensor has `lead` axes of size one before ours."""
+    the published tensor has `lead` axes of size one before ours; `without_keys`: the published bias is [q; k; v] with
+    zeros on the keys, where one changes nothing, and ours [q; v]."""
 
     key: str
     transpose: bool = False
     lead: int = 0
+    without_keys: bool = False
 
 
 # published key, or a tuple of them (concatenated along dim 0) -> our key | Rule | None (dropped where present).
@@ -59,7 +61,7 @@ def to_ours(
             target = _fill(rule.key, numbers)
             if target in ours:
                 raise UserError(f"weight map: two rows give '{target}'; keep one")
-            parts = [_transposed(_without_lead(published[key], rule, key), rule, key) for key in keys]
+            parts = [_inwards(published[key], rule, key) for key in keys]
             ours[target] = parts[0] if len(parts) == 1 else torch.cat(parts)
         if rule is not None and expected is None and not any(matches):
             missing += sources
@@ -91,7 +93,7 @@ def to_published(ours: Mapping[str, Tensor], weight_map: WeightMap) -> dict[str,
                 raise UserError(f"{key}: {tuple(ours[key].shape)} does not split into {count} equal parts along dim 0")
             parts = ours[key].split(rows // count) if count > 1 else [ours[key]]
             for source, part in zip(sources, parts, strict=True):
-                published[_fill(source, numbers)] = _transposed(part, rule, key)[(None,) * rule.lead]
+                published[_fill(source, numbers)] = _outwards(part, rule, key)
     problems = [
         ("our keys without a row in the map", [k for k in ours if k not in used]),
         ("our keys missing", missing),
@@ -100,14 +102,22 @@ def to_published(ours: Mapping[str, Tensor], weight_map: WeightMap) -> dict[str,
     return published
 
 
-def carried_to(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our names that fit `expected`, a state dict: positions for another picture size are interpolated,
-    without anti-aliasing, as the official code of ALBEF and BLIP does (models/vit.py). UserError: other names or
-    shapes."""
+def resample_plainly(table: Tensor, like: Tensor) -> Tensor:
+    """Positions on another grid without anti-aliasing, as the official code of ALBEF and BLIP does (models/vit.py)."""
+    return resample_square(table, like, antialias=False)
+
+
+def carried_to(
+    expected: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    resample: Callable[[Tensor, Tensor], Tensor] = resample_plainly,
+) -> dict[str, Tensor]:
+    """Tensors under our names that fit `expected`, a state dict: positions for another picture size are interpolated.
+    UserError: other names or shapes."""
     fitting = dict(tensors)
     for key, table in tensors.items():
         if key.endswith("positions.position") and key in expected:
-            fitting[key] = resample_square(table, expected[key], antialias=False)
+            fitting[key] = resample(table, expected[key])
     return to_ours(fitting, {key: key for key in fitting}, {key: tensor.shape for key, tensor in expected.items()})
 
 
@@ -135,6 +145,20 @@ def _matches(pattern: str, keys: Iterable[str]) -> dict[tuple[int, ...], str]:
 
 def _fill(pattern: str, numbers: tuple[int, ...]) -> str:
     return pattern.format(*numbers)
+
+
+def _inwards(tensor: Tensor, rule: Rule, key: str) -> Tensor:
+    if rule.without_keys and len(tensor) % 3 == 0:  # else its shape says that it does not fit
+        of_q, _, of_v = tensor.chunk(3)
+        tensor = torch.cat([of_q, of_v])
+    return _transposed(_without_lead(tensor, rule, key), rule, key)
+
+
+def _outwards(tensor: Tensor, rule: Rule, key: str) -> Tensor:
+    if rule.without_keys:
+        of_q, of_v = tensor.chunk(2)
+        tensor = torch.cat([of_q, torch.zeros_like(of_q), of_v])
+    return _transposed(tensor, rule, key)[(None,) * rule.lead]
 
 
 def _transposed(tensor: Tensor, rule: Rule, key: str) -> Tensor:
@@ -168,9 +192,9 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Iterable[in
 
 
 def _refuse(what: str, problems: list[tuple[str, list[str]]]) -> None:
-    told = "; ".join(f"{name}: {_listed(keys)}" for name, keys in problems if keys)
-    if told:
-        raise UserError(f"{what}: {told}")
+    message = "; ".join(f"{name}: {_listed(keys)}" for name, keys in problems if keys)
+    if message:
+        raise UserError(f"{what}: {message}")
 
 
 def _listed(keys: list[str], show: int = 8) -> str:

@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from papers.albef import model as model_file
 from papers.albef import tasks as tasks_file
 from papers.albef.config import AlbefConfig, Objective
-from papers.albef.converter import FORMATS, filled, ours_of, published_of
 from papers.albef.losses import albef_losses
 from papers.albef.model import Albef, AlbefPretraining, of_the_batch
-from papers.albef.pretrained import from_bert, from_deit
 from papers.albef.tasks import heat_map, word_maps
+from papers.albef.weights import FORMATS, filled, from_bert, from_deit, ours_of, published_of
 from shared.losses.image_text import IGNORED, Masked, Negatives, Similarities, hard_negatives, mask_tokens
 from shared.weights.weight_map import UserError
 
@@ -82,7 +81,7 @@ def normalised(images):
 
 def made(format, perturb, config=CONFIG):
     torch.manual_seed(0)
-    model = perturb(FORMATS[format].make(config, True))
+    model = perturb(FORMATS[format].build(config))
     for name, parameter in model.named_parameters():
         if name.endswith("temperature"):
             parameter.data.fill_(0.2)

@@ -15,10 +15,10 @@ from references import blip_pretraining as naive
 
 from papers.blip import model as blip_model
 from papers.blip.config import BlipConfig
-from papers.blip.converter import FORMATS, ours_of, published_of
 from papers.blip.losses import blip_losses
 from papers.blip.model import Blip, BlipPretraining, Objectives
 from papers.blip.tasks import BlipVqa
+from papers.blip.weights import FORMATS, hf_config, ours_of, published_of
 from shared.nn.blocks import set_recompute
 from shared.weights.weight_map import to_ours
 
@@ -50,31 +50,7 @@ PROMPT = 3
 
 
 def make(kind, config=CONFIG):
-    text = {
-        "vocab_size": config.vocabulary,
-        "hidden_size": config.text_width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": config.positions,
-        "pad_token_id": config.pad_token,
-        "bos_token_id": config.decode_token,
-        "eos_token_id": config.end_token,
-        "sep_token_id": config.end_token,
-        "label_smoothing": config.label_smoothing,
-    }
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": config.vision_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch,
-        "layer_norm_eps": 1e-6,
-    }
-    return kind(
-        transformers.BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=config.embed_width)
-    )
+    return kind(transformers.BlipConfig.from_dict(hf_config(config)))
 
 
 def texts(size, length=CONFIG.context, config=CONFIG, seed=1):
@@ -110,7 +86,7 @@ def state(module):
 
 
 def filled(format, published, config=CONFIG):
-    ours = FORMATS[format].make(config).eval()
+    ours = FORMATS[format].build(config).eval()
     ours.load_state_dict(ours_of(published, format, ours.state_dict()), strict=True)
     return ours
 
@@ -118,7 +94,7 @@ def filled(format, published, config=CONFIG):
 def gradients_agree(agree, key, what, ours, reference, format):
     mine = {name: p.grad for name, p in ours.named_parameters()}
     theirs = {name: p.grad for name, p in reference.named_parameters()}
-    theirs = to_ours(theirs, FORMATS[format].weight_map)
+    theirs = to_ours(theirs, FORMATS[format].map)
     assert all(value is not None and value.abs().max() > 0 for value in mine.values()), "a zero compares nothing"
     agree(f"blip.parity.{key}.gradients", f"all gradients of {what} against transformers", mine, theirs)
 
@@ -260,7 +236,7 @@ def test_the_image_encoder_equals_timm_under_the_authors_names(agree, perturb):
         )
     )  # fmt: skip
     published = {f"visual_encoder.{key}": value for key, value in state(reference).items()}
-    vision = {key: rule for key, rule in FORMATS["captioning"].weight_map.items() if str(key).startswith("visual_")}
+    vision = {key: rule for key, rule in FORMATS["captioning"].map.items() if str(key).startswith("visual_")}
     ours = Blip(CONFIG).eval()
     ours.load_state_dict(ours.state_dict() | to_ours(published, vision), strict=True)
     with torch.no_grad():

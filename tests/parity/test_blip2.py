@@ -14,7 +14,7 @@ from references.blip2_stage1 import Reference
 
 from papers.blip2 import model as blip2_model
 from papers.blip2.config import Blip2Config, LanguageConfig, VisionConfig
-from papers.blip2.converter import (
+from papers.blip2.formats import (
     FORMATS,
     VISION,
     ours_of,
@@ -25,6 +25,7 @@ from papers.blip2.converter import (
 )
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Prompt, vision_encoder
+from papers.blip2.weights import hf_config
 from shared.backbones.hf_lm import CausalAdapter, Seq2SeqAdapter
 from shared.losses.image_text import Negatives
 from shared.nn import qformer as qformer_file
@@ -59,15 +60,6 @@ BATCH = 6
 
 
 def their_config(language=OPT, text_input=False):
-    vision = {
-        "hidden_size": 48, "intermediate_size": 211, "num_hidden_layers": 3, "num_attention_heads": 3,
-        "image_size": 30, "patch_size": 6, "layer_norm_eps": 1e-5, "initializer_range": 0.2,
-    }  # fmt: skip
-    qformer = {
-        "vocab_size": 97, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 5,
-        "num_attention_heads": 4, "max_position_embeddings": 23, "encoder_hidden_size": 48,
-        "use_qformer_text_input": text_input, "layer_norm_eps": 1e-12,
-    }  # fmt: skip
     if language is OPT:
         text = {
             "model_type": "opt", "vocab_size": 89, "hidden_size": 36, "ffn_dim": 56, "num_hidden_layers": 2,
@@ -81,10 +73,10 @@ def their_config(language=OPT, text_input=False):
             "initializer_factor": 0.3, "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
             "decoder_start_token_id": 0,
         }  # fmt: skip
-    return transformers.Blip2Config(
-        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=7, image_text_hidden_size=28,
-        image_token_index=None if text_input else language.vocabulary - 1,
-    )  # fmt: skip
+    sizes = hf_config(replace(CONFIG, language=None if text_input else language))
+    sizes["vision_config"]["initializer_range"] = 0.2
+    image_token = None if text_input else language.vocabulary - 1
+    return transformers.Blip2Config.from_dict(sizes | {"text_config": text, "image_token_index": image_token})
 
 
 def make(kind, perturb, **given):
@@ -104,7 +96,7 @@ def filled(format, reference, config=CONFIG):
     """(image encoder, model) of ours with the reference's weights, through our converter."""
     published, language = without_language(state(reference))
     encoder = vision_encoder(config.vision)
-    if FORMATS[format].stage == 1:
+    if FORMATS[format].build is Blip2Qformer:
         model = Blip2Qformer(config)
     else:
         copied = copy.deepcopy(reference.language_model)
@@ -113,7 +105,7 @@ def filled(format, reference, config=CONFIG):
     expected = {**model.state_dict(), **{f"{VISION}{k}": v for k, v in encoder.state_dict().items()}}
     ours = ours_of(published, format, config.vision.kind, expected)
     encoder.load_state_dict({k.removeprefix(VISION): v for k, v in ours.items() if k.startswith(VISION)}, strict=True)
-    lacking = {k: v for k, v in model.state_dict().items() if k.startswith(FORMATS[format].lacks or ("none",))}
+    lacking = {k: v for k, v in model.state_dict().items() if k.startswith(FORMATS[format].optional)}
     model.load_state_dict({k: v for k, v in ours.items() if not k.startswith(VISION)} | lacking, strict=True)
     return encoder.eval(), model.eval()
 
@@ -121,7 +113,7 @@ def filled(format, reference, config=CONFIG):
 def gradients_agree(agree, key, what, encoder, model, reference, format):
     """Gradients of theirs under our names by the same map; of a language model, which is frozen, there are none."""
     mine = {f"{VISION}{name}": p.grad for name, p in encoder.named_parameters()}
-    mine |= {name: p.grad for name, p in model.named_parameters() if not name.startswith(FORMATS[format].lacks or "?")}
+    mine |= {name: p.grad for name, p in model.named_parameters() if not name.startswith(FORMATS[format].optional)}
     theirs, _ = without_language({name: p.grad for name, p in reference.named_parameters()})
     theirs = ours_of(theirs, format, "eva", mine)
     assert all(value is not None and value.abs().max() > 0 for value in mine.values()), "a zero compares nothing"
@@ -353,7 +345,7 @@ def stage1(perturb):
 
 def reference_of(model):
     leaves = {k: v.requires_grad_() for k, v in published_of(state(model), LAVIS, "eva").items()}
-    for original, twin in FORMATS[LAVIS].copies:
+    for twin, original in FORMATS[LAVIS].copies(leaves).items():
         leaves[twin] = leaves[original]
     sizes = {"layers": CONFIG.layers, "heads": CONFIG.heads, "cross_every": CONFIG.cross_every}
     return Reference(leaves, **sizes, pad=CONFIG.pad_token, decode=CONFIG.decode_token)
@@ -383,8 +375,8 @@ def test_the_first_stage_equals_its_equations(by_picture, agree, perturb, monkey
         agree(f"{key}.negatives", "hard negatives' probabilities", drawn / drawn.sum(1, keepdim=True), wanted)
     losses.total().backward()
     theirs.sum().backward()
-    weight_map = FORMATS[LAVIS].weight_map
-    grads = {k: v.grad for k, v in reference.p.items() if k not in dict(map(reversed, FORMATS[LAVIS].copies))}
+    weight_map = FORMATS[LAVIS].map
+    grads = {k: v.grad for k, v in reference.p.items() if k not in FORMATS[LAVIS].copies(reference.p)}
     mine, wanted = {k: p.grad for k, p in model.named_parameters()}, to_ours(grads, weight_map)
     assert all(value is not None and value.abs().max() > 0 for value in mine.values()), "a zero compares nothing"
     agree(f"{key}.gradients", "all gradients of the first stage against its equations", mine, wanted)
@@ -776,8 +768,8 @@ def test_every_fault_of_the_first_stage_is_told_from_its_equations(count, pertur
     reference = reference_of(model)
     _, theirs = their_losses(reference, context, tokens, None)
     theirs.sum().backward()
-    twins = dict(map(reversed, FORMATS[LAVIS].copies))
-    wanted = to_ours({k: v.grad for k, v in reference.p.items() if k not in twins}, FORMATS[LAVIS].weight_map)
+    twins = FORMATS[LAVIS].copies(reference.p)
+    wanted = to_ours({k: v.grad for k, v in reference.p.items() if k not in twins}, FORMATS[LAVIS].map)
 
     def difference(mutate):
         with pytest.MonkeyPatch.context() as monkeypatch:

@@ -10,15 +10,16 @@ from test_blip2 import CONFIG, OPT, T5, pictures, texts, their_config, words
 
 from papers.blip2 import config as configs
 from papers.blip2.config import SPECIALS, with_tokenizer
-from papers.blip2.converter import VISION, convert
-from papers.blip2.export import KINDS, export, gathered
+from papers.blip2.formats import VISION
+from papers.blip2.frozen import Silent
 from papers.blip2.model import Blip2, Blip2Qformer, Prompt, vision_encoder
-from papers.blip2.pretrained import Silent, load_file
+from papers.blip2.weights import KINDS, convert, export, gathered, hf_spec, load_file
 from shared.backbones.hf_lm import ADAPTERS, PUBLISHED, Published
 from shared.core.errors import UserError
 from shared.data.images import fitted_image
 from shared.tokenizers.bert import BertTokenizer
 from shared.tokenizers.small_bpe import SmallTokenizer
+from shared.weights.export import export_hf
 from shared.weights.load import save_weights
 from shared.weights.manifest import MANIFEST
 from shared.weights.safe_load import read_tensors
@@ -168,11 +169,8 @@ def test_transformers_tokenizer_and_pictures_are_ours(made, tmp_path):
         if own.kind == "bert-wordpiece":  # no released vocabulary is needed: the parts are put together here
             parts = gathered(source, replace(CONFIG, tokenizer="small-bpe", vocabulary=own.vocab_size),
                              "transformers-retrieval", tmp_path / "tokenizer.json", MANIFEST, None)  # fmt: skip
-            assert parts.words.digest == own.digest
-            from papers.blip2.export import write
-
-            folder.mkdir()
-            write(folder, parts, "transformers-retrieval")
+            assert parts.tokenizer.digest == own.digest
+            export_hf(folder, hf_spec(parts, "transformers-retrieval"), "")
         else:
             export(source, folder, "blip2-test", "transformers-retrieval")
         theirs = transformers.AutoTokenizer.from_pretrained(folder)

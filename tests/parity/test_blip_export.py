@@ -10,10 +10,9 @@ from test_blip import CONFIG, WIDE, first, pictures, texts
 
 from papers.blip import config as configs
 from papers.blip.config import with_tokenizer
-from papers.blip.converter import convert
-from papers.blip.export import KINDS, export
 from papers.blip.model import Blip, BlipPretraining
 from papers.blip.tasks import BlipVqa
+from papers.blip.weights import KINDS, convert, export
 from shared.core.errors import UserError
 from shared.data.images import fitted_image
 from shared.tokenizers.bert import BertTokenizer
@@ -45,7 +44,7 @@ def made(tmp_path, perturb, monkeypatch):
 
 
 def loaded(kind, folder):
-    model, info = getattr(transformers, KINDS[kind][1]).from_pretrained(folder, output_loading_info=True)
+    model, info = getattr(transformers, KINDS[kind].architecture).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from papers.clip.config import ClipConfig
-from papers.clip.converter import OPENAI_RESNET, OPENAI_VIT, TRANSFORMERS
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
+from papers.clip.weights import OPENAI_RESNET, OPENAI_VIT, TRANSFORMERS, hf_config, open_clip_config
 from shared.weights.weight_map import to_ours, to_published
 
 pytest.importorskip("transformers")
@@ -51,51 +51,11 @@ RESNET = ClipConfig(
 def make_transformers(config: ClipConfig):
     from transformers import CLIPConfig, CLIPModel
 
-    shared = {"hidden_act": "quick_gelu", "layer_norm_eps": config.eps, "attn_implementation": "eager"}
-    return CLIPModel(
-        CLIPConfig(
-            text_config={
-                "vocab_size": config.vocabulary,
-                "hidden_size": config.text_width,
-                "intermediate_size": 4 * config.text_width,
-                "num_hidden_layers": config.text_layers,
-                "num_attention_heads": config.text_heads,
-                "max_position_embeddings": config.context,
-                "projection_dim": config.embed_width,
-                "eos_token_id": config.end_token,
-                "bos_token_id": config.end_token - 1,
-                "pad_token_id": 0,
-                **shared,
-            },
-            vision_config={
-                "hidden_size": config.vision_width,
-                "intermediate_size": 4 * config.vision_width,
-                "num_hidden_layers": config.vision_layers,
-                "num_attention_heads": config.vision_heads,
-                "image_size": config.image_size,
-                "patch_size": config.patch,
-                "projection_dim": config.embed_width,
-                **shared,
-            },
-            projection_dim=config.embed_width,
-        )
-    )
+    return CLIPModel(CLIPConfig.from_dict(hf_config(config) | {"attn_implementation": "eager"}))
 
 
 def make_open_clip(config: ClipConfig):
-    vision = {"image_size": config.image_size, "layers": config.vision_layers, "width": config.vision_width}
-    if config.patch:
-        vision |= {"patch_size": config.patch, "head_width": config.vision_width // config.vision_heads}
-    else:
-        vision |= {"head_width": config.vision_width * 32 // config.vision_heads}
-    text = {
-        "context_length": config.context,
-        "vocab_size": config.vocabulary,
-        "width": config.text_width,
-        "heads": config.text_heads,
-        "layers": config.text_layers,
-    }
-    return open_clip_model.CLIP(config.embed_width, vision, text, quick_gelu=True, output_dict=True)
+    return open_clip_model.CLIP(**open_clip_config(config), output_dict=True)
 
 
 def batch(config: ClipConfig, size: int = 5):

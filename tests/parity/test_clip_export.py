@@ -17,9 +17,8 @@ from tests_common import CATALOG, ROOT
 
 from papers.clip import config as configs
 from papers.clip.config import ClipConfig
-from papers.clip.converter import WEIGHT_MAPS, convert
-from papers.clip.export import export
 from papers.clip.model import Clip
+from papers.clip.weights import FORMATS, convert, export
 from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.paper_card import bibtex
@@ -29,7 +28,6 @@ from shared.tokenizers.clip import ClipTokenizer
 from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights.load import save_weights
 from shared.weights.safe_load import read_tensors
-from shared.weights.weight_map import to_published
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")
@@ -84,7 +82,7 @@ def made(tmp_path, perturb, monkeypatch):
         model = perturb(Clip(config))
         state = model.state_dict()
         path = tmp_path / f"{names}.safetensors"
-        save_weights(state if names == "ours" else to_published(state, WEIGHT_MAPS[names]), path)
+        save_weights(state if names == "ours" else FORMATS[names].to_published(state), path)
         return model, path
 
     return make
@@ -309,14 +307,14 @@ def test_what_cannot_be_exported_is_said_in_one_line_and_leaves_nothing(made, tr
 
 
 def test_a_write_that_fails_leaves_no_folder(made, tmp_path, monkeypatch):
-    from papers.clip import export as module
+    from shared.weights import export as module
 
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
     _, source = made("ours", VIT)
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(module, "write_json", full_disk)
+    monkeypatch.setattr(module, "write_file", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         export(source, tmp_path / "new", "clip-test", "open_clip")
     assert sorted(tmp_path.iterdir()) == before

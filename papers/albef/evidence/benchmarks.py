@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from papers.albef.config import VARIANTS
 from papers.albef.encode import Pictures, device_of, encode_pictures, encode_texts, recall, reranked, tokens_of
 from papers.albef.model import Albef, AlbefPretraining
-from papers.albef.pretrained import card_of, load_any
 from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import AlbefVqa, Distilled, heat_map
 from papers.albef.text import clean_caption, clean_question
+from papers.albef.weights import card_of, load_any
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
 from shared.core.paper_card import MetricRow

@@ -14,9 +14,9 @@ from papers.albef.evidence.claims import DOSES, gains
 from papers.albef.evidence.grounding import located, middle_layer
 from papers.albef.evidence.transfer import TASKS, TESTED
 from papers.albef.model import Albef
-from papers.albef.pretrained import load_file
 from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import word_maps
+from papers.albef.weights import load_file
 from shared.experiments.ablations import seeds_of
 from shared.metrics.stats import wilson
 from shared.report import plots as figures

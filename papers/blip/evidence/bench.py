@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from papers.blip.config import VARIANTS, BlipConfig, caption, retrieval
-from papers.blip.converter import FORMATS, published_of
 from papers.blip.losses import blip_losses
 from papers.blip.model import Blip, BlipPretraining, again, copied, cross_attention_kv, starting_with
 from papers.blip.module import trim_padding
+from papers.blip.weights import FORMATS, published_of
 from shared.losses.image_text import Negatives, next_token_targets
 from shared.nn.generation import GenerationSettings, generate
 from shared.nn.momentum import FeatureQueue, follow, momentum_copy
@@ -58,7 +58,7 @@ def pair(kind: str, config: BlipConfig, device: str) -> tuple[Blip, nn.Module]:
     """Ours and transformers' of KINDS with equal weights: ours, since their image encoder starts with denormal ones."""
     torch.manual_seed(0)
     with torch.device(device):  # a GPU draws weights in no time
-        ours = FORMATS[f"transformers-{kind}"].make(config)
+        ours = FORMATS[f"transformers-{kind}"].build(config)
         return ours, theirs_of(ours, kind)
 
 

@@ -29,10 +29,10 @@ from papers.blip.encode import (
     write_answers,
 )
 from papers.blip.model import BlipPretraining
-from papers.blip.pretrained import load_file
 from papers.blip.recipe import BlipRecipe
 from papers.blip.tasks import BlipDialogue, frame_indices
 from papers.blip.text import clean_caption, clean_question
+from papers.blip.weights import load_file
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
 from shared.core.files import write_whole

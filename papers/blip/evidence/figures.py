@@ -14,8 +14,8 @@ from papers.blip.config import with_tokenizer
 from papers.blip.data import ExperimentData, build_data
 from papers.blip.encode import GenerationConfig, encoded, reranked, tokens_of, write
 from papers.blip.evidence.capfilt_page import Decision, read_lines
-from papers.blip.pretrained import load_file
 from papers.blip.recipe import BlipRecipe
+from papers.blip.weights import load_file
 from shared.core.text import one_line
 from shared.experiments.ablations import seeds_of
 from shared.report import plots as figures

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from papers.blip2.config import CLIP_VIT_L, LANGUAGES, VARIANTS, Blip2Config, LanguageConfig, VisionConfig
-from papers.blip2.converter import VISION, published_of, transformers_qformer, with_language
 from papers.blip2.evidence.cost import stage1_flops
+from papers.blip2.formats import VISION, published_of, transformers_qformer, with_language
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, vision_encoder
 from papers.blip2.module import trim_padding

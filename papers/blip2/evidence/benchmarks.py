@@ -17,10 +17,11 @@ from torch import Tensor
 
 from papers.blip2.config import Blip2Config
 from papers.blip2.encode import ANSWERING, CAPTIONING, Encoded, answer, caption, encoded, reranked
+from papers.blip2.frozen import ENCODER_ENTRIES, load_encoder
 from papers.blip2.model import Blip2
-from papers.blip2.pretrained import ENCODER_ENTRIES, config_of, holds_encoder, load_encoder, load_file
 from papers.blip2.recipe import Blip2Recipe
 from papers.blip2.text import PromptTokenizer, clean_caption, clean_question, load_prompt_tokenizer
+from papers.blip2.weights import config_of, holds_encoder, load_file
 from shared.backbones.vision import Encoder
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError

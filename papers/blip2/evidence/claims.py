@@ -26,16 +26,8 @@ from papers.blip2.encode import (
     reranked,
     text_features,
 )
-from papers.blip2.evidence.stages import (
-    HALF,
-    PLAIN,
-    LanguageModelBundle,
-    StagePipeline,
-    VisionEncoderSpec,
-    nearest_words,
-    pretrained_part_of,
-    second,
-)
+from papers.blip2.evidence.stages import PLAIN, StagePipeline, VisionEncoderSpec, nearest_words, second
+from papers.blip2.frozen import HALF, LanguageModelBundle, pretrained_part_of
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import WITHOUT_ITG, FrozenWatch, Stage2Module
 from papers.blip2.recipe import Blip2Recipe

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from papers.blip2.config import LANGUAGES, Blip2Config, with_language
 from papers.blip2.data import LANGUAGE_SEED, ExperimentData, data_of
+from papers.blip2.frozen import HALF, LanguageModelBundle, frozen_encoder, load_language_model_bundle
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, init_std
 from papers.blip2.module import (
     EVERYTHING,
@@ -26,17 +26,15 @@ from papers.blip2.module import (
     WordsModule,
     unwrapped,
 )
-from papers.blip2.pretrained import PUBLISHED_ENCODERS, published_encoder
 from papers.blip2.recipe import OPEN, Blip2Recipe
-from papers.blip2.text import PromptTokenizer, load_prompt_tokenizer, padded, prompt_tokenizer_of
-from shared.backbones.vision import Encoder, efficientnet_encoder
+from papers.blip2.text import PromptTokenizer, padded, prompt_tokenizer_of
+from shared.backbones.vision import Encoder
 from shared.core.device import device_for
 from shared.core.files import write_whole
 from shared.core.paper_package import Context
 from shared.core.recipe import digest, training_fields
 from shared.data.loader import Batches, IndexedTensor
 from shared.data.synthetic.captions import KINDS
-from shared.experiments.pretrained_parts import PretrainedPart, pretrained_part
 from shared.experiments.stage_cache import StageCache
 from shared.nn.bert import INIT_STD
 from shared.nn.causal_lm import SmallLanguageModel
@@ -45,8 +43,6 @@ from shared.nn.packed_linear import pack
 from shared.training.callbacks import MetricRecorder
 from shared.training.trainer import fit
 from shared.weights.load import load_weights, save_weights
-
-HALF = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -64,15 +60,6 @@ class VisionEncoderSpec:
 
 
 PLAIN = VisionEncoderSpec()
-
-
-@dataclass(frozen=True)
-class LanguageModelBundle:
-    """A frozen language model, its words, and how stage 2 with it is laid out."""
-
-    model: nn.Module
-    words: PromptTokenizer
-    config: Any  # LanguageConfig
 
 
 @dataclass(frozen=True)
@@ -419,36 +406,7 @@ def second(recipe: Blip2Recipe, headline: bool = False) -> Blip2Recipe:
     )  # fmt: skip
 
 
-# ---- frozen parts
-
-
-def pretrained_part_of(name: str, scale: str) -> PretrainedPart | None:
-    """`clip:vision steps=400`: what another paper's recipe of this scale, changed so, leaves; built where it is
-    lacking. None where the name is no artifact's."""
-    name, *given = name.split()
-    return pretrained_part(name, scale, given) if ":" in name else None
-
-
-@lru_cache(maxsize=8)
-def frozen_encoder(name: str, layer: str, scale: str, manifest: str, half: bool) -> Encoder:
-    """An artifact, or of the manifest at some size of pictures: `efficientnet-lite0 64`, `eva-vit-g 364`."""
-    dtype, found = HALF if half else None, pretrained_part_of(name, scale)
-    if found is not None:
-        return found.load(layer=layer, dtype=dtype)
-    if name.split()[0] in PUBLISHED_ENCODERS:
-        return published_encoder(name, layer, manifest, half)
-    name, *size = name.split()
-    return efficientnet_encoder(name, layer, int(size[0]) if size else 0, manifest, dtype)
-
-
-@lru_cache(maxsize=1)
-def load_language_model_bundle(name: str, manifest: str) -> LanguageModelBundle:
-    from shared.backbones.hf_lm import half_of
-    from shared.backbones.lm import load_language_model
-
-    model, tokenizer = load_language_model(name, manifest=manifest, dtype=half_of(name))
-    model = model if isinstance(model, Frozen) else Frozen(model, through=True)
-    return LanguageModelBundle(model, load_prompt_tokenizer(tokenizer, model.context), LANGUAGES[name])
+# ---- the small language model
 
 
 def new_language_model(language: Any) -> SmallLanguageModel:

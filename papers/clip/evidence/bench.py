@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from papers.clip.config import VARIANTS, ClipConfig
-from papers.clip.converter import OPENAI_VIT, TRANSFORMERS
 from papers.clip.evidence.structure import flops
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
+from papers.clip.weights import OPENAI_VIT, TRANSFORMERS
 from shared.core.console import quiet
 from shared.core.errors import UserError
 from shared.tools.bench import (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from papers.clip.encode import classifier, image_features, text_features
 from papers.clip.evidence.claims import LADDER, TEMPLATE, ExperimentData, build_data, ladder_points
-from papers.clip.pretrained import load_file
 from papers.clip.recipe import ClipRecipe
+from papers.clip.weights import load_file
 from shared.experiments.ablations import seeds_of
 from shared.metrics import confusion
 from shared.metrics.stats import log_log_fit

@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 
 from papers.albef import config as albef_config
-from papers.albef.converter import FORMATS, published_of
 from papers.albef.evidence import benchmarks as metrics
 from papers.albef.model import Albef, AlbefPretraining
 from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import AlbefRetrieval, AlbefVqa, Distilled, Entailment, Nlvr2, PairEncoder, QuestionAnswering
+from papers.albef.weights import FORMATS, published_of
 from shared.core.errors import UserError
 from shared.core.paper_card import MetricRow, Need
 from shared.data import vqa as vqa_sets

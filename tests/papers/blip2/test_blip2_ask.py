@@ -139,7 +139,7 @@ def recorded(monkeypatch, told):
 
 def begin(monkeypatch, talker, **changed):
     talker = replace(talker, **changed)
-    monkeypatch.setattr(ask, "load_talker", lambda *given: talker)
+    monkeypatch.setattr(ask, "load_inference_model", lambda *given: talker)
     return ask.chatter("blip2-tiny-small").begin(images(1))
 
 
@@ -198,7 +198,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so_once(monkeypatch, t
     language = SmallLanguageModel(talker.model.language_model.vocabulary, 70, 40, 2, 2)
     prompts = recorded(monkeypatch, ["red"] * 9)
     talker = replace(talker, model=Blip2(talker.model.config, language))
-    monkeypatch.setattr(ask, "load_talker", lambda *given: talker)
+    monkeypatch.setattr(ask, "load_inference_model", lambda *given: talker)
     settings = GenerationSettings((0,), 10)
     task = ask.chatter("blip2-tiny-small")
     lines = io.StringIO("what colour is it?\n" * 4 + f"{'why? ' * 60}\n" + "is there a cat?\n" * 3)

@@ -12,12 +12,12 @@ from published import encoded
 from tests_common import CATALOG
 
 from papers.blip2.config import SPECIALS, Blip2Config, LanguageConfig, VisionConfig, with_tokenizer
-from papers.blip2.converter import VISION, encoder_published, published_of
 from papers.blip2.encode import CAPTIONING, answer, caption, cosines, text_features
 from papers.blip2.encode import encoded as encoded_pictures
 from papers.blip2.evidence import benchmarks as metrics
+from papers.blip2.formats import VISION, published_of
+from papers.blip2.frozen import Silent, encoder_published
 from papers.blip2.model import Blip2, Blip2Qformer, vision_encoder
-from papers.blip2.pretrained import Silent
 from papers.blip2.recipe import Blip2Recipe
 from shared.backbones.lm import load_language_model
 from shared.backbones.vision import vit_encoder

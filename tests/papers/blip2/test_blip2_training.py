@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from papers.blip2.config import VARIANTS, VisionConfig
-from papers.blip2.converter import encoder_published
-from papers.blip2.evidence import stages as stages
-from papers.blip2.evidence.stages import frozen_encoder
+from papers.blip2.frozen import (
+    ENCODER_ENTRIES,
+    PUBLISHED_ENCODERS,
+    encoder_published,
+    frozen_encoder,
+    load_encoder,
+    load_language_model_bundle,
+)
 from papers.blip2.model import Blip2Qformer, vision_encoder
-from papers.blip2.pretrained import ENCODER_ENTRIES, PUBLISHED_ENCODERS, from_bert, load_encoder
 from papers.blip2.recipe import Blip2Recipe
 from papers.blip2.train import prepare
+from papers.blip2.weights import from_bert
 from shared.core.errors import UserError
 from shared.weights.manifest import MANIFEST
 
@@ -37,7 +42,7 @@ def files(monkeypatch, tmp_path):
     monkeypatch.setenv("PAPERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PAPERS_OFFLINE", "1")
     frozen_encoder.cache_clear()
-    stages.load_language_model_bundle.cache_clear()
+    load_language_model_bundle.cache_clear()
     found = {}
     for name, vision in NAMES.items():
         monkeypatch.setitem(PUBLISHED_ENCODERS, name, vision)
@@ -49,7 +54,7 @@ def files(monkeypatch, tmp_path):
         torch.save(encoder_published(vit.state_dict(), vision.kind), found[name])
     yield found
     frozen_encoder.cache_clear()
-    stages.load_language_model_bundle.cache_clear()
+    load_language_model_bundle.cache_clear()
 
 
 def quiet(module):

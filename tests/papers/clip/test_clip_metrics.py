@@ -13,20 +13,17 @@ import yaml
 from PIL import Image
 
 from papers.clip import config as clip_config
-from papers.clip.config import ClipConfig
-from papers.clip.converter import OPENAI_VIT, TRANSFORMERS, convert
 from papers.clip.encode import classifier, image_features
 from papers.clip.evidence import benchmarks as metrics
 from papers.clip.inference import classify
 from papers.clip.model import Clip
-from papers.clip.pretrained import load_file, load_model
 from papers.clip.recipe import ClipRecipe
+from papers.clip.weights import OPENAI_VIT, load_model
 from shared.core.errors import UserError
 from shared.core.files import sha256
 from shared.core.paper_card import MetricRow, Need
 from shared.tokenizers.clip import ClipTokenizer
 from shared.weights.load import save_weights
-from shared.weights.safe_load import read_tensors
 from shared.weights.weight_map import to_published
 
 TINY = replace(clip_config.tiny(), vocabulary=49_408, end_token=49_407, context=77, tokenizer="clip-bpe")
@@ -175,28 +172,6 @@ def test_a_truncated_picture_is_named_not_guessed(released, tmp_path):
     path.write_bytes(picture(0, "JPEG")[:300])
     with pytest.raises(UserError, match=r"cut\.jpg"):
         list(classify([path], "clip-vit-b-32", ["a", "b"], "{}", manifest=manifest))
-
-
-def test_converting_there_and_back_keeps_every_tensor(released, tmp_path):
-    model, _ = released
-    convert(tmp_path / "tiny.safetensors", tmp_path / "hf.safetensors", "clip-vit-b-32", "transformers")
-    published = read_tensors(tmp_path / "hf.safetensors")
-    assert set(published) == set(to_published(model.state_dict(), TRANSFORMERS))
-    back = load_file(tmp_path / "hf.safetensors", TINY).state_dict()
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(back[key], tensor), key
-
-
-@pytest.mark.parametrize("to", ["hugging", "OURS"])
-def test_an_unknown_target_format_is_named(released, tmp_path, to):
-    with pytest.raises(UserError, match="choose ours, openai-vit"):
-        convert(tmp_path / "tiny.safetensors", tmp_path / "x.safetensors", "clip-vit-b-32", to)
-
-
-def test_weights_of_a_stranger_are_refused(tmp_path):
-    save_weights({"layer.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="not CLIP weights"):
-        load_file(tmp_path / "x.safetensors", ClipConfig(**vars(TINY)))
 
 
 def test_weights_trained_here_bring_their_own_tokenizer(tmp_path):

@@ -11,7 +11,7 @@ from tests_common import CATALOG, ROOT
 import shared.training.tracking
 from papers.clip import train as training
 from papers.clip.module import ClipModule
-from papers.clip.pretrained import load_model
+from papers.clip.weights import load_model
 from shared.cli import main
 from shared.core.console import Console
 from shared.core.errors import UserError

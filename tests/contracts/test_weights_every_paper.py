@@ -1,0 +1,122 @@
+"""What holds for the weights of every paper: each kind of published file comes back bit for bit, what does not fit is
+refused in one line that leaves no file. The published names themselves are held in each paper's own tests."""
+
+import pytest
+import torch
+from tests_common import CATALOG
+
+from shared.core.errors import UserError
+from shared.weights.load import save_weights
+from shared.weights.safe_load import read_tensors
+
+NOT_TINY = {  # of sizes that no tiny variant has; the paper's own tests take others
+    ("clip", "openai-resnet"),
+    ("blip2", "transformers-retrieval"),
+    ("blip2", "transformers-generation"),
+}
+KINDS = [
+    (name, kind)
+    for name in CATALOG.names()
+    for kind in CATALOG.package(name).weights.FORMATS
+    if (name, kind) not in NOT_TINY
+]
+papers = pytest.mark.parametrize("name", CATALOG.names())
+kinds = pytest.mark.parametrize(("name", "kind"), KINDS)
+
+
+def own_file(name, kind, folder):
+    """(a tiny variant, a file under our names of a model that this kind of file is of, its parameters moved)."""
+    for variant, config in CATALOG.variants(name).items():
+        if variant.startswith(f"{name}-tiny"):
+            torch.manual_seed(0)
+            try:
+                model = CATALOG.package(name).weights.FORMATS[kind].build(config())
+            except UserError:
+                continue
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+            save_weights(model, folder / "own.safetensors")
+            return variant, folder / "own.safetensors"
+    raise AssertionError(f"no tiny variant of {name} has weights of kind {kind}")
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@kinds
+def test_every_kind_of_file_goes_out_and_comes_back_bit_for_bit(name, kind, tmp_path):
+    convert = CATALOG.package(name).weights.convert
+    variant, own = own_file(name, kind, tmp_path)
+    published, back, again = (tmp_path / f"{file}.safetensors" for file in ("published", "back", "again"))
+    convert(own, published, variant, kind)
+    assert read_tensors(published).keys().isdisjoint(key for key in read_tensors(own) if ".blocks." in key)
+    convert(published, back, variant, "ours")
+    assert same(read_tensors(back), read_tensors(own))
+    convert(back, again, variant, kind)
+    assert published.read_bytes() == again.read_bytes()
+
+
+@kinds
+def test_a_tensor_too_many_too_few_or_of_another_form_is_refused(name, kind, tmp_path):
+    package = CATALOG.package(name).weights
+    variant, own = own_file(name, kind, tmp_path)
+    path, target = tmp_path / "published.safetensors", tmp_path / "target.safetensors"
+    package.convert(own, path, variant, kind)
+    published, format = read_tensors(path), package.FORMATS[kind]
+    copies = format.copies(published)
+    needed = [
+        key
+        for key in published
+        if key not in {*copies, *copies.values(), *format.marks} and not key.endswith("position_ids")
+    ]
+    key = needed[len(needed) // 2]
+    for broken, message in (
+        (published | {"stranger": torch.zeros(1)}, "stranger"),
+        ({name: tensor for name, tensor in published.items() if name != key}, "missing|without a weight"),
+        (published | {key: torch.cat([published[key]] * 4)}, " for "),
+    ):
+        save_weights(broken, path)
+        with pytest.raises(UserError, match=rf"published\.safetensors: .*({message})"):
+            package.convert(path, target, variant, "ours")
+    for copy in copies:
+        save_weights(published | {copy: published[copy] + 1}, path)
+        with pytest.raises(UserError, match=r"published\.safetensors: .* differs from"):
+            package.convert(path, target, variant, "ours")
+    assert not target.exists()
+
+
+@papers
+def test_what_cannot_be_converted_is_said_in_one_line(name, tmp_path):
+    package = CATALOG.package(name).weights
+    kind = next(kind for paper, kind in KINDS if paper == name)
+    variant, own = own_file(name, kind, tmp_path)
+    target = tmp_path / "target.safetensors"
+    for to in ("flax", "OURS"):
+        with pytest.raises(UserError, match=f"--to {to}: choose ours, {', '.join(package.FORMATS)}$"):
+            package.convert(own, target, variant, to)
+    with pytest.raises(UserError, match="none: no such file"):
+        package.convert(tmp_path / "none", target, variant, "ours")
+    save_weights({"layer.weight": torch.zeros(2)}, tmp_path / "strange.safetensors")
+    with pytest.raises(UserError, match=r"strange\.safetensors: these are not [A-Z]+(-2)? weights"):
+        package.convert(tmp_path / "strange.safetensors", target, variant, "ours")
+    save_weights({**read_tensors(own), "stranger": torch.zeros(1)}, own)
+    with pytest.raises(UserError, match=r"own\.safetensors: .*stranger"):
+        package.convert(own, target, variant, "ours")
+    assert not target.exists()
+
+
+@papers
+def test_weights_of_another_kind_are_refused_by_its_name(name, tmp_path):
+    """A file is of one kind; of the others it lacks something or has too much."""
+    package = CATALOG.package(name).weights
+    variant, own = own_file(name, next(kind for paper, kind in KINDS if paper == name), tmp_path)
+    target, refused = tmp_path / "target.safetensors", 0
+    for kind in package.FORMATS:
+        try:
+            package.convert(own, target, variant, kind)
+        except UserError as error:
+            assert f" as {kind}: " in str(error) or "name a folder" in str(error)
+            refused += 1
+    assert refused

@@ -23,7 +23,7 @@ from shared.core.errors import UserError
 from shared.report.model_card import model_card
 from shared.tokenizers.base import Tokenizer
 from shared.tokenizers.bert import BertTokenizer
-from shared.tokenizers.load import for_transformers, tokenizer_beside
+from shared.tokenizers.load import bert_files, tokenizer_beside
 from shared.weights import formats
 from shared.weights.export import HfSpec, check_export, export_hf, preprocessor_config, whole_square
 from shared.weights.fetch import fetch
@@ -385,24 +385,14 @@ def hf_config(config: BlipConfig) -> dict[str, Any]:
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: BlipConfig) -> dict[str, Any]:
-    """From them transformers builds a tokenizer that gives our ids, [CLS] text [SEP] and padding. The first token of a
-    mode is put there by whoever calls the model: transformers' generate does, its match does not."""
-    wordpiece = isinstance(tokenizer, BertTokenizer)
-    ids = {"[CLS]": tokenizer.start, "[SEP]": tokenizer.end}
-    ids |= {"[DEC]": tokenizer.decode_start, "[ENC]": tokenizer.encode_start}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.context,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": wordpiece,
+    """The first token of a mode is put there by whoever calls the model: transformers' generate does, its match does
+    not."""
+    special = {"[DEC]": tokenizer.decode_start, "[ENC]": tokenizer.encode_start}
+    more = {
+        "clean_up_tokenization_spaces": isinstance(tokenizer, BertTokenizer),
         "additional_special_tokens": ["[ENC]"],
-        "processor_class": "BlipProcessor",
-        "pad_token": "[PAD]" if wordpiece else "<|pad|>",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "bos_token": "[DEC]",
     }
-    return {"tokenizer.json": for_transformers(tokenizer, ids), "tokenizer_config.json": settings}
+    return bert_files(tokenizer, config.context, "BlipProcessor", special, **more)
 
 
 USAGE = {

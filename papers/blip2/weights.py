@@ -32,7 +32,7 @@ from shared.core.errors import UserError
 from shared.report.model_card import model_card
 from shared.tokenizers.base import Tokenizer
 from shared.tokenizers.bert import BertTokenizer
-from shared.tokenizers.load import for_transformers, tokenizer_beside
+from shared.tokenizers.load import bert_files, tokenizer_beside
 from shared.weights import formats
 from shared.weights.export import HfSpec, check_export, export_hf, preprocessor_config, whole_square
 from shared.weights.formats import (
@@ -291,7 +291,8 @@ def hf_spec(parts: Parts, to: str) -> HfSpec:
     }
     processor = {"processor_class": "Blip2Processor"}
     if parts.language is None:
-        files, stand = tokenizer_files(parts.tokenizer, config), ", which stands"
+        special, stand = {"[DEC]": parts.tokenizer.decode_start}, ", which stands"
+        files = bert_files(parts.tokenizer, config.context, "Blip2Processor", special)
     else:
         theirs, tokenizer = parts.language
         image_token = len(tokenizer)
@@ -366,22 +367,6 @@ def hf_config(config: Blip2Config) -> dict[str, Any]:
             "use_qformer_text_input": config.language is None,
         },
     }
-
-
-def tokenizer_files(tokenizer: Tokenizer, config: Blip2Config) -> dict[str, Any]:
-    """The Q-Former's: [CLS] text [SEP] and padding, as ours."""
-    ids = {"[CLS]": tokenizer.start, "[SEP]": tokenizer.end, "[DEC]": tokenizer.decode_start}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.context,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "processor_class": "Blip2Processor",
-        "pad_token": "[PAD]" if isinstance(tokenizer, BertTokenizer) else "<|pad|>",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "bos_token": "[DEC]",
-    }
-    return {"tokenizer.json": for_transformers(tokenizer, ids), "tokenizer_config.json": settings}
 
 
 USAGE = {

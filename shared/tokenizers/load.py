@@ -7,12 +7,9 @@ import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 from shared.tokenizers.base import Tokenizer, _open_clip_file
 from shared.tokenizers.bert import BertTokenizer
 from shared.tokenizers.clip import ClipTokenizer
@@ -49,6 +46,29 @@ def for_transformers(
         "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ends},
     }
     return learnt
+
+
+def bert_files(
+    tokenizer: BertTokenizer | SmallTokenizer, context: int, processor: str, special: Mapping[str, int], **more: Any
+) -> dict[str, Any]:
+    """{file: content} from which transformers builds a tokenizer that gives our ids, [CLS] text [SEP] and padding.
+
+    special: the ids of other special tokens by their names, [DEC] among them. processor: transformers' class. more:
+    other settings.
+    """
+    ids = {"[CLS]": tokenizer.start, "[SEP]": tokenizer.end, **special}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "processor_class": processor,
+        "pad_token": "[PAD]" if isinstance(tokenizer, BertTokenizer) else "<|pad|>",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "bos_token": "[DEC]",
+        **more,
+    }
+    return {"tokenizer.json": for_transformers(tokenizer, ids), "tokenizer_config.json": settings}
 
 
 _LOADERS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {

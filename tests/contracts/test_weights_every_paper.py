@@ -5,12 +5,14 @@ import pytest
 import torch
 from tests_common import CATALOG
 
+from shared.cli import main
 from shared.core.errors import UserError
 from shared.weights.load import save_weights
 from shared.weights.safe_load import read_tensors
 
-NOT_TINY = {  # of sizes that no tiny variant has; the paper's own tests take others
+NOT_TINY = {  # of sizes or language models that no tiny variant has; the paper's own tests take others
     ("clip", "openai-resnet"),
+    ("blip2", "lavis-t5"),
     ("blip2", "transformers-retrieval"),
     ("blip2", "transformers-generation"),
 }
@@ -120,3 +122,21 @@ def test_weights_of_another_kind_are_refused_by_its_name(name, tmp_path):
             assert f" as {kind}: " in str(error) or "name a folder" in str(error)
             refused += 1
     assert refused
+
+
+@papers
+def test_the_command_line_writes_files_and_says_where_there_are_no_folders(name, tmp_path, capsys):
+    kind = next(kind for paper, kind in KINDS if paper == name)
+    variant, own = own_file(name, kind, tmp_path)
+    options = ["--paper", name, "--variant", variant, "--to", kind]
+
+    def run(target):
+        with pytest.raises(SystemExit) as ended:
+            main(CATALOG.folder, "papers", ["convert", str(own), str(target), *options])
+        return ended.value.code, capsys.readouterr()
+
+    code, printed = run(tmp_path / "target.safetensors")
+    assert code == 0 and printed.out.strip() == str(tmp_path / "target.safetensors")
+    code, printed = run(tmp_path / "folder.bin")
+    written = CATALOG.package(name).offers("weights", "export")
+    assert code == 2 and ("a folder of another name is for" if written else "exported to no library") in printed.err

@@ -431,9 +431,10 @@ def rescore(catalog: Catalog, options: argparse.Namespace) -> None:
 
 def bench(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.core.console import quiet
+    from shared.tools.bench import run
 
     quiet()
-    catalog.package(catalog.known(options.paper)).bench.run(catalog.root, options.overrides)
+    run(catalog.package(catalog.known(options.paper)).bench, catalog.root, options.overrides)
 
 
 def check(catalog: Catalog, options: argparse.Namespace) -> int:

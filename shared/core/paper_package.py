@@ -151,10 +151,15 @@ class Cost(Protocol):
 
 
 class Bench(Protocol):
-    """papers/<name>/evidence/bench.py."""
+    """papers/<name>/evidence/bench.py. SWEEPS: {name: its races on a Setup (tools/bench.py)}."""
 
-    def run(self, root: Path, overrides: list[str]) -> None:
-        """Race ours against other libraries and write results/bench/."""
+    SWEEPS: Mapping[str, Callable[[Any], Sequence[Any]]]
+
+    def config_of(self, variant: str) -> Any:
+        """The configuration that is raced under this name; UserError for an unknown one."""
+
+    def inputs(self, config: Any, batch: int, device: str) -> tuple[Tensor, ...]:
+        """The same pictures and texts for all contestants."""
 
 
 @dataclass(frozen=True)

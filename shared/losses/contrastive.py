@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from shared.core.errors import UserError
 from shared.nn.distributed import add_exponentials_over_ranks, all_gather, world
 
-# Rows and columns of one tile of logits; measured by shared/tools/bench_loss.py.
+# Rows and columns of one tile of logits; measured by shared/tools/bench_core.py.
 CHUNK = 1024
 
 

@@ -1,34 +1,56 @@
 """Side by side in one run: contestants in turns and the ratios of pairs, peak memory, shares of the machine's own peak.
 
-What a paper's bench.py is made of, and what needs no paper: attention backends, patch product, contrastive loss.
+A paper's bench.py says how another library's model is built with the weights of ours, and what a step is; its sweeps
+are made of the `race`s of a Setup.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import math
+import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.core.console import Console
 from shared.core.errors import UserError
-from shared.tools.bench_core import CORE
-from shared.tools.bench_output import save, table
-from shared.tools.bench_timing import DEFAULTS, DTYPES, NATURAL, Sweep, matrix_peak, race
+from shared.tools.bench_output import Job, Sweep, save, table
+from shared.tools.bench_timing import DTYPES, matrix_peak, race
 
-# ---- what a paper's contestants are given
+if TYPE_CHECKING:
+    from shared.core.paper_package import Bench
+
+# Tokens of a caption with both end marks. Of the kind that COCO's captions have: about 13 on average, few beyond 20.
+NATURAL = (11, 16, 13, 10, 12, 22, 14, 11, 9, 13, 15, 12, 10, 17, 12, 14)
+DEFAULTS = {
+    "sweep": "all",
+    "variant": "",
+    "batch": "",
+    "repeats": 5,
+    "precision": "",
+    "seconds": 150.0,  # at most this long in one race, but for its first three rounds
+    "out": "results/bench",
+}
+
+# ---- what contestants are made of and given
 
 
 def pictures_and_texts(
-    batch: int, size: int, context: int, *, start: int, end: int, words: tuple[int, int], lengths: Sequence[int]
+    batch: int,
+    size: int,
+    context: int,
+    *,
+    start: int,
+    end: int,
+    words: tuple[int, int],
+    lengths: Sequence[int] = NATURAL,
 ) -> tuple[Tensor, Tensor]:
     """Pictures of noise (B, 3, size, size) uint8; token ids (B, context), whose texts have `lengths` in turn: `start`,
     any from words[0] to below words[1], `end`, then zeros."""
@@ -62,30 +84,24 @@ def normaliser(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
     return normalised
 
 
-def without_gradients(call: Callable[..., Any], *data: Tensor) -> Callable[[], Any]:
-    def run() -> Any:
-        with torch.inference_mode():
-            return call(*data)
-
-    return run
-
-
 def stepper(
-    model: nn.Module, loss: Callable[..., Tensor | tuple[Tensor, ...]], parameters: Iterable, precision: str
+    model: nn.Module, loss: Callable[..., Tensor | tuple[Tensor, ...]], precision: str
 ) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """A function of the loss's arguments that takes one optimizer step, and returns the loss, or the several losses
-    whose sum is trained on, before it."""
+    """A function of the loss's arguments that takes one optimizer step on what is trained, and returns the loss, or the
+    several losses whose sum is trained on, before it. Whatever a step draws, it draws by its number."""
     model.train()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    seeds = itertools.count()
 
     def step(*data: Tensor) -> Tensor | tuple[Tensor, ...]:
+        torch.manual_seed(next(seeds))
         with torch.autocast(data[0].device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             losses = loss(*data)
         several = isinstance(losses, tuple)
         (sum(losses) if several else losses).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return tuple(one.detach() for one in losses) if several else losses.detach()
+        return tuple(part.detach() for part in losses) if several else losses.detach()
 
     return step
 
@@ -102,13 +118,12 @@ def compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- a whole run
+# ---- races
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure, and on what; `variant` and `batches` empty: what suits the device. A paper's own plan has a
-    method `_<name>` for every sweep."""
+class Setup:
+    """What a run measures, and on what; `variant` and `batches` empty: what suits the device."""
 
     device: str
     precision: str
@@ -118,54 +133,106 @@ class Plan:
     variant: str = ""
     batches: tuple[int, ...] = ()
 
-    def sweeps(self, name: str) -> list[Sweep]:
-        if name == "core":
-            return [sweep for part in CORE for sweep in self.sweeps(part)]
-        return CORE[name](self) if name in CORE else [getattr(self, f"_{name}")()]
-
     @property
-    def peak(self) -> float:
-        return next(peak["flops_per_second"] for peak in self.peaks if peak["precision"] == self.precision)
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
 
-    def expected(self, work: float, rounds: int | None = None) -> float:
-        """Seconds, when `work` FLOPs are counted for one round of all contestants."""
-        rounds = (self.repeats if rounds is None else rounds) + 1
-        return 1 + rounds * work / (0.6 * self.peak)
-
-    def on(self, cpu, cuda):
+    def on(self, cpu: Any, cuda: Any) -> Any:
         return cuda if self.device == "cuda" else cpu
 
-    def race(self, calls: Mapping[str, Callable], **options) -> list[dict]:
-        """Looser where weights move: a rounding error in a gradient that is zero becomes a whole step of Adam."""
-        training = options.pop("training", False)
+    def sizes(self, cpu: tuple[int, ...], cuda: tuple[int, ...]) -> tuple[int, ...]:
+        """Batches."""
+        return self.batches or self.on(cpu, cuda)
+
+    def rows(self, calls: Mapping[str, Callable[[], Any]], *, training: bool = False, **options) -> list[dict]:
+        """Of one race, run now. Looser where weights move: a rounding error in a gradient that is zero becomes a whole
+        step of Adam."""
         tolerance = 5e-2 if self.precision == "bf16" else 1e-3 if training else 1e-4
-        return race(
-            calls,
-            self.repeats,
-            device=self.device,
-            tolerance=tolerance,
-            seconds=self.seconds,
-            peak=self.peak,
-            **options,
-        )
+        return race(calls, self.repeats, device=self.device, tolerance=tolerance, seconds=self.seconds, **options)
+
+    def race(
+        self,
+        setting: str,
+        contestants: Callable[[], Mapping[str, Callable]],
+        inputs: Callable[[], tuple[Tensor, ...]],
+        *,
+        items: int,
+        unit: str,
+        training: bool = False,
+        share: bool = True,
+        at_least: float = 0.0,
+        **facts: Any,
+    ) -> Job:
+        """A line of a table: every contestant gets the same inputs, without gradients where none trains. Both are made
+        when its turn comes.
+
+        items: what is counted of `unit`s, of one call. share: count the first one's FLOPs, for its share of the peak.
+        facts: what every row says of the setting.
+        """
+
+        def run() -> list[dict]:
+            data = inputs()
+
+            def call(function: Callable) -> Any:
+                with torch.inference_mode(not training):
+                    return function(*data)
+
+            calls = {name: functools.partial(call, function) for name, function in contestants().items()}
+            peak = next(peak["flops_per_second"] for peak in self.peaks if peak["precision"] == self.precision)
+            rows = self.rows(
+                calls, training=training, items=items, unit=unit, at_least=at_least, peak=peak if share else None
+            )
+            return [{**facts, **row} for row in rows]
+
+        return Job(setting, run)
+
+    def writing_race(
+        self,
+        setting: str,
+        writers: Callable[[], Mapping[str, Callable]],
+        inputs: Callable[[], tuple[Tensor, ...]],
+        **options: Any,
+    ) -> Job:
+        """Of contestants that give new tokens (B, T), ours first; each row says how many of them are equal."""
+        tokens: dict[str, Tensor] = {}
+
+        def recorded(name: str, write: Callable, *data: Tensor) -> Tensor:
+            tokens[name] = write(*data)
+            # rounding to bf16 makes ties among words, which two implementations break differently
+            return tokens[name] if self.precision == "fp32" else torch.tensor(tokens[name].shape)
+
+        def contestants() -> dict[str, Callable]:
+            return {name: functools.partial(recorded, name, write) for name, write in writers().items()}
+
+        job = self.race(setting, contestants, inputs, share=False, at_least=self.on(0.2, 0.1), **options)
+
+        def run() -> list[dict]:
+            rows = job.run()
+            ours, *others = tokens.values()
+            return [{"equal_tokens": float((ours == others[0]).double().mean()), **row} for row in rows]
+
+        return Job(setting, run)
 
 
-def run_plan(
-    root: Path, overrides: Iterable[str], plan: type[Plan], sweeps: Sequence[str], known: Callable[[str], Any]
-) -> None:
-    """Print a table a sweep; write it, with its figure, into results/bench/.
+# ---- a whole run
 
-    overrides: key=value words over DEFAULTS. sweeps: the names to choose from. known(variant) raises for a wrong one.
+
+def run(bench: Bench, root: Path, overrides: Iterable[str]) -> None:
+    """Print a table a sweep; write it, with its figure, into results/bench/. overrides: key=value words over DEFAULTS.
+
+    UserError: an unknown key, sweep, variant or precision, a wrong number, a precision that is slow on this machine.
     """
+    from shared.tools.bench_core import CORE
+
     settings = parse(overrides, DEFAULTS)
-    chosen = sweeps if settings["sweep"] == "all" else settings["sweep"].split(",")
-    known_sweeps = (*sweeps, *CORE) if "core" in sweeps else sweeps
-    if unknown := set(chosen) - set(known_sweeps):
-        raise UserError(f"bench: no sweep '{unknown.pop()}'; choose all, {', '.join(known_sweeps)}")
+    chosen = list(bench.SWEEPS) if settings["sweep"] == "all" else settings["sweep"].split(",")
+    sweeps = {**bench.SWEEPS, **CORE} if "core" in bench.SWEEPS else bench.SWEEPS
+    if unknown := set(chosen) - set(sweeps):
+        raise UserError(f"bench: no sweep '{unknown.pop()}'; choose all, {', '.join(bench.SWEEPS)}")
     if settings["repeats"] < 1:
         raise UserError(f"bench: repeats={settings['repeats']}: give at least 1")
     if settings["variant"]:
-        known(settings["variant"])
+        bench.config_of(settings["variant"])
     batches = _batches(settings["batch"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = settings["precision"] or ("bf16" if device == "cuda" else "fp32")
@@ -175,14 +242,16 @@ def run_plan(
     peaks = [peak for peak in (matrix_peak(device, name) for name in measured) if peak]
     if precision not in {peak["precision"] for peak in peaks}:
         raise UserError(f"bench: {precision} products are slower than fp32 ones on this machine; precision=fp32")
-    made = plan(device, precision, settings["repeats"], settings["seconds"], peaks, settings["variant"], batches)
+    setup = Setup(device, precision, settings["repeats"], settings["seconds"], peaks, settings["variant"], batches)
     settings |= {"device": device, "precision": precision}
-    run_sweeps([sweep for name in chosen for sweep in made.sweeps(name)], settings, root / settings["out"], peaks)
+    run_sweeps([sweep for name in chosen for sweep in sweeps[name](setup)], settings, root / settings["out"], peaks)
 
 
-def one_of(variant: str, variants: Iterable[str]) -> None:
+def pick(variant: str, variants: Mapping[str, Callable[[], Any]]) -> Any:
+    """The variant's configuration; UserError for an unknown one."""
     if variant not in variants:
         raise UserError(f"bench: no variant '{variant}'; choose {', '.join(variants)}")
+    return variants[variant]()
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -211,26 +280,25 @@ def parse(overrides: Iterable[str], defaults: Mapping[str, Any]) -> dict[str, An
 
 
 def run_sweeps(sweeps: list[Sweep], settings: Mapping[str, Any], folder: Path, peaks: Sequence[dict]) -> None:
-    """Run every job with its remaining time; after each sweep print its table, write its JSON and its figure.
+    """Run every job; after each sweep print its table, write its JSON and its figure.
 
     Written are folder/<name>-<device>-<precision>.json and folder/figures/<name>-<device>-<precision>.png. A job that
     fails costs its own rows: the others still run, then its error is raised. Ctrl-C keeps what was measured before.
     `sweeps` is emptied on the way, for a sweep that is over must not keep its models.
     """
     console = Console()
-    count, total = sum(len(sweep.jobs) for sweep in sweeps), sum(job.seconds for sweep in sweeps for job in sweep.jobs)
+    count, begun, done, failures = sum(len(sweep.jobs) for sweep in sweeps), time.perf_counter(), 0, []
     console.stages(count)
-    console.say(f"{count} measurements, about {_minutes(total)} on a quiet machine")
     for peak in peaks:
         shape = " x ".join(map(str, peak["shape"]))
         console.say(f"matrix product, {peak['precision']}: {peak['flops_per_second'] / 1e9:,.0f} GFLOP/s at {shape}")
-    begun, done, failures = time.perf_counter(), 0.0, []
     while sweeps:
         sweep, rows = sweeps.pop(0), []
         try:
             for job in sweep.jobs:
-                slower = (time.perf_counter() - begun) / done if done else 1.0
-                console.stage(f"{sweep.name}: {job.setting} (about {_minutes((total - done) * slower)} left)")
+                left = (count - done) * (time.perf_counter() - begun) / done if done else 0
+                console.stage(f"{sweep.name}: {job.setting}" + (f" (about {left / 60:.0f} min left)" if left else ""))
+                done += 1
                 try:
                     gc.collect()
                     if settings["device"] == "cuda":
@@ -240,16 +308,11 @@ def run_sweeps(sweeps: list[Sweep], settings: Mapping[str, Any], folder: Path, p
                     failures.append(f"{sweep.name}: {job.setting}: {error}")
                 except Exception as error:
                     traceback.print_exc()
-                    told = f"{type(error).__name__}: {error}".splitlines()[0]
-                    failures.append(f"{sweep.name}: {job.setting}: {told}")
-                done += job.seconds
+                    message = f"{type(error).__name__}: {error}".splitlines()[0]
+                    failures.append(f"{sweep.name}: {job.setting}: {message}")
         finally:
             if rows:
                 path = save(sweep, rows, settings, folder, peaks)
                 print(f"\n{table(sweep, rows)}\n{path}\n", flush=True)
     if failures:
         raise UserError("; ".join(failures))
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{math.ceil(seconds)} s"

@@ -1,103 +1,119 @@
-"""What the core's own sweeps time: losses, attention, patch embedding."""
+"""What the core's own sweeps time: attention backends, patch embedding, and the contrastive loss in tiles."""
 
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shared.tools.bench_timing import DTYPES, Job, MemoryMeter, Sweep, memory_rows, race, rows_of
+from shared.tools.bench import Setup
+from shared.tools.bench_output import Job, Sweep
+from shared.tools.bench_timing import MemoryMeter, in_child, memory_rows, race
 
-# ---- what needs no paper
-
-
-CORE = {
-    "attention": lambda plan: [_attention(plan.device, plan.precision, plan.repeats)],
-    "patches": lambda plan: [_patches(plan.device, plan.precision, plan.repeats)],
-    "loss": lambda plan: _loss(plan.device, plan.repeats),
-}
+GIB = 2**30
+WIDTH = 512  # of the features that the loss compares
+SCALE = 1 / 0.07  # CLIP's scale at the start of training (Sec. 2.5)
+MATRICES = 4  # B x B floats that the plain loss holds at its peak: two directions, each with its gradient
 
 
-def _loss(device: str, repeats: int) -> list[Sweep]:
+# ---- the contrastive loss
+
+
+def loss(setup: Setup) -> list[Sweep]:
     """Time and peak memory of the chunked loss against the plain one: two tables of the same measurement."""
-    width = 512
-    measured = functools.cache(_loss_on_gpu if device == "cuda" else _loss_on_cpu)
-    sizes = (65_536, 32_768, 8_192) if device == "cuda" else (8_192, 32_768)
+    measured = functools.cache(functools.partial(_time_and_memory, setup))
+    sizes = setup.on((8_192, 32_768), (65_536, 32_768, 8_192))
 
-    def jobs(which: int, seconds: float) -> list[Job]:
+    def jobs(table: int) -> list[Job]:
         def run(batch: int) -> list[dict]:
-            return [{"batch": batch, **row} for row in measured(batch, width, repeats)[which]]
+            return [{"batch": batch, **row} for row in measured(batch)[table]]
 
-        return [
-            Job(f"batch {batch:,}, width {width}", seconds * (batch / 8_192) ** 2, functools.partial(run, batch))
-            for batch in sizes
-        ]
+        return [Job(f"batch {batch:,}, width {WIDTH}", functools.partial(run, batch)) for batch in sizes]
 
     title = "CONTRASTIVE LOSS in tiles, forward and backward, fp32"
     return [
-        Sweep("loss-time", title, jobs(0, 0.3 if device == "cuda" else 20)),
-        Sweep("loss-memory", f"{title}: peak memory", jobs(1, 0), verb="needs"),
+        Sweep("loss-time", title, jobs(0)),
+        Sweep("loss-memory", f"{title}: peak memory", jobs(1), verb="needs"),
     ]
 
 
-def _loss_on_cpu(batch: int, width: int, repeats: int) -> tuple[list[dict], list[dict]]:
-    from shared.tools.bench_loss import measure
+def _time_and_memory(setup: Setup, batch: int) -> tuple[list[dict], list[dict]]:
+    """Rows of both tables; the first row says which variants did not run for want of memory."""
+    from shared.losses.contrastive import CHUNK
 
-    found = {
-        "plain" if row["chunk"] is None else "chunked": row
-        for row in measure(batch, width, rounds=min(3, repeats))["rows"]
-    }
-    names = [name for name in ("chunked", "plain") if name in found]
-    return (
-        rows_of({name: found[name]["seconds"] for name in names}, unit="losses/s"),
-        memory_rows({name: int(statistics.median(found[name]["bytes"])) for name in names}),
-    )
-
-
-def _loss_on_gpu(batch: int, width: int, repeats: int) -> tuple[list[dict], list[dict]]:
-    from shared.losses.contrastive import CHUNK, chunked_contrastive_loss, contrastive_loss
-
-    torch.manual_seed(0)
-    features = [torch.nn.functional.normalize(torch.randn(batch, width, device="cuda"), dim=-1) for _ in range(2)]
-    inputs = [x.requires_grad_() for x in (*features, torch.tensor(14.3, device="cuda"))]
-
-    def call(loss: Callable) -> tuple[Tensor, ...]:
-        value = loss(*inputs)
-        return (value, *torch.autograd.grad(value, inputs[:2]))
-
-    losses = {
-        ("chunked" if chunk == CHUNK else f"chunk {chunk:,}"): functools.partial(chunked_contrastive_loss, chunk=chunk)
-        for chunk in (CHUNK, 4 * CHUNK, 16 * CHUNK)
-        if chunk <= batch
-    } | {"plain": contrastive_loss}
-    calls = {name: functools.partial(call, loss) for name, loss in losses.items()}
+    larger = setup.on((), (4 * CHUNK, 16 * CHUNK))
+    variants = {"chunked": CHUNK} | {f"chunk {chunk:,}": chunk for chunk in larger if chunk <= batch} | {"plain": None}
+    measure = setup.on(functools.partial(in_child, loss_memory), loss_memory)
     peaks, not_run = {}, {}
-    for name, step in list(calls.items()):
-        meter = MemoryMeter("cuda")
+    for name, chunk in variants.items():
+        why = too_large(batch) if setup.device == "cpu" and chunk is None else None
         try:
-            step()
-            peaks[name] = meter.peak()
+            if why is None:
+                peaks[name] = measure(setup.device, batch, chunk)
         except torch.OutOfMemoryError:
-            del calls[name]
-            not_run[name] = f"out of the GPU's {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB of memory"
-        torch.cuda.empty_cache()
-    times = race(calls, min(3, repeats), device="cuda", tolerance=1e-3, unit="losses/s")
+            why = f"out of the GPU's {torch.cuda.mem_get_info()[1] / GIB:.0f} GiB of memory"
+        if why:
+            not_run[name] = why
+        setup.on(lambda: None, torch.cuda.empty_cache)()
+    calls = {name: loss_step(setup.device, batch, variants[name]) for name in peaks}
+    times = race(calls, min(3, setup.repeats), device=setup.device, tolerance=1e-3, unit="losses/s")
     memory = memory_rows(peaks)
     if not_run:
         times[0]["not_run"] = memory[0]["not_run"] = not_run
     return times, memory
 
 
-def _attention(device: str, precision: str, repeats: int) -> Sweep:
+def too_large(batch: int) -> str | None:
+    """Why the plain loss of so many pairs does not run on this machine's CPU."""
+    from shared.tools.doctor import available_memory
+
+    needed, free = MATRICES * 4 * batch * batch + GIB, available_memory()
+    if free is None or needed <= free:
+        return None
+    return f"the plain loss of {batch} pairs needs about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+
+
+def loss_step(device: str, batch: int, chunk: int | None, width: int = WIDTH) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that gives the loss of a batch of random pairs and its gradients of both features (B, D); None: plain."""
+    from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
+
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(batch, width, generator=generator).to(device) for _ in range(2)]
+    features = [torch.nn.functional.normalize(part, dim=-1).requires_grad_() for part in features]
+    scale = torch.tensor(SCALE, device=device, requires_grad=True)
+
+    def call() -> tuple[Tensor, ...]:
+        inputs = (*features, scale)
+        value = contrastive_loss(*inputs) if chunk is None else chunked_contrastive_loss(*inputs, chunk=chunk)
+        return (value, *torch.autograd.grad(value, features))
+
+    return call
+
+
+def loss_memory(device: str, batch: int, chunk: int | None, width: int = WIDTH) -> int:
+    """Bytes at the peak of one such call, without its features; on a CPU to be called in a process of its own."""
+    if device == "cpu" and (score := Path("/proc/self/oom_score_adj")).exists():
+        score.write_text("1000")  # if memory runs out, this process ends and no other
+    loss_step(device, min(batch, 512), chunk, width)()  # loads what is loaded late
+    call = loss_step(device, batch, chunk, width)
+    meter = MemoryMeter(device)
+    call()
+    return meter.peak()
+
+
+# ---- attention
+
+
+def attention(setup: Setup) -> list[Sweep]:
     from shared.nn.attention import StructuredMask, attention
 
     def documents(tokens: int, length: int) -> StructuredMask:
         return StructuredMask(lambda b, h, q, k: q // length == k // length, 1, 1, tokens, tokens)
 
-    more = 64 if device == "cuda" else 1
+    more = setup.on(1, 64)
     # (what, B, H, T, K, causal, mask)
     shapes = [
         ("pictures, ViT-B/32, 50 tokens", 8, 12, 50, 64, False, None),
@@ -109,7 +125,7 @@ def _attention(device: str, precision: str, repeats: int) -> Sweep:
     def run(B: int, H: int, T: int, K: int, causal: bool, length: int | None, train: bool) -> list[dict]:
         generator = torch.Generator().manual_seed(0)
         q, k, v, gradient = (
-            torch.randn(B, H, T, K, generator=generator).to(device, DTYPES[precision]) for _ in range(4)
+            torch.randn(B, H, T, K, generator=generator).to(setup.device, setup.dtype) for _ in range(4)
         )
         for tensor in (q, k, v):
             tensor.requires_grad_(train)
@@ -120,62 +136,59 @@ def _attention(device: str, precision: str, repeats: int) -> Sweep:
                 out = attention(q, k, v, mask=mask, causal=causal, backend=backend)
             return (out, *torch.autograd.grad(out, (q, k, v), gradient)) if train else out
 
-        backends = ["sdpa", "reference"] + (["flex"] if device == "cuda" or not train else [])
-        rows = race(
-            {name: functools.partial(call, name) for name in backends},
-            repeats,
-            device=device,
-            tolerance=1e-4 if precision == "fp32" else 5e-2,
-            at_least=0.02,
-            items=B,
-            unit="rows/s",
-        )
-        return [{"tokens": T, "batch": B, **row} for row in rows]
+        backends = ["sdpa", "reference"] + (["flex"] if setup.device == "cuda" or not train else [])
+        calls = {name: functools.partial(call, name) for name in backends}
+        return [{"tokens": T, "batch": B, **row} for row in setup.rows(calls, at_least=0.02, items=B, unit="rows/s")]
 
     jobs = []
     for train in (False, True):
         for what, B, H, *rest in shapes:
             setting = f"{'forward and backward' if train else 'forward'}: {what}, batch {B * more}"
-            jobs.append(Job(setting, 1.5, functools.partial(run, B * more, H, *rest, train)))
-    return Sweep("attention", "ATTENTION, the backends of one call", jobs)
+            jobs.append(Job(setting, functools.partial(run, B * more, H, *rest, train)))
+    return [Sweep("attention", "ATTENTION, the backends of one call", jobs)]
 
 
-def _patches(device: str, precision: str, repeats: int) -> Sweep:
+# ---- patches
+
+
+def patches(setup: Setup) -> list[Sweep]:
     from shared.nn.patch_embedding import PatchEmbedding
 
-    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-    batch = 256 if device == "cuda" else 16
+    mean, std, device = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), setup.device
+    batch = setup.on(16, 256)
 
     def run(patch: int, width: int, train: bool) -> list[dict]:
         torch.manual_seed(0)
         ours = PatchEmbedding(patch, width, mean=mean, std=std).to(device)
         pixels = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=device)
-        shift = torch.tensor(mean, device=device).view(3, 1, 1)
-        scale = torch.tensor(std, device=device).view(3, 1, 1)
+        shift, scale = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
 
-        def convolution() -> Tensor:
+        def convolution(pixels: Tensor) -> Tensor:
             normalised = pixels.float().div_(255).sub_(shift).div_(scale)
             return torch.conv2d(normalised, ours.weight, stride=patch).flatten(2).transpose(1, 2)  # (B, N, D)
 
-        def call(embed: Callable[[], Tensor]):
-            with torch.set_grad_enabled(train), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                out = embed()
+        def call(embed: Callable[[Tensor], Tensor]):
+            with (
+                torch.set_grad_enabled(train),
+                torch.autocast(device, torch.bfloat16, enabled=setup.precision == "bf16"),
+            ):
+                out = embed(pixels)
             return torch.autograd.grad(out, ours.weight, torch.ones_like(out))[0] if train else out
 
-        rows = race(
-            {"product": lambda: call(lambda: ours(pixels)), "convolution": lambda: call(convolution)},
-            repeats,
-            device=device,
-            tolerance=1e-4 if precision == "fp32" else 5e-2,
-            at_least=0.02,
-            items=batch,
-            unit="pictures/s",
-        )
+        calls = {"product": functools.partial(call, ours), "convolution": functools.partial(call, convolution)}
+        rows = setup.rows(calls, at_least=0.02, items=batch, unit="pictures/s")
         return [{"patch": patch, "batch": batch, **row} for row in rows]
 
     jobs = []
     for train in (False, True):
         for patch, width in ((32, 768), (16, 768), (14, 1024)):
             setting = f"{'forward and backward' if train else 'forward'}: 224 px, patch {patch}, batch {batch}"
-            jobs.append(Job(setting, 2.5, functools.partial(run, patch, width, train)))
-    return Sweep("patches", "PATCHES, from bytes to tokens: one matrix product, or normalise and convolve", jobs)
+            jobs.append(Job(setting, functools.partial(run, patch, width, train)))
+    return [Sweep("patches", "PATCHES, from bytes to tokens: one matrix product, or normalise and convolve", jobs)]
+
+
+CORE = {"attention": attention, "patches": patches, "loss": loss}
+
+
+def core(setup: Setup) -> list[Sweep]:
+    return [sweep for make in CORE.values() for sweep in make(setup)]

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.core.files import ROOT
-from shared.tools.bench_timing import Sweep
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of a sweep's table: `run() -> rows`, one row a contestant."""
+
+    setting: str
+    run: Callable[[], list[dict]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Jobs that share a table, a JSON file and a figure, all called `name`.
+
+    verb: how a contestant's ratio reads, "takes" (times as long) or "needs" (times as much). x: the key of the rows
+    that a line figure has on its axis; without one the figure shows ratios as bars.
+    """
+
+    name: str
+    title: str
+    jobs: Sequence[Job]
+    verb: str = "takes"
+    x: str = ""
+    x_label: str = ""
 
 
 def save(sweep: Sweep, rows: list[dict], settings: Mapping[str, Any], folder: Path, peaks: Sequence[dict]) -> Path:
@@ -32,16 +56,13 @@ def save(sweep: Sweep, rows: list[dict], settings: Mapping[str, Any], folder: Pa
     path = folder / f"{sweep.name}-{settings['device']}-{settings['precision']}.json"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(result, indent=1) + "\n")
-    if any("ratio" in row for row in rows):
-        (folder / "figures" / f"{path.stem}.png").write_bytes(figure(sweep, rows, result["machine"]))
+    (folder / "figures" / f"{path.stem}.png").write_bytes(figure(sweep, rows, result["machine"]))
     return path
 
 
 def table(sweep: Sweep, rows: Sequence[dict]) -> str:
     """One line a setting: the first contestant's own value, then how many times as long (as much) the others take."""
     lines = [sweep.title]
-    if not any("ratio" in row for row in rows):
-        return "\n".join(lines + [", ".join(f"{key} {value}" for key, value in row.items()) for row in rows])
     names = list(dict.fromkeys(row["name"] for row in rows))
     head = ["", names[0], "of peak", *(f"{name} {sweep.verb}" for name in names[1:])]
     cells = []

@@ -11,54 +11,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from shared.core.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FEWEST_ROUNDS = 3
-# Tokens of a caption with both end marks. Of the kind that COCO's captions have: about 13 on average, few beyond 20.
-NATURAL = (11, 16, 13, 10, 12, 22, 14, 11, 9, 13, 15, 12, 10, 17, 12, 14)
-DEFAULTS = {
-    "sweep": "all",
-    "variant": "",
-    "batch": "",
-    "repeats": 5,
-    "precision": "",
-    "seconds": 150.0,  # at most this long in one race, but for its first three rounds
-    "out": "results/bench",
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One line of a sweep's table: `run() -> rows`, one row a contestant; `seconds` is a guess of what it takes."""
-
-    setting: str
-    seconds: float
-    run: Callable[[], list[dict]]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Jobs that share a table, a JSON file and a figure, all called `name`.
-
-    verb: how a contestant's ratio reads, "takes" (times as long) or "needs" (times as much). x: the key of the rows
-    that a line figure has on its axis; without one the figure shows ratios as bars.
-    """
-
-    name: str
-    title: str
-    jobs: Sequence[Job]
-    verb: str = "takes"
-    x: str = ""
-    x_label: str = ""
 
 
 # ---- time
@@ -74,7 +38,6 @@ def race(
     at_least: float = 0.0,
     items: float = 1,
     unit: str = "calls/s",
-    flops: float | None = None,
     peak: float | None = None,
 ) -> list[dict]:
     """Call every contestant once a round, `repeats` rounds, the first place moving on; one row a contestant.
@@ -84,18 +47,26 @@ def race(
     equal weights are held to equal losses all along, which compares their gradients too.
     Row: name; value = `items` a second at the median; unit; median_s; ratio = median over rounds of its time by that of
     the first contestant in the same round, with its quartiles ratio_low and ratio_high; seconds, one a round; and
-    share_of_peak = flops / median_s / peak where both are given (the same flops for all: work, not waste, is counted).
+    with `peak`, share_of_peak = flops / median_s / peak, by the FLOPs of the first contestant (the same for all: work,
+    not waste, is counted).
     Fewer rounds, but at least 3, are run where `repeats` would take more than `seconds`. `at_least`: shortest time
     to be measured; quicker calls are repeated within a round.
     """
     names = list(contestants)
     started = time.perf_counter()
-    calls = 1
-    for _ in range(2 if at_least or device == "cuda" else 1):
-        warm = {name: _timed(name, call, device, 1) for name, call in contestants.items()}
+    counter = FlopCounterMode(display=False)
+
+    def counted() -> Any:  # as written: what is compiled hides its products
+        with torch.compiler.set_stance("force_eager"), counter:
+            return contestants[names[0]]()
+
+    warm_ups = [{**contestants, names[0]: counted} if peak else contestants]
+    if at_least or device == "cuda":
+        warm_ups.append(contestants)
+    for warm_up in warm_ups:
+        warm = {name: _timed(name, call, device, 1) for name, call in warm_up.items()}
         _same({name: output for name, (_, output) in warm.items()}, tolerance)
-    if at_least:
-        calls = max(1, math.ceil(at_least / min(taken for taken, _ in warm.values())))
+    calls = max(1, math.ceil(at_least / min(taken for taken, _ in warm.values())))
     times: dict[str, list[float]] = {name: [] for name in names}
     rounds_started = time.perf_counter()
     for done in range(repeats):
@@ -107,7 +78,7 @@ def race(
             taken, outputs[name] = _timed(name, contestants[name], device, calls)
             times[name].append(taken)
         _same({name: outputs[name] for name in names}, tolerance)
-    return rows_of(times, items=items, unit=unit, flops=flops, peak=peak)
+    return rows_of(times, items=items, unit=unit, flops=counter.get_total_flops(), peak=peak)
 
 
 def rows_of(

@@ -20,7 +20,7 @@ from shared.experiments.stage_cache import own_randomness
 from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
 from shared.nn.attention import StructuredMask, attention, use_backend
 from shared.tools import bench_timing
-from shared.tools.bench import compiled
+from shared.tools.bench import compiled, stepper
 from shared.training.callbacks import MetricRecorder
 from shared.training.trainer import make_trainer
 
@@ -85,7 +85,7 @@ def test_clip_sees_and_reads_as_on_the_cpu(name):
     config = CLIP[name]()
     torch.manual_seed(0)
     model = Clip(config).eval()
-    data = clip_bench.bytes_and_tokens(config, 3, "cpu")
+    data = clip_bench.inputs(config, 3, "cpu")
     with torch.no_grad():
         expected = model(*data)
         model.to(GPU)
@@ -97,11 +97,11 @@ def test_clip_sees_and_reads_as_on_the_cpu(name):
 @pytest.mark.parametrize(("precision", "by_layer"), [("fp32", False), ("bf16", False), ("bf16", True)])
 def test_clip_trains_as_on_the_cpu_also_compiled(precision, by_layer):
     config = CLIP["clip-tiny"]()
-    data = clip_bench.bytes_and_tokens(config, 6, "cpu")
+    data = clip_bench.inputs(config, 6, "cpu")
     one = clip_bench.contestants(config, "cpu")["ours"]
     model = copy.deepcopy(one.model).to(GPU)
     other = clip_bench.contestant("ours", compiled(model) if by_layer else model, config)
-    expected, found = clip_bench.clip_stepper(one, "fp32"), clip_bench.clip_stepper(other, precision)
+    expected, found = (stepper(c.model, c.loss, of) for c, of in ((one, "fp32"), (other, precision)))
     for _ in range(4):  # the loss falls by a tenth
         assert gap([found(*on_gpu(data))], [expected(*data)]) < (1e-3 if precision == "fp32" else 2e-2)
 
@@ -111,7 +111,7 @@ def test_the_qformer_reads_looks_and_writes_as_on_the_cpu():
     torch.manual_seed(0)
     model = Blip2Qformer(config).eval()
     features = torch.randn(4, config.vision.tokens, config.vision.width)
-    _, tokens = blip2_bench.given(config, 4, "cpu")
+    _, tokens = blip2_bench.inputs(config, 4, "cpu")
 
     @torch.no_grad()
     def outputs(model, features, tokens):
@@ -151,8 +151,8 @@ def test_beams_write_the_same_words_as_transformers_on_either_device():
     written = []
     for device in ("cpu", GPU):
         torch.manual_seed(0)
-        pixels, _ = blip2_bench.given(config, 5, "cpu")
-        prompts = blip2_bench.prompts_of(config, 5, "cpu")
+        pixels, _ = blip2_bench.inputs(config, 5, "cpu")
+        prompts = blip2_bench.prompts(config, 5, "cpu")
         both = blip2_bench.writers(config, device, torch.float32)
         written.append(
             {
@@ -220,7 +220,7 @@ def test_the_matrix_peak_and_the_memory_meter_measure_the_gpu():
 def test_a_backend_chosen_for_all_reaches_the_gpu():
     config = CLIP["clip-tiny"]()
     model = Clip(config).to(GPU).eval()
-    data = clip_bench.bytes_and_tokens(config, 3, GPU)
+    data = clip_bench.inputs(config, 3, GPU)
     with torch.no_grad():
         expected = model(*data)
         with use_backend("reference"):

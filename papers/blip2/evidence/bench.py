@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from papers.blip2.config import CLIP_VIT_L, LANGUAGES, VARIANTS, Blip2Config, LanguageConfig, VisionConfig
-from papers.blip2.evidence.cost import stage1_flops
 from papers.blip2.formats import VISION, published_of, transformers_qformer, with_language
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, vision_encoder
@@ -34,21 +30,10 @@ from shared.losses.image_text import IGNORED, next_token_targets
 from shared.nn.causal_lm import SmallLanguageModel
 from shared.nn.generation import GenerationSettings, generate
 from shared.nn.packed_linear import pack
-from shared.tools.bench import (
-    Plan,
-    longest,
-    normaliser,
-    one_of,
-    pictures_and_texts,
-    run_plan,
-    stepper,
-    without_gradients,
-)
-from shared.tools.bench_timing import DTYPES, NATURAL, Job, Sweep
-from shared.tools.footprint import shapes_only
+from shared.tools.bench import Setup, longest, normaliser, pick, pictures_and_texts, stepper
+from shared.tools.bench_output import Job, Sweep
 from shared.weights.weight_map import to_published
 
-SWEEPS = ("generate", "step", "stage1", "tokens")
 BEAMS, NEW_TOKENS = 5, 20
 A_PHOTO_OF = (2, 102, 1345, 9)  # OPT's start token and some three words; their ids cost the same
 VISUAL_TOKENS = (32, 1, 8, 64, 128, 257)  # the paper's queries first, last all tokens of its encoders
@@ -88,9 +73,9 @@ CONFIGS: dict[str, Callable[[], Blip2Config]] = {
 }
 
 
-def run(root: Path, overrides: list[str]) -> None:
-    """Print a table a sweep; write it, with its figure, into results/bench/."""
-    run_plan(root, overrides, Blip2Plan, SWEEPS, lambda variant: one_of(variant, CONFIGS))
+def config_of(variant: str) -> Blip2Config:
+    """The variant, without dropout."""
+    return replace(pick(variant, CONFIGS), dropout=0.0)
 
 
 # ---- the contestants
@@ -268,19 +253,18 @@ def writers(config: Blip2Config, device: str, dtype: torch.dtype) -> dict[str, C
     for part in (theirs.vision_model, theirs.language_projection, theirs.language_model):
         part.to(dtype)
     normalised = normaliser(theirs.vision_model, config.vision.mean, config.vision.std)
-    settings = GenerationSettings((2,), NEW_TOKENS, NEW_TOKENS, beams=BEAMS)
+    generation = GenerationSettings((2,), NEW_TOKENS, NEW_TOKENS, beams=BEAMS)
     image_token = theirs.config.image_token_index
 
-    def our_words(pixels: Tensor, prompts: Tensor) -> Tensor:
-        written = generate(ours.decoding(encoder(pixels)), prompts, settings)
-        return torch.tensor(written.tokens)
+    def our_texts(pixels: Tensor, prompts: Tensor) -> Tensor:
+        return torch.tensor(generate(ours.decoding(encoder(pixels)), prompts, generation).tokens)
 
-    def their_words(pixels: Tensor, prompts: Tensor) -> Tensor:
-        asked = torch.cat([prompts.new_full((len(prompts), config.queries), image_token), prompts], dim=1)
+    def their_texts(pixels: Tensor, prompts: Tensor) -> Tensor:
+        questions = torch.cat([prompts.new_full((len(prompts), config.queries), image_token), prompts], dim=1)
         tokens = theirs.generate(
             pixel_values=normalised(pixels),
-            input_ids=asked,
-            attention_mask=torch.ones_like(asked),
+            input_ids=questions,
+            attention_mask=torch.ones_like(questions),
             num_beams=BEAMS,
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
@@ -288,33 +272,29 @@ def writers(config: Blip2Config, device: str, dtype: torch.dtype) -> dict[str, C
         )
         return tokens[:, -NEW_TOKENS:].cpu()
 
-    return {"ours": our_words, "transformers": their_words}
+    return {"ours": our_texts, "transformers": their_texts}
 
 
-def stage2_steps(
-    config: Blip2Config, device: str, precision: str, pixels: Tensor
-) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def stage2_steps(config: Blip2Config, setup: Setup, pixels: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Stage 2's step on the features of `pixels`, computed before, and with the encoder run in it: functions of tokens
     (B, T) and attention_mask (B, T) that give the loss before it."""
     torch.manual_seed(0)
-    with torch.device(device):
+    half = setup.precision == "bf16"
+    with torch.device(setup.device):
         encoder, lm = frozen_encoder(config.vision), language_model(config.language)
     for parameter in lm.parameters():  # a new one says anything of anything: its loss would compare nothing
         if parameter.ndim == 2:
             parameter.data.mul_(5)
-    if precision == "bf16":
+    if half:
         encoder, lm = encoder.to(torch.bfloat16), lm.to(torch.bfloat16)
-    with torch.device(device):
+    with torch.device(setup.device):
         first, second = Blip2(config, lm), Blip2(config, lm)
     second.load_state_dict(first.state_dict())
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):  # as in a step
+    with torch.autocast(setup.device, torch.bfloat16, enabled=half):  # as in a step
         cached = encoder(pixels)
 
     def step(model: Blip2, features: Callable[[], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def loss(tokens: Tensor, attention_mask: Tensor) -> Tensor:
-            return stage2_loss(model(features(), tokens, attention_mask))
-
-        return stepper(model, loss, model.parameters(), precision)
+        return stepper(model, lambda *texts: stage2_loss(model(features(), *texts)), setup.precision)
 
     return {
         "cached features": step(first, lambda: cached),
@@ -328,212 +308,135 @@ def stage1_steps(
     """Stage 1's step: functions of features (B, S, C) and texts (B, T) that give the losses before it. Both draw their
     hard negatives by equal seeds."""
 
-    def step(model: Blip2Qformer) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-        seeds = itertools.count()
+    def losses(model: Blip2Qformer, features: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        parts = stage1_losses(model(features, tokens, None, objectives), config.label_smoothing)
+        return tuple(loss for loss in (parts.itc, parts.itm, parts.itg) if loss is not None)
 
-        def losses(features: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-            torch.manual_seed(next(seeds))
-            output = model(features, tokens, None, objectives)
-            found = stage1_losses(output, config.label_smoothing)
-            return tuple(loss for loss in (found.itc, found.itm, found.itg) if loss is not None)
-
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return stepper(model, losses, trained, precision)
-
-    return {name: step(model) for name, model in stage1_models(config, kind, device).items()}
+    models = stage1_models(config, kind, device)
+    return {name: stepper(model, functools.partial(losses, model), precision) for name, model in models.items()}
 
 
 # ---- what they are given
 
 
-def given(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor]:
+def inputs(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor]:
     """Pictures of noise (B, 3, H, W) uint8, and texts (B, T) of natural lengths, padded to the longest."""
+    start, end = config.start_token, config.end_token
+    words = (1, min(start, config.vocabulary))
     pixels, tokens = pictures_and_texts(
-        batch,
-        config.vision.image_size,
-        config.context,
-        start=config.start_token,
-        end=config.end_token,
-        words=(1, min(config.start_token, config.vocabulary)),
-        lengths=NATURAL,
+        batch, config.vision.image_size, config.context, start=start, end=end, words=words
     )
     return pixels.to(device), trim_padding(tokens, config.pad_token).to(device)
 
 
-def spoken(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """A language model's texts (B, T) of natural lengths, and where they are (B, T)."""
-    generator = torch.Generator().manual_seed(0)
-    width = longest(batch, config.context)
-    tokens = torch.randint(3, config.language.vocabulary - 1, (batch, width), generator=generator)
-    ends = torch.tensor([min(NATURAL[row % len(NATURAL)], width) for row in range(batch)])
-    attention_mask = torch.arange(width) < ends[:, None]
-    return tokens.to(device), attention_mask.to(device)
+def language_inputs(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    """The language model's texts (B, T) of natural lengths, and where they are (B, T)."""
+    context, words = longest(batch, config.context), (3, config.language.vocabulary - 1)
+    _, tokens = pictures_and_texts(batch, 1, context, start=2, end=2, words=words)
+    return tokens.to(device), (tokens != 0).to(device)
 
 
-def prompts_of(config: Blip2Config, batch: int, device: str) -> Tensor:
+def prompts(config: Blip2Config, batch: int, device: str) -> Tensor:
     """(B, 4)."""
     return torch.tensor([[word % config.language.vocabulary for word in A_PHOTO_OF]] * batch, device=device)
-
-
-@functools.cache
-def work(config: Blip2Config, tokens: int) -> dict[str, int]:
-    """FLOPs of one picture's forward pass: `encoder`, `bridge` (Q-Former and projector) and `language` (over queries
-    and so many tokens, scored at each)."""
-    with shapes_only():
-        vit = vision_encoder(config.vision)
-        pixels = torch.empty(1, 3, config.vision.image_size, config.vision.image_size, dtype=torch.uint8)
-        found = {}
-
-        def counted(name: str, call: Callable[[], Any]) -> Any:
-            with FlopCounterMode(display=False) as counter:
-                out = call()
-            found[name] = counter.get_total_flops()
-            return out
-
-        features = counted("encoder", lambda: vit.tokens(pixels))
-        model = Blip2(config, language_model(config.language))
-        prefix = counted("bridge", lambda: model.prefix(features))
-        lm = model.language_model
-        x = torch.cat([prefix, torch.empty(1, tokens, lm.width)], dim=1)
-        counted("language", lambda: lm.logits(lm.states(x, None)[:, config.queries :]))
-    return found
 
 
 # ---- the sweeps
 
 
-class Blip2Plan(Plan):
-    """BLIP-2's sweeps."""
+def generate_sweep(setup: Setup) -> list[Sweep]:
+    name = setup.variant or setup.on("opt-125m", PUBLISHED)
+    config = config_of(name)
+    if config.language.family != "opt" or config.vision.kind != "eva":
+        raise UserError(f"bench: transformers' side writes by OPT of what EVA sees, {name} has other parts")
+    models = functools.lru_cache(maxsize=1)(lambda dtype: writers(config, setup.device, dtype))
 
-    def _generate(self) -> Sweep:
-        config = self._config(self.on("opt-125m", PUBLISHED))
-        if config.language.family != "opt" or config.vision.kind != "eva":
-            raise UserError(f"bench: transformers' side writes by OPT of what EVA sees, {self.variant} has other parts")
-        models = functools.lru_cache(maxsize=1)(lambda name: writers(config, self.device, DTYPES[name]))
+    def job(one: Setup, batch: int) -> Job:
+        return one.writing_race(
+            f"{one.precision}, batch {batch}",
+            lambda: models(one.dtype),
+            lambda: (inputs(config, batch, one.device)[0], prompts(config, batch, one.device)),
+            items=batch, unit="texts/s", precision=one.precision, batch=batch, new_tokens=NEW_TOKENS,
+        )  # fmt: skip
 
-        def job(precision: str, batch: int) -> Job:
-            def run() -> list[dict]:
-                pixels, _ = given(config, batch, self.device)
-                prompts = prompts_of(config, batch, self.device)
-                written: dict[str, Tensor] = {}
-
-                def call(name: str) -> Tensor:
-                    written[name] = without_gradients(models(precision)[name], pixels, prompts)()
-                    # rounding to bf16 makes ties among words, which two implementations break differently
-                    return written[name] if precision == "fp32" else torch.tensor(written[name].shape)
-
-                calls = {name: functools.partial(call, name) for name in models(precision)}
-                rows = self.race(calls, items=batch, unit="texts/s", at_least=self.on(0.2, 0.1))
-                same = float((written["ours"] == written["transformers"]).double().mean())
-                facts = {"precision": precision, "batch": batch, "new_tokens": NEW_TOKENS, "equal_tokens": same}
-                return [{**facts, **row} for row in rows]
-
-            each = work(config, len(A_PHOTO_OF))
-            read = batch * (2 * each["encoder"] + 2 * each["bridge"] + (1 + BEAMS) * each["language"])
-            reading = NEW_TOKENS * self.on(0.06, 0.02)  # a token reads all weights from memory
-            return Job(f"{precision}, batch {batch}", 5 + self.expected(read) + 2.5 * (self.repeats + 1) * reading, run)
-
-        name = self._name(self.on("opt-125m", PUBLISHED))
-        what = f"GENERATION, beam {BEAMS}, {config.queries} queries, {NEW_TOKENS} new tokens: {name}"
-        precisions = [peak["precision"] for peak in self.peaks]
-        jobs = [job(name, batch) for name in precisions for batch in self._batches((1, 8), (1, 64))]
-        return Sweep("blip2-generate", what, jobs)
-
-    def _step(self) -> Sweep:
-        sizes = {"vit-l-smollm2-135m": 2, "opt-125m": 2, "blip2-mini": 32}  # batches that two cores can bear
-        names = [self.variant] if self.variant else self.on(list(sizes), [PUBLISHED])
-
-        def job(name: str, batch: int) -> Job:
-            config = self._config(name)
-            each = work(config, longest(batch, config.context))
-            step = batch * (3 * each["bridge"] + 2 * each["language"])  # frozen: no gradients of weights
-
-            def run() -> list[dict]:
-                pixels, _ = given(config, batch, self.device)
-                data = spoken(config, batch, self.device)
-                steps = stage2_steps(config, self.device, self.precision, pixels)
-                # called `name`, it would take the outer one away from below: a fault of Python 3.12 and 3.13
-                calls = {side: functools.partial(step, *data) for side, step in steps.items()}
-                at_least = self.on(0.05, 0.1)
-                rows = self.race(calls, items=batch, unit="pictures/s", flops=step, training=True, at_least=at_least)
-                return [{"variant": name, "batch": batch, **row} for row in rows]
-
-            total = 2 * step + batch * each["encoder"]
-            return Job(f"{name}, batch {batch}", 8 + self.expected(total), run)
-
-        jobs = [job(name, batch) for name in names for batch in self._batches((sizes.get(name, 2),), (64,))]
-        return Sweep("blip2-step", f"STAGE 2, a training step, {self.precision}", jobs)
-
-    def _stage1(self) -> Sweep:
-        name = self.on("vit-l-smollm2-135m", PUBLISHED)
-        config = replace(self._config(name), language=None)
-        kinds = {
-            "transformers": ("ITC and ITM", Objectives(itg=False)),
-            "repeated": ("ITC, ITM and ITG", Objectives()),
-        }
-
-        def job(kind: str, batch: int) -> Job:
-            tokens = longest(batch, config.context)
-            total = 3 * batch * stage1_flops(config, tokens)
-            what, objectives = kinds[kind]
-
-            def run() -> list[dict]:
-                _, texts = given(config, batch, self.device)
-                generator = torch.Generator().manual_seed(0)
-                shape = (batch, config.vision.tokens, config.vision.width)
-                features = torch.randn(shape, generator=generator).to(self.device)
-                steps = stage1_steps(config, self.device, self.precision, kind, objectives)
-                calls = {name: functools.partial(step, features, texts) for name, step in steps.items()}
-                rows = self.race(calls, items=batch, unit="pictures/s", training=True)
-                return [{"objectives": what, "batch": batch, "tokens": tokens, **row} for row in rows]
-
-            return Job(f"{what}, batch {batch}", 15 + self.expected(2.5 * total), run)
-
-        jobs = [job(kind, batch) for kind in kinds for batch in self._batches((3,), (64,))]
-        title = f"STAGE 1, a training step, cached features, {self.precision}: {self._name(self.on('vit-l', name))}"
-        return Sweep("blip2-stage1", title, jobs)
-
-    def _tokens(self) -> Sweep:
-        """The language model's pass as it grows with what stands for a picture: O((m + n)^2) at the worst."""
-        languages = [self._config(self.variant).language] if self.variant else [LANGUAGES["smollm2-135m"], OPT_125M]
-
-        def job(language: LanguageConfig, batch: int) -> Job:
-            def run() -> list[dict]:
-                torch.manual_seed(0)
-                model = language_model(replace(language, context=512)).to(self.device, DTYPES[self.precision]).eval()
-                words = model.embed(torch.ones(batch, TEXT_TOKENS, dtype=torch.long, device=self.device)).detach()
-
-                def call(visual: int) -> Tensor:
-                    model.states(torch.cat([words.new_ones(batch, visual, model.width), words], dim=1), None)
-                    return torch.zeros(())
-
-                calls = {
-                    f"{visual} visual tokens": without_gradients(functools.partial(call, visual))
-                    for visual in VISUAL_TOKENS
-                }
-                rows = self.race(calls, items=batch, unit="pictures/s", at_least=self.on(0.02, 0.05))
-                facts = {"language_model": language.name, "batch": batch, "text": TEXT_TOKENS}
-                return [{**facts, "visual": v, **row} for v, row in zip(VISUAL_TOKENS, rows, strict=True)]
-
-            slots = sum(VISUAL_TOKENS) + len(VISUAL_TOKENS) * TEXT_TOKENS
-            size = sum(p.numel() for p in _on_meta(language).parameters())
-            return Job(f"{language.name}, batch {batch}", 3 + self.expected(2 * batch * slots * size), run)
-
-        jobs = [job(language, batch) for language in languages for batch in self._batches((1,), (16,))]
-        title = f"LANGUAGE MODEL over visual and {TEXT_TOKENS} text tokens, forward, {self.precision}"
-        return Sweep("blip2-tokens", title, jobs)
-
-    def _name(self, name: str) -> str:
-        return self.variant or name
-
-    def _config(self, name: str) -> Blip2Config:
-        """The variant, without dropout."""
-        return replace(CONFIGS[self._name(name)](), dropout=0.0)
-
-    def _batches(self, cpu: tuple[int, ...], cuda: tuple[int, ...]) -> tuple[int, ...]:
-        return self.batches or self.on(cpu, cuda)
+    precisions = [replace(setup, precision=peak["precision"]) for peak in setup.peaks]
+    what = f"GENERATION, beam {BEAMS}, {config.queries} queries, {NEW_TOKENS} new tokens: {name}"
+    jobs = [job(one, batch) for one in precisions for batch in setup.sizes((1, 8), (1, 64))]
+    return [Sweep("blip2-generate", what, jobs)]
 
 
-def _on_meta(language: LanguageConfig) -> nn.Module:
-    with torch.device("meta"):
-        return language_model(language)
+def step_sweep(setup: Setup) -> list[Sweep]:
+    sizes = {"vit-l-smollm2-135m": 2, "opt-125m": 2, "blip2-mini": 32}  # batches that two cores can bear
+    variants = [setup.variant] if setup.variant else setup.on(list(sizes), [PUBLISHED])
+
+    def job(variant: str, batch: int) -> Job:
+        config = config_of(variant)
+        return setup.race(
+            f"{variant}, batch {batch}",
+            lambda: stage2_steps(config, setup, inputs(config, batch, setup.device)[0]),
+            lambda: language_inputs(config, batch, setup.device),
+            items=batch, unit="pictures/s", training=True, at_least=setup.on(0.05, 0.1), variant=variant, batch=batch,
+        )  # fmt: skip
+
+    jobs = [job(name, batch) for name in variants for batch in setup.sizes((sizes.get(name, 2),), (64,))]
+    return [Sweep("blip2-step", f"STAGE 2, a training step, {setup.precision}", jobs)]
+
+
+def stage1_sweep(setup: Setup) -> list[Sweep]:
+    config = replace(config_of(setup.variant or setup.on("vit-l-smollm2-135m", PUBLISHED)), language=None)
+    kinds = {
+        "transformers": ("ITC and ITM", Objectives(itg=False)),
+        "repeated": ("ITC, ITM and ITG", Objectives()),
+    }
+
+    def job(kind: str, batch: int) -> Job:
+        what, objectives = kinds[kind]
+
+        def given() -> tuple[Tensor, Tensor]:
+            shape = (batch, config.vision.tokens, config.vision.width)
+            features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            return features.to(setup.device), inputs(config, batch, setup.device)[1]
+
+        return setup.race(
+            f"{what}, batch {batch}",
+            lambda: stage1_steps(config, setup.device, setup.precision, kind, objectives),
+            given,
+            items=batch, unit="pictures/s", training=True, objectives=what, batch=batch,
+            tokens=longest(batch, config.context),
+        )  # fmt: skip
+
+    jobs = [job(kind, batch) for kind in kinds for batch in setup.sizes((3,), (64,))]
+    name = setup.variant or setup.on("vit-l", PUBLISHED)
+    return [Sweep("blip2-stage1", f"STAGE 1, a training step, cached features, {setup.precision}: {name}", jobs)]
+
+
+def tokens_sweep(setup: Setup) -> list[Sweep]:
+    """The language model's pass as it grows with what stands for a picture: O((m + n)^2) at the worst."""
+    languages = [config_of(setup.variant).language] if setup.variant else [LANGUAGES["smollm2-135m"], OPT_125M]
+
+    def job(language: LanguageConfig, batch: int) -> Job:
+        def models() -> dict[str, Callable[[], Tensor]]:
+            torch.manual_seed(0)
+            model = language_model(replace(language, context=512)).to(setup.device, setup.dtype).eval()
+            embeddings = model.embed(torch.ones(batch, TEXT_TOKENS, dtype=torch.long, device=setup.device)).detach()
+
+            def call(visual: int) -> Tensor:
+                model.states(torch.cat([embeddings.new_ones(batch, visual, model.width), embeddings], dim=1), None)
+                return torch.zeros(())
+
+            return {f"{visual} visual tokens": functools.partial(call, visual) for visual in VISUAL_TOKENS}
+
+        race = setup.race(
+            f"{language.name}, batch {batch}", models, tuple, items=batch, unit="pictures/s", share=False,
+            at_least=setup.on(0.02, 0.05), language_model=language.name, batch=batch, text=TEXT_TOKENS,
+        )  # fmt: skip
+        return replace(
+            race, run=lambda: [{"visual": v, **row} for v, row in zip(VISUAL_TOKENS, race.run(), strict=True)]
+        )
+
+    jobs = [job(language, batch) for language in languages for batch in setup.sizes((1,), (16,))]
+    title = f"LANGUAGE MODEL over visual and {TEXT_TOKENS} text tokens, forward, {setup.precision}"
+    return [Sweep("blip2-tokens", title, jobs)]
+
+
+SWEEPS = {"generate": generate_sweep, "step": step_sweep, "stage1": stage1_sweep, "tokens": tokens_sweep}

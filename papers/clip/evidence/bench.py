@@ -9,47 +9,31 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from papers.clip.config import VARIANTS, ClipConfig
-from papers.clip.evidence.structure import flops
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
 from papers.clip.weights import OPENAI_VIT, TRANSFORMERS
 from shared.core.console import quiet
 from shared.core.errors import UserError
-from shared.tools.bench import (
-    Plan,
-    compiled,
-    longest,
-    normaliser,
-    one_of,
-    pictures_and_texts,
-    run_plan,
-    stepper,
-    without_gradients,
-)
-from shared.tools.bench_timing import DTYPES, NATURAL, Job, MemoryMeter, Sweep, in_child, memory_rows
-from shared.training.optim import decay_groups
+from shared.tools.bench import NATURAL, Setup, compiled, longest, normaliser, pick, pictures_and_texts, stepper
+from shared.tools.bench_core import core
+from shared.tools.bench_output import Job, Sweep
+from shared.tools.bench_timing import MemoryMeter, in_child, memory_rows
 from shared.weights.weight_map import to_ours, to_published
 
-SWEEPS = ("step", "inference", "memory", "resolution", "text", "core")
 NAMES = ("ours", "open_clip", "transformers")
 TRIMMED = "transformers, trimmed"
 
 
-def run(root: Path, overrides: list[str]) -> None:
-    """Print a table a sweep; write it, with its figure, into results/bench/."""
-    run_plan(root, overrides, ClipPlan, SWEEPS, _known)
-
-
-def _known(variant: str) -> None:
-    one_of(variant, VARIANTS)
-    if not VARIANTS[variant]().patch:
+def config_of(variant: str) -> ClipConfig:
+    config = pick(variant, VARIANTS)
+    if not config.patch:
         raise UserError(f"bench: transformers has no {variant}; choose a variant with patches, such as clip-vit-b-32")
+    return config
 
 
 # ---- the contestants
@@ -149,14 +133,7 @@ def contestant(name: str, model: nn.Module, config: ClipConfig) -> Contestant:
     )
 
 
-def clip_stepper(one: Contestant, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of pictures and tokens that takes one optimizer step and returns the loss before it."""
-    return stepper(one.model, one.loss, decay_groups(one.model, 0.2), precision)
-
-
-def bytes_and_tokens(
-    config: ClipConfig, batch: int, device: str, lengths: tuple[int, ...] = NATURAL
-) -> tuple[Tensor, Tensor]:
+def inputs(config: ClipConfig, batch: int, device: str, lengths: tuple[int, ...] = NATURAL) -> tuple[Tensor, Tensor]:
     """Pictures of noise (B, 3, H, W) uint8, and token ids (B, context) whose texts have `lengths` in turn."""
     start, end = config.end_token - 1, config.end_token
     pixels, tokens = pictures_and_texts(
@@ -165,165 +142,149 @@ def bytes_and_tokens(
     return pixels.to(device), tokens.to(device)
 
 
-@functools.cache
-def work(config: ClipConfig, tokens: int, train: bool, towers: str = "both") -> int:
-    """FLOPs for one picture and one text of `tokens`: what ours computes, so that nobody's waste counts as work."""
-    with torch.device("meta"):
-        model = Clip(config)
-        pixels = torch.empty(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
-        ids = torch.empty(1, tokens, dtype=torch.long)
-
-    def call() -> None:
-        features = ([model.encode_image(pixels)] if towers != "texts" else []) + (
-            [model.encode_text(ids)] if towers != "images" else []
-        )
-        if train:
-            sum(f.sum() for f in features).backward()
-
-    return flops(call)
-
-
 # ---- the sweeps
 
 
-class ClipPlan(Plan):
-    """CLIP's sweeps."""
-
-    def _head(self, what: str, variant: str) -> str:
-        return f"{what}: {variant.removeprefix('clip-')}, {self.precision}"
-
-    def _step(self) -> Sweep:
-        variant = self.variant or self.on("clip-vit-b-32", "clip-vit-b-16")
-        config = VARIANTS[variant]()
-        sizes = self.batches or self.on((4, 16), (256,))
-
-        @functools.cache
-        def steps(by_layer: bool) -> dict[str, Callable]:
-            models = contestants(config, self.device)
-            for one in models.values():
-                if by_layer:
-                    compiled(one.model)
-            return {name: clip_stepper(one, self.precision) for name, one in models.items()}
-
-        def job(batch: int, lengths: tuple[int, ...], by_layer: bool = False) -> Job:
-            tokens = longest(batch, config.context, lengths)
-            texts = f"captions of up to {tokens} tokens" if lengths is NATURAL else f"full texts, {tokens} tokens"
-            texts += ", all compiled" if by_layer else ""
-            ours = batch * work(config, tokens, True)
-
-            def run() -> list[dict]:
-                data = bytes_and_tokens(config, batch, self.device, lengths)
-                calls = {name: functools.partial(step, *data) for name, step in steps(by_layer).items()}
-                rows = self.race(calls, items=batch, unit="pictures/s", flops=ours, training=True)
-                return [{"batch": batch, "tokens": tokens, "compiled": by_layer, **row} for row in rows]
-
-            full = batch * work(config, config.context, True)
-            compiling = 45 if by_layer else 0
-            return Job(f"batch {batch}, {texts}", compiling + self.expected(ours + 2 * full), run)
-
-        jobs = [job(batch, NATURAL) for batch in sizes] + [job(sizes[-1], (config.context,))]
-        if self.device == "cuda":  # two cores would compile for minutes
-            jobs.append(job(sizes[-1], NATURAL, by_layer=True))
-        return Sweep("clip-step", self._head("TRAINING STEP", variant), jobs)
-
-    def _inference(self) -> Sweep:
-        pairs = self.on(
-            [("clip-vit-b-32", 1), ("clip-vit-b-32", 8), ("clip-vit-b-16", 4), ("clip-vit-l-14", 2)],
-            [("clip-vit-b-32", 256), ("clip-vit-b-16", 1), ("clip-vit-b-16", 256), ("clip-vit-l-14", 128)],
-        )
-        if self.variant or self.batches:
-            variants = [self.variant] if self.variant else list(dict.fromkeys(variant for variant, _ in pairs))
-            pairs = [(variant, batch) for variant in variants for batch in self.batches or self.on((1, 8), (1, 256))]
-        jobs = [self._pictures(variant, VARIANTS[variant](), batch) for variant, batch in pairs]
-        return Sweep("clip-inference", f"PICTURES TO FEATURES, {self.precision}", jobs)
-
-    def _resolution(self) -> Sweep:
-        variant = self.variant or self.on("clip-vit-b-32", "clip-vit-b-16")
-        config = VARIANTS[variant]()
-        batch = self.batches[-1] if self.batches else self.on(4, 64)
-        grid = config.image_size // config.patch
-        sizes = [config.patch * max(1, round(grid * times)) for times in (0.7, 1, 1.5, 2)]
-        jobs = [self._pictures(variant, replace(config, image_size=size), batch) for size in sizes]
-        title = f"RESOLUTION: {variant.removeprefix('clip-')}, pictures to features, batch {batch}, {self.precision}"
-        return Sweep("clip-resolution", title, jobs, x="resolution", x_label="side of the picture, px")
-
-    def _pictures(self, variant: str, config: ClipConfig, batch: int) -> Job:
-        config = replace(config, text_layers=1, vocabulary=512, end_token=511)  # that tower is not measured here
-        total = batch * work(config, config.context, False, "images")
-
-        def run() -> list[dict]:
-            pixels, _ = bytes_and_tokens(config, batch, self.device)
-            models = contestants(config, self.device, DTYPES[self.precision])
-            calls = {name: without_gradients(one.images, pixels) for name, one in models.items()}
-            rows = self.race(calls, items=batch, unit="pictures/s", flops=total, at_least=self.on(0.2, 0.1))
-            facts = {"variant": variant, "batch": batch, "resolution": config.image_size}
-            return [{**facts, **row} for row in rows]
-
-        setting = f"{variant.removeprefix('clip-')}, {config.image_size} px, batch {batch}"
-        return Job(setting, 4 + self.expected(3 * total) + 3 * total / self.peak, run)
-
-    def _text(self) -> Sweep:
-        variant = self.variant or self.on("clip-vit-b-32", "clip-vit-b-16")
-        config = VARIANTS[variant]()
-        config = replace(config, vision_layers=1)  # that tower is not measured here
-        batch = self.batches[-1] if self.batches else self.on(8, 256)
-        models = functools.cache(lambda: contestants(config, self.device, DTYPES[self.precision]))
-
-        def job(length: int) -> Job:
-            ours, full = (batch * work(config, tokens, False, "texts") for tokens in (length, config.context))
-
-            def run() -> list[dict]:
-                _, tokens = bytes_and_tokens(config, batch, self.device, (length,))
-                calls = {name: without_gradients(one.texts, tokens) for name, one in models().items()}
-                calls[TRIMMED] = without_gradients(models()["transformers"].texts, tokens[:, :length])
-                rows = self.race(calls, items=batch, unit="texts/s", flops=ours, at_least=self.on(0.2, 0.1))
-                return [{"batch": batch, "tokens": length, **row} for row in rows]
-
-            return Job(f"{length} tokens", 2 + 1.5 * self.expected(2 * ours + 2 * full), run)
-
-        jobs = [job(length) for length in sorted({8, 16, 32, config.context}) if length <= config.context]
-        title = f"TEXTS: {variant.removeprefix('clip-')}, texts to features, batch {batch}, {self.precision}"
-        return Sweep("clip-text", title, jobs, x="tokens", x_label="tokens of the longest text")
-
-    def _memory(self) -> Sweep:
-        variant = self.variant or self.on("clip-vit-b-32", "clip-vit-b-16")
-        config = VARIANTS[variant]()
-        sizes = tuple(sorted(self.batches or self.on((4, 16), (64, 256))))
-
-        def run() -> list[dict]:
-            # a GPU tells what was allocated; a process's own memory is told apart by a process of its own
-            measured = self.on(functools.partial(in_child, memory), memory)
-            peaks = {name: measured(name, variant, sizes, self.device, self.precision) for name in NAMES}
-            return [
-                {
-                    "setting": f"batch {batch}, captions of up to {longest(batch, config.context)} tokens",
-                    "batch": batch,
-                    **row,
-                }
-                for place, batch in enumerate(sizes)
-                for row in memory_rows({name: peaks[name][place] for name in NAMES})
-            ]
-
-        full = (sum(sizes) + sizes[0]) * work(config, config.context, True)
-        job = Job(f"batches {', '.join(map(str, sizes))}", 45 + self.expected(3 * full, 0), run)
-        title = self._head("PEAK MEMORY of a training step, weights and optimizer included", variant)
-        return Sweep("clip-memory", title, [job], verb="needs")
+def short(variant: str) -> str:
+    return variant.removeprefix("clip-")
 
 
-def memory(name: str, variant: str, batches: tuple[int, ...], device: str, precision: str) -> list[int]:
+def step(setup: Setup) -> list[Sweep]:
+    variant, config = variant_of(setup)
+    sizes = setup.sizes((4, 16), (256,))
+
+    @functools.cache
+    def steps(by_layer: bool) -> dict[str, Callable]:
+        models = contestants(config, setup.device)
+        if by_layer:
+            for entry in models.values():
+                compiled(entry.model)
+        return {name: stepper(entry.model, entry.loss, setup.precision) for name, entry in models.items()}
+
+    def job(batch: int, lengths: tuple[int, ...] = NATURAL, by_layer: bool = False) -> Job:
+        tokens = longest(batch, config.context, lengths)
+        texts = f"captions of up to {tokens} tokens" if lengths is NATURAL else f"full texts, {tokens} tokens"
+        return setup.race(
+            f"batch {batch}, {texts}{', all compiled' if by_layer else ''}",
+            lambda: steps(by_layer),
+            lambda: inputs(config, batch, setup.device, lengths),
+            items=batch, unit="pictures/s", training=True, batch=batch, tokens=tokens, compiled=by_layer,
+        )  # fmt: skip
+
+    jobs = [*(job(batch) for batch in sizes), job(sizes[-1], (config.context,))]
+    if setup.device == "cuda":  # two cores would compile for minutes
+        jobs.append(job(sizes[-1], by_layer=True))
+    return [Sweep("clip-step", f"TRAINING STEP: {short(variant)}, {setup.precision}", jobs)]
+
+
+def inference(setup: Setup) -> list[Sweep]:
+    pairs = setup.on(
+        [("clip-vit-b-32", 1), ("clip-vit-b-32", 8), ("clip-vit-b-16", 4), ("clip-vit-l-14", 2)],
+        [("clip-vit-b-32", 256), ("clip-vit-b-16", 1), ("clip-vit-b-16", 256), ("clip-vit-l-14", 128)],
+    )
+    if setup.variant or setup.batches:
+        variants = [setup.variant] if setup.variant else list(dict.fromkeys(variant for variant, _ in pairs))
+        pairs = [(variant, batch) for variant in variants for batch in setup.sizes((1, 8), (1, 256))]
+    jobs = [pictures_to_features(setup, variant, config_of(variant), batch) for variant, batch in pairs]
+    return [Sweep("clip-inference", f"PICTURES TO FEATURES, {setup.precision}", jobs)]
+
+
+def resolution(setup: Setup) -> list[Sweep]:
+    variant, config = variant_of(setup)
+    batch = setup.sizes((4,), (64,))[-1]
+    grid = config.image_size // config.patch
+    sizes = [config.patch * max(1, round(grid * times)) for times in (0.7, 1, 1.5, 2)]
+    jobs = [pictures_to_features(setup, variant, replace(config, image_size=size), batch) for size in sizes]
+    title = f"RESOLUTION: {short(variant)}, pictures to features, batch {batch}, {setup.precision}"
+    return [Sweep("clip-resolution", title, jobs, x="resolution", x_label="side of the picture, px")]
+
+
+def pictures_to_features(setup: Setup, variant: str, config: ClipConfig, batch: int) -> Job:
+    config = replace(config, text_layers=1, vocabulary=512, end_token=511)  # that tower is not measured here
+    return setup.race(
+        f"{short(variant)}, {config.image_size} px, batch {batch}",
+        lambda: {name: entry.images for name, entry in contestants(config, setup.device, setup.dtype).items()},
+        lambda: inputs(config, batch, setup.device)[:1],
+        items=batch, unit="pictures/s", at_least=setup.on(0.2, 0.1),
+        variant=variant, batch=batch, resolution=config.image_size,
+    )  # fmt: skip
+
+
+def text(setup: Setup) -> list[Sweep]:
+    variant, config = variant_of(setup)
+    config = replace(config, vision_layers=1)  # that tower is not measured here
+    batch = setup.sizes((8,), (256,))[-1]
+    models = functools.cache(lambda: contestants(config, setup.device, setup.dtype))
+
+    def job(length: int) -> Job:
+        def calls() -> dict[str, Callable[[Tensor], Tensor]]:
+            texts = {name: entry.texts for name, entry in models().items()}
+            return {**texts, TRIMMED: lambda tokens: texts["transformers"](tokens[:, :length])}
+
+        return setup.race(
+            f"{length} tokens",
+            calls,
+            lambda: inputs(config, batch, setup.device, (length,))[1:],
+            items=batch, unit="texts/s", at_least=setup.on(0.2, 0.1), batch=batch, tokens=length,
+        )  # fmt: skip
+
+    jobs = [job(length) for length in sorted({8, 16, 32, config.context}) if length <= config.context]
+    title = f"TEXTS: {short(variant)}, texts to features, batch {batch}, {setup.precision}"
+    return [Sweep("clip-text", title, jobs, x="tokens", x_label="tokens of the longest text")]
+
+
+def memory(setup: Setup) -> list[Sweep]:
+    variant, config = variant_of(setup)
+    sizes = tuple(sorted(setup.sizes((4, 16), (64, 256))))
+
+    def run() -> list[dict]:
+        # a GPU tells what was allocated; a process's own memory is told apart by a process of its own
+        measured = setup.on(functools.partial(in_child, peaks_of_a_step), peaks_of_a_step)
+        peaks = {name: measured(name, variant, sizes, setup.device, setup.precision) for name in NAMES}
+        return [
+            {
+                "setting": f"batch {batch}, captions of up to {longest(batch, config.context)} tokens",
+                "batch": batch,
+                **row,
+            }
+            for place, batch in enumerate(sizes)
+            for row in memory_rows({name: peaks[name][place] for name in NAMES})
+        ]
+
+    what = "PEAK MEMORY of a training step, weights and optimizer included"
+    jobs = [Job(f"batches {', '.join(map(str, sizes))}", run)]
+    return [Sweep("clip-memory", f"{what}: {short(variant)}, {setup.precision}", jobs, verb="needs")]
+
+
+def peaks_of_a_step(name: str, variant: str, batches: tuple[int, ...], device: str, precision: str) -> list[int]:
     """Bytes at the peak of a training step at each of the rising `batches`; to be called in a process of its own."""
     quiet()
     config = VARIANTS[variant]()
     build(name, replace(config, vision_layers=1, text_layers=1))  # imports what it needs, which is nobody's memory
     meter = MemoryMeter(device)
     with torch.device(device):
-        model = build(name, config)
-    step = clip_stepper(contestant(name, model, config), precision)
-    step(*bytes_and_tokens(config, batches[0], device))  # makes the optimizer's state
+        entry = contestant(name, build(name, config), config)
+    take_step = stepper(entry.model, entry.loss, precision)
+    take_step(*inputs(config, batches[0], device))  # makes the optimizer's state
     peaks = []
     for batch in batches:
-        data = bytes_and_tokens(config, batch, device)
+        data = inputs(config, batch, device)
         meter.reset()
-        step(*data)
+        take_step(*data)
         peaks.append(meter.peak())
     return peaks
+
+
+def variant_of(setup: Setup) -> tuple[str, ClipConfig]:
+    variant = setup.variant or setup.on("clip-vit-b-32", "clip-vit-b-16")
+    return variant, config_of(variant)
+
+
+SWEEPS = {
+    "step": step,
+    "inference": inference,
+    "memory": memory,
+    "resolution": resolution,
+    "text": text,
+    "core": core,
+}

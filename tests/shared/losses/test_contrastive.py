@@ -1,7 +1,6 @@
 """The chunked contrastive loss against the plain one (itself checked in test_distributed and tests/parity)."""
 
 import itertools
-import shutil
 from functools import partial
 
 import pytest
@@ -13,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shared.core.errors import UserError
 from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
-from shared.tools import bench_loss
+from shared.tools import bench_core, doctor
+from shared.tools.bench import Setup
+from shared.tools.bench_timing import in_child
 
 # B, D, chunk, logit_scale
 SIZES = {
@@ -198,28 +199,24 @@ def test_features_that_are_no_pairs_are_refused():
 
 def test_the_measurement_sees_the_plain_losses_matrices_and_not_the_chunked_ones():
     B = 3000
-    found = bench_loss.measure(B, 8, chunks=(256,), rounds=1, threads=1)
-    plain, chunked = found["rows"]
+    plain, chunked = (in_child(bench_core.loss_memory, "cpu", B, chunk, 8) for chunk in (None, 256))
     matrix = 4 * B * B
-    assert found["not_run"] is None and (plain["chunk"], chunked["chunk"], found["threads"]) == (None, 256, 1)
-    # the reserve that measure asks for must hold what is really taken
-    assert 3.9 * matrix < plain["bytes"][0] < bench_loss.MATRICES * matrix + bench_loss.GIB
-    assert 0 < chunked["bytes"][0] < matrix
-    assert chunked["memory_ratio"] == chunked["bytes"][0] / plain["bytes"][0]
-    assert chunked["time_ratio"] == chunked["seconds"][0] / plain["seconds"][0] > 0
-    assert 0 <= chunked["gradient_relative_difference"] < 1e-6 and 0 <= chunked["loss_relative_difference"] < 1e-6
+    # the reserve that is asked for must hold what is really taken
+    assert 3.9 * matrix < plain < bench_core.MATRICES * matrix + bench_core.GIB
+    assert 0 < chunked < matrix
 
 
 def test_the_plain_loss_is_left_out_with_a_reason_where_it_does_not_fit(monkeypatch):
-    monkeypatch.setattr(bench_loss, "_kib", lambda file, key: 2 * 2**20)  # 2 GiB are free
-    step = {"seconds": 1.0, "cpu_seconds": 2.0, "bytes": 3, "threads": 2}
-    monkeypatch.setattr(bench_loss, "_in_a_process", lambda *arguments: step)
-    found = bench_loss.measure(32768, chunks=(512,), rounds=2)
-    assert found["not_run"] == "the plain loss of 32768 pairs needs about 17.0 GiB, 2.0 GiB are free"
-    assert found["rows"] == [{"chunk": 512, "seconds": [1.0, 1.0], "cpu_seconds": [2.0, 2.0], "bytes": [3, 3]}]
+    monkeypatch.setattr(doctor, "available_memory", lambda: 2 * 2**30)
+    monkeypatch.setattr(bench_core, "in_child", lambda function, *arguments: 3 * 2**20)
+    monkeypatch.setattr(bench_core, "race", lambda calls, *rest, **options: [{"name": name} for name in calls])
+    times, memory = bench_core._time_and_memory(Setup("cpu", "fp32", 2, 9.0, []), 32768)
+    why = {"plain": "the plain loss of 32768 pairs needs about 17.0 GiB, 2.0 GiB are free"}
+    assert times == [{"name": "chunked", "not_run": why}]
+    assert [row["name"] for row in memory] == ["chunked"] and memory[0]["not_run"] == why
 
 
-def test_a_measurement_that_dies_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_loss.sys, "executable", shutil.which("false"))
-    with pytest.raises(UserError, match="the loss in chunks of 2 of 4 pairs ended with status 1: no message"):
-        bench_loss._in_a_process(4, 3, 2, 1, tmp_path / "x.pt")
+def test_both_losses_are_timed_in_turns_and_agree(monkeypatch):
+    monkeypatch.setattr(bench_core, "in_child", lambda function, *arguments: 3 * 2**20)
+    times, _ = bench_core._time_and_memory(Setup("cpu", "fp32", 2, 9.0, []), 1500)
+    assert [(row["name"], len(row["seconds"])) for row in times] == [("chunked", 2), ("plain", 2)]

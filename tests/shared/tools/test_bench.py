@@ -10,15 +10,13 @@ from bench_child import held_and_freed
 
 from papers.clip.config import tiny
 from papers.clip.evidence import bench as clip
-from papers.clip.evidence.structure import flops
-from papers.clip.model import Clip
 from shared.core.errors import UserError
-from shared.nn.attention import use_backend
-from shared.tools import bench, bench_core, bench_output, bench_timing
-from shared.tools.bench_output import save, table
-from shared.tools.bench_timing import Job, Sweep, in_child, memory_rows, race, rows_of
+from shared.tools import bench, bench_core, bench_output
+from shared.tools.bench_output import Job, Sweep, save, table
+from shared.tools.bench_timing import in_child, memory_rows, race, rows_of
 
 PEAKS = [{"precision": "fp32", "flops_per_second": 1e11, "shape": [8, 8, 8]}]
+SETUP = bench.Setup("cpu", "fp32", 3, 60.0, PEAKS)
 SETTINGS = {"sweep": "demo", "device": "cpu", "precision": "fp32"}
 
 
@@ -83,6 +81,15 @@ def test_contestants_that_drift_apart_after_the_warm_up_are_refused():
         race({"steady": lambda: 1.0, "drifting": drifting}, 3)
 
 
+def test_the_share_of_the_peak_is_of_the_products_of_the_first_contestant():
+    x = torch.ones(8, 8)
+    rows = race({"one": lambda: x @ x, "two": lambda: (x @ x + x @ x) / 2}, 3, peak=1e9)
+    assert [row["share_of_peak"] for row in rows] == [
+        pytest.approx(2 * 8**3 / row["median_s"] / 1e9, rel=1e-3) for row in rows
+    ]
+    assert "share_of_peak" not in race({"one": lambda: x @ x}, 3)[0]
+
+
 # ---- memory
 
 
@@ -137,7 +144,7 @@ def test_the_table_has_one_line_a_setting_with_our_value_and_their_ratios():
 
 
 def test_a_run_measures_every_job_and_keeps_its_setting(tmp_path, capsys):
-    jobs = [Job(name, 1.0, demo_rows) for name in ("small", "large")]
+    jobs = [Job(name, demo_rows) for name in ("small", "large")]
     jobs[1] = replace(jobs[1], run=lambda: [{k: v for k, v in row.items() if k != "setting"} for row in demo_rows()])
     bench.run_sweeps([Sweep("demo", "DEMO", jobs)], SETTINGS, tmp_path, PEAKS)
     rows = json.loads((tmp_path / "demo-cpu-fp32.json").read_text())["rows"]
@@ -153,7 +160,7 @@ def test_a_job_that_fails_costs_its_own_rows_only_and_is_told_at_the_end(tmp_pat
     def fail() -> list[dict]:
         raise error
 
-    sweeps = [Sweep("demo", "DEMO", [Job("bad", 1.0, fail), Job("good", 1.0, demo_rows)]), Sweep("none", "NONE", [])]
+    sweeps = [Sweep("demo", "DEMO", [Job("bad", fail), Job("good", demo_rows)]), Sweep("none", "NONE", [])]
     with pytest.raises(UserError, match=f"^demo: bad: .*{str(error).splitlines()[0]}$"):
         bench.run_sweeps(sweeps, SETTINGS, tmp_path, PEAKS)
     assert len(json.loads((tmp_path / "demo-cpu-fp32.json").read_text())["rows"]) == 2
@@ -164,7 +171,7 @@ def test_an_interrupted_run_keeps_what_was_measured_before(tmp_path):
     def interrupt() -> list[dict]:
         raise KeyboardInterrupt
 
-    jobs = [Job("good", 1.0, demo_rows), Job("late", 1.0, interrupt)]
+    jobs = [Job("good", demo_rows), Job("late", interrupt)]
     with pytest.raises(KeyboardInterrupt):
         bench.run_sweeps([Sweep("demo", "DEMO", jobs)], SETTINGS, tmp_path, PEAKS)
     assert len(json.loads((tmp_path / "demo-cpu-fp32.json").read_text())["rows"]) == 2
@@ -179,11 +186,11 @@ def test_layers_that_are_compiled_train_as_they_did(monkeypatch):
         lambda self, **how: seen.append(self) or compile_layer(self, backend="aot_eager", **how),
     )
     config = replace(tiny(), vision_layers=2, text_layers=3)
-    data = clip.bytes_and_tokens(config, 3, "cpu")
+    data = clip.inputs(config, 3, "cpu")
     plain, quick = (clip.contestants(config, "cpu")["ours"] for _ in range(2))
     bench.compiled(quick.model)
     assert len(seen) == 5
-    steps = [clip.clip_stepper(one, "fp32") for one in (plain, quick)]
+    steps = [bench.stepper(entry.model, entry.loss, "fp32") for entry in (plain, quick)]
     for _ in range(3):
         expected, found = (step(*data) for step in steps)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
@@ -192,43 +199,9 @@ def test_layers_that_are_compiled_train_as_they_did(monkeypatch):
 # ---- CLIP's contestants
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["speed=9"], "'speed=9' is not one of sweep=, variant="),
-        (["sweep=stepp"], "no sweep 'stepp'; choose all, step, inference"),
-        (["sweep=step,losses"], "no sweep 'losses'; choose all, step, inference, memory"),
-        (["variant=clip-vit-b-31"], "no variant 'clip-vit-b-31'"),
-        (["variant=clip-rn50"], "transformers has no clip-rn50"),
-        (["batch=4;16"], "batch=4;16 is no list"),
-        (["batch=0"], "holds a batch of nothing"),
-        (["repeats=few"], "repeats=few is no whole number"),
-        (["precision=fp8"], "no precision 'fp8'"),
-    ],
-)
-def test_a_wrong_word_is_one_clear_error(tmp_path, monkeypatch, words, message):
-    monkeypatch.setattr(
-        bench_timing, "matrix_peak", lambda device, precision: PEAKS[0] if precision == "fp32" else None
-    )
-    with pytest.raises(UserError) as error:
-        clip.run(tmp_path, words)
-    assert message in str(error.value)
-
-
-def test_all_three_train_alike_and_the_result_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        bench_timing, "matrix_peak", lambda device, precision: PEAKS[0] if precision == "fp32" else None
-    )
-    clip.run(tmp_path, ["sweep=step", "variant=clip-tiny", "batch=3", "repeats=3"])
-    rows = json.loads((tmp_path / "results" / "bench" / "clip-step-cpu-fp32.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == 2 * ["ours", "open_clip", "transformers"]
-    assert [row["tokens"] for row in rows] == 3 * [16] + 3 * [24]  # the longest of three captions; the full context
-    assert "open_clip takes" in capsys.readouterr().out
-
-
 def test_features_of_all_three_are_equal():
     config = tiny()
-    pixels, tokens = clip.bytes_and_tokens(config, 3, "cpu")
+    pixels, tokens = clip.inputs(config, 3, "cpu")
     one = clip.contestants(config, "cpu")
     for what, data in (("images", pixels), ("texts", tokens)):
         expected = getattr(one["ours"], what)(data)
@@ -236,19 +209,10 @@ def test_features_of_all_three_are_equal():
             torch.testing.assert_close(getattr(one[name], what)(data), expected, atol=1e-5, rtol=0)
 
 
-def test_work_is_what_a_real_forward_pass_computes():
-    config = tiny()
-    model = Clip(config)
-    pixels, tokens = clip.bytes_and_tokens(config, 1, "cpu", (9,))
-    with use_backend("reference"):  # torch 2.11 does not count what its kernel on a CPU does
-        images, both = flops(lambda: model.encode_image(pixels)), flops(lambda: model(pixels, tokens))
-    assert (clip.work(config, 9, False, "images"), clip.work(config, 9, False)) == (images, both)
-    assert 2.5 < clip.work(config, 9, True) / clip.work(config, 9, False) < 3  # pictures need no gradient
-
-
-@pytest.mark.parametrize("sweep", [bench_core._attention, bench_core._patches])
+@pytest.mark.parametrize("sweep", [bench_core.attention, bench_core.patches])
 def test_the_contestants_of_the_core_agree(sweep):
-    jobs = sweep("cpu", "fp32", 3).jobs
+    [made] = sweep(SETUP)
+    jobs = made.jobs
     for job in (jobs[0], jobs[-3]):  # without and with gradients
         rows = job.run()
         assert len(rows) >= 2 and all(row["ratio"] > 0 for row in rows)

@@ -170,9 +170,9 @@ def test_a_whole_step_needs_what_its_parts_say(a_plan):
 CHILD = """
 import json, sys
 import torch
-from papers.clip.cost import workload
+from papers.clip.evidence.cost import workload
 from papers.clip.losses import clip_loss
-from shared.training import decay_groups
+from shared.training.optim import decay_groups
 
 def resident(key):
     lines = open("/proc/self/status").read().splitlines()

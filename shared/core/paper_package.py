@@ -116,6 +116,9 @@ class Structure(Protocol):
     def forward_flops(self, variant: str) -> int:
         """FLOPs of a forward pass over one sample."""
 
+    def step(self, variant: str) -> Any:
+        """What `plan` counts of a training step: a Step (tools/footprint.py)."""
+
 
 class Claims(Protocol):
     """papers/<name>/evidence/claims.py. ARMS: {arm: its training}, those first that make what others wait for."""
@@ -141,13 +144,6 @@ class Benchmarks(Protocol):
 
     def measure(self, row: MetricRow, recipe: Any) -> float:
         """The released weights' score of one row; LookupError says what is missing."""
-
-
-class Cost(Protocol):
-    """papers/<name>/evidence/cost.py."""
-
-    def workload(self, variant: str) -> Any:
-        """What `plan` counts of a training step: a Workload (tools/footprint.py)."""
 
 
 class Bench(Protocol):
@@ -216,10 +212,6 @@ class PaperPackage:
     @property
     def benchmarks(self) -> Benchmarks:
         return cast(Benchmarks, self._part("evidence.benchmarks"))
-
-    @property
-    def cost(self) -> Cost:
-        return cast(Cost, self._part("evidence.cost"))
 
     @property
     def bench(self) -> Bench:

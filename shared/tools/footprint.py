@@ -11,13 +11,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from shared.nn.blocks import set_recompute
 
@@ -28,8 +29,8 @@ FORMULAS = flop_registry | {ATEN.addmm_: flop_registry[ATEN.addmm], ATEN.baddbmm
 
 
 @dataclass(frozen=True)
-class Workload:
-    """A variant ready to be counted: what `workload(variant)` of a paper's cost.py builds.
+class Step:
+    """A training step of a variant, ready to be counted: what `step(variant)` of a paper's structure.py builds.
 
     encode(*batch(B)) gives the tensors that enter the objective. What compares every sample with every other, as a
     contrastive loss does, belongs into the objective; `objectives` begins with the one that training uses.
@@ -41,6 +42,29 @@ class Workload:
     objectives: dict[str, Callable[..., Tensor]]
     gathered: int = 0  # bytes a sample that its rank sends to all others, for the objective
     reads: int = 0  # stands for a number that the forward takes from the batch's values, which shapes do not tell
+
+
+def full_batch(image_size: int, context: int, last: int = 1) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Batches of black pictures (B, 3, H, H) uint8 and of texts of full context (B, T), whose last token is `last`."""
+
+    def batch(size: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.ones(size, context, dtype=torch.long)
+        tokens[:, -1] = last
+        return torch.zeros(size, 3, image_size, image_size, dtype=torch.uint8), tokens
+
+    return batch
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """Two for each multiply-add of convolutions, matrix products and attention. For tensors on the meta device, where
+    every kernel of attention is known."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 class Counter(TorchDispatchMode):
@@ -164,7 +188,7 @@ def _affine(batch: int, small: int, large: int) -> int:
 
 
 def count_encoders(
-    build: Callable[[], Workload],
+    build: Callable[[], Step],
     *,
     weights: torch.dtype = torch.float32,
     half: torch.dtype | None = None,
@@ -205,8 +229,8 @@ class Objective:
         return self.peak_[0] + self.peak_[1] * own + self.peak_[2] * own * all
 
 
-def count_objectives(build: Callable[[], Workload]) -> dict[str, Objective]:
-    """Every objective of the workload, forward and backward, without what is gathered over ranks."""
+def count_objectives(build: Callable[[], Step]) -> dict[str, Objective]:
+    """Every objective of the step, forward and backward, without what is gathered over ranks."""
     found = {}
     with shapes_only():
         work = build()

@@ -10,7 +10,6 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from shared.core.catalog import Catalog
@@ -21,6 +20,7 @@ from shared.core.recipe import Recipe, to_yaml
 from shared.tools.hardware import Gpu, find_gpu
 
 if TYPE_CHECKING:  # torch comes late
+    from shared.core.paper_package import Structure
     from shared.tools.footprint import Encoders, Objective
 
 # Sustained rates seen on a bf16-capable server core with small models (fp32), and on one H100-class GPU (bf16).
@@ -278,10 +278,6 @@ def make_plan(
         raise UserError(f"--efficiency is {efficiency:g}, but is a share of the peak: above 0, at most 1")
     if zero is not None and zero not in STAGES:
         raise UserError(f"--zero is {zero}, but there are the stages {', '.join(map(str, STAGES))} (0 is DDP)")
-    if not catalog.package(paper).offers("evidence.cost", "workload"):
-        raise UserError(
-            f"papers/{paper} has no evidence/cost.py, so it cannot be counted; papers/clip/evidence/cost.py is one"
-        )
     asked = [f"model={variant}", *([] if batch is None else [f"batch={batch}"]), *(overrides or [])]
     recipe, stages = catalog.recipe(paper, "paper", asked), STAGES if zero is None else (zero,)
     if recipe.batch < gpus:
@@ -289,18 +285,18 @@ def make_plan(
     found = find_gpu(gpu)
     found.peak(recipe.precision)
     with console.waiting(f"counting {variant}, on shapes alone") if console else nullcontext():
-        counted = count(catalog.package(paper).cost, variant, recipe, stages)
+        counted = count(catalog.package(paper).structure, variant, recipe, stages)
     return Plan(variant, recipe, found, gpus, efficiency, **counted, stages=stages)
 
 
-def count(cost: ModuleType, variant: str, recipe: Recipe, stages: tuple[int, ...]) -> dict:
+def count(structure: Structure, variant: str, recipe: Recipe, stages: tuple[int, ...]) -> dict:
     """What Plan holds of a variant: parameters, encoders and objectives."""
     import torch
 
     from shared.tools.footprint import count_encoders, count_objectives, shapes_only
 
     def build():
-        return cost.workload(variant)
+        return structure.step(variant)
 
     with shapes_only():
         work = build()

@@ -66,7 +66,11 @@ def test_a_part_of_another_form_is_noticed():
         def measure():
             return {}
 
-    assert unlike(Wrong, paper_package.Structure) == ["measure: too many positional arguments", "no forward_flops"]
+    assert unlike(Wrong, paper_package.Structure) == [
+        "measure: too many positional arguments",
+        "no forward_flops",
+        "no step",
+    ]
 
 
 def test_a_part_that_is_missing_and_one_that_cannot_be_imported_are_told_apart(tmp_path, monkeypatch):

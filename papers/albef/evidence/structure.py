@@ -1,16 +1,19 @@
-"""What the structure rung measures of a variant, on the meta device: parameters and sizes, no memory used."""
+"""What the structure rung measures of a variant, on the meta device: parameters and sizes, no memory used; and the
+training step that `python -m papers plan` counts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from papers.albef.config import VARIANTS
-from papers.albef.model import Albef, AlbefPretraining
+from papers.albef.config import VARIANTS, Objective
+from papers.albef.losses import albef_losses
+from papers.albef.model import Albef, AlbefPretraining, PretrainingOutput, Taught, match_with_negatives
 from papers.albef.tasks import QuestionAnswering
+from shared.losses.image_text import Negatives, distilled_token_loss, matching_loss, similarities
+from shared.tools.footprint import Step, count_flops, count_parameters, full_batch
 
 PRINTED_SIZE = 384  # pixels, of everything after pre-training (Sec. 3.5)
 
@@ -30,13 +33,13 @@ def measure(variant: str) -> dict[str, float]:
         image = torch.empty(1, 3, config.image_size, config.image_size)
         large = Albef(fine)
         image_tokens = large.encode_image(torch.empty(1, 3, fine.image_size, fine.image_size)).shape[1]
-        answering = count(QuestionAnswering(large))
+        answering = count_parameters(QuestionAnswering(large))
         encoded = model.encode_image(image)
-    sizes = {name: count(part) for name, part in model.parts().items()}
+    sizes = {name: count_parameters(part) for name, part in model.parts().items()}
     table = model.text_encoder.embeddings.word.weight.numel()
     return {
         **sizes,
-        "total": count(model),
+        "total": count_parameters(model),
         "trained_retrieval": sum(p.numel() for p in training.parameters() if p.requires_grad) + table,
         "trained_vqa": answering + table,
         "kept": sum(t.numel() for t in training.state_dict().values()),
@@ -60,21 +63,71 @@ def measure(variant: str) -> dict[str, float]:
     }
 
 
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def forward_flops(variant: str) -> int:
     """Of the student's forward pass of one pair with a text of full context, without the word head: two for each
     multiply-add of matrix products and attention."""
     config = VARIANTS[variant]()
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"):
         model = Albef(config).eval()
-        image_tokens = model.encode_image(torch.empty(1, 3, config.image_size, config.image_size))
-        tokens = torch.zeros(1, config.context, dtype=torch.long)
-        attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        images, tokens = full_batch(config.image_size, config.context)(1)
+
+    def forward() -> None:
+        image_tokens, attention_mask = model.encode_image(images), torch.ones_like(tokens, dtype=torch.bool)
         states = model.encode_text(tokens)
         for _ in range(3):  # a true pair and two false ones
             model.match(states, attention_mask, image_tokens)
         model.fuse(model.encode_text(tokens), attention_mask, image_tokens)  # with masked words
-    return counter.get_total_flops()
+
+    return count_flops(forward)
+
+
+def step(variant: str) -> Step:
+    """Three encoders, ITM and MLM, the momentum copy, and the contrast with the queue."""
+    config, objective = VARIANTS[variant](), Objective()
+    model = AlbefPretraining(Albef(config))
+    masked = max(1, round(config.mlm_probability * config.context))  # words of a text, on average
+
+    def word_logits(albef: Albef, tokens: Tensor, image_tokens: Tensor) -> Tensor:
+        """MLM logits as `Albef.words` gives them, at places that do not follow from values."""
+        fused = albef.fuse(albef.encode_text(tokens), albef.attention_mask(tokens), image_tokens)
+        return albef.mlm_head(fused[:, :masked].flatten(0, 1), albef.text_encoder.embeddings.word.weight)
+
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Features of both towers and of their momentum copies (B, E), and ITM and MLM in one number."""
+        student = model.student
+        image_tokens, text_states = student.encode_image(images), student.encode_text(tokens)
+        teacher_outputs = model.teach(images, tokens)
+        features = student.image_features(image_tokens), student.text_features(text_states)
+        neighbours = torch.arange(len(tokens)).roll(1)  # which negatives are drawn makes no difference
+        pairs = match_with_negatives(
+            student, text_states, student.attention_mask(tokens), image_tokens, Negatives(neighbours, neighbours)
+        )
+        words = word_logits(student, tokens, image_tokens)
+        with torch.no_grad():
+            teacher_words = word_logits(model.teacher, tokens, teacher_outputs.image_tokens)
+        word_loss = distilled_token_loss(words, tokens[:, :masked].flatten(), teacher_words, objective.alpha_mlm)
+        return (
+            *features,
+            teacher_outputs.image_features,
+            teacher_outputs.text_features,
+            matching_loss(*pairs) + word_loss,
+        )
+
+    def contrast(images: Tensor, texts: Tensor, slow_images: Tensor, slow_texts: Tensor, others: Tensor) -> Tensor:
+        slow_images, slow_texts = slow_images.detach(), slow_texts.detach()
+        keys = model.keys(Taught(slow_images, slow_images, slow_texts))
+        temperature = model.student.temperature
+        student = similarities(images, texts, *keys, temperature)
+        with torch.no_grad():
+            teacher = similarities(slow_images, slow_texts, *keys, temperature)
+        itm = torch.zeros(len(images), 2)  # what ITM takes is in `others`
+        output = PretrainingOutput(student, teacher, itm, itm, None, None, None)
+        return albef_losses(output, Objective(mlm=False)).itc + others
+
+    return Step(
+        model,
+        full_batch(config.image_size, config.context),
+        encode,
+        {"momentum": contrast},
+        gathered=2 * 4 * config.embed_width,
+    )

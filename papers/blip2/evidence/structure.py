@@ -1,13 +1,23 @@
-"""What the structure rung measures of a variant, on the meta device: parameters and sizes, no memory used."""
+"""What the structure rung measures of a variant, on the meta device: parameters and sizes, no memory used; and the
+training steps that `python -m papers plan` counts."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from papers.blip2.config import VARIANTS, Blip2Config, LanguageConfig
-from papers.blip2.evidence.cost import stage1_flops
 from papers.blip2.model import Blip2, Blip2Qformer, vision_encoder
+from shared.losses.image_text import (
+    Negatives,
+    Similarities,
+    contrastive_to_targets,
+    language_loss,
+    matching_loss,
+    own_pair_targets,
+)
+from shared.nn.causal_lm import SmallLanguageModel
+from shared.tools.footprint import Step, count_flops, count_parameters, full_batch, shapes_only
 
 NAMED_SIZES = {"opt-2.7b": 2.7e9, "opt-6.7b": 6.7e9, "flan-t5-xl": 3e9, "flan-t5-xxl": 11e9}  # as they are called
 
@@ -27,13 +37,13 @@ def measure(variant: str) -> dict[str, float]:
     config = VARIANTS[variant]()
     with torch.device("meta"):
         stage1 = Blip2Qformer(config)
-        vision = count(vision_encoder(config.vision))
+        vision = count_parameters(vision_encoder(config.vision))
     qformer = stage1.qformer
     counts = {
-        "qformer_stage1": count(qformer) + count(stage1.head),
-        "trained_stage1": count(stage1),
+        "qformer_stage1": count_parameters(qformer) + count_parameters(stage1.head),
+        "trained_stage1": count_parameters(stage1),
         "vision": vision,
-        "total": vision + count(stage1),
+        "total": vision + count_parameters(stage1),
     }
     if config.language is not None:
         counts |= stage2_counts(config, vision)
@@ -59,9 +69,13 @@ def measure(variant: str) -> dict[str, float]:
 
 
 def forward_flops(variant: str) -> int:
-    """Of stage 1's forward pass for one picture's features and one text of full context."""
+    """Of stage 1's forward pass for the features of one picture with one text of full context, and one false picture
+    and text for it. The encoder is not in it."""
     config = VARIANTS[variant]()
-    return stage1_flops(config, config.context)
+    with shapes_only():
+        features = torch.zeros(1, config.vision.tokens, config.vision.width)
+        texts = torch.ones(1, config.context, dtype=torch.long)
+        return count_flops(lambda: _three_passes(Blip2Qformer(config), features, texts))
 
 
 def stage2_counts(config: Blip2Config, vision: int) -> dict[str, float]:
@@ -69,17 +83,17 @@ def stage2_counts(config: Blip2Config, vision: int) -> dict[str, float]:
     with torch.device("meta"):
         stage2, asked = (Blip2(config, _OfWidth(config.language.width), question=one) for one in (False, True))
     language = language_parameters(config.language)
-    trained = count(stage2)
+    trained = count_parameters(stage2)
     total = vision + trained + language
     return {
-        "qformer_stage2": count(stage2.qformer),
+        "qformer_stage2": count_parameters(stage2.qformer),
         "trained_stage2": trained,
         "language": language,
         "total": total,
         "total_by_name": vision + trained + NAMED_SIZES.get(config.language.name, language),
         "share_trained": trained / total,
         "captioner": vision + trained,
-        "vqa": vision + count(asked),
+        "vqa": vision + count_parameters(asked),
     }
 
 
@@ -107,6 +121,65 @@ def language_parameters(config: LanguageConfig) -> int:
     return V * W + L * (2 * W * inner + 2 * W * kv + 3 * W * H + 2 * W) + W
 
 
-def count(module: nn.Module) -> int:
-    """Parameters."""
-    return sum(p.numel() for p in module.parameters())
+def step(variant: str) -> Step:
+    """Of a stage-1 variant the frozen encoder and the Q-Former in its three modes, of a stage-2 variant the frozen
+    encoder, the Q-Former's queries and the language model.
+
+    The language model is a stand-in of its sizes (width, layers, heads, vocabulary; a feed-forward layer of four times
+    the width): to a few percent the FLOPs of OPT; of FlanT5's two stacks it has one.
+    """
+    config = VARIANTS[variant]()
+    return _stage1(config) if config.language is None else _stage2(config)
+
+
+def _stage1(config: Blip2Config) -> Step:
+    model, encoder = Blip2Qformer(config), vision_encoder(config.vision).requires_grad_(False)
+
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            features = encoder.tokens(images)
+        return _three_passes(model, features, tokens)
+
+    def contrast(images: Tensor, texts: Tensor, others: Tensor) -> Tensor:
+        targets = own_pair_targets(len(images), len(images), images.device)
+        return contrastive_to_targets(model.contrast(images, texts), Similarities(targets, targets)) + others
+
+    batch, parts = full_batch(config.vision.image_size, config.context), nn.ModuleList([encoder, model])
+    gathered = 4 * config.embed_width * (config.queries + 1)
+    return Step(parts, batch, encode, {"contrast": contrast}, gathered)
+
+
+def _three_passes(model: Blip2Qformer, features: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Vectors of the queries (B, Q, E) and of the texts (B, E), and ITM and ITG in one number; what training computes
+    once for several of them is computed once."""
+    context = model.vision_norm(features)
+    seen, caches = model.qformer.look_at(context), model.qformer.caches()
+    vectors = model.image_vectors(model.qformer.encode_queries(seen, caches=caches))
+    neighbours = torch.arange(len(tokens)).roll(1)  # which negatives are drawn makes no difference
+    yes, no = model.matching(context, seen, tokens, Negatives(neighbours, neighbours))
+    begun = model.with_start(tokens)
+    states = model.qformer.decode_text(begun, model.attention_mask(begun), caches)
+    states = states[:, :-1]  # every position has a next token
+    logits = model.head(states, model.qformer.embeddings.word.weight)
+    itg = language_loss(logits.flatten(0, 1), begun[:, 1:].flatten())
+    return vectors, model.text_features(tokens), matching_loss(yes, no) + itg
+
+
+def _stage2(config: Blip2Config) -> Step:
+    language, encoder = config.language, vision_encoder(config.vision).requires_grad_(False)
+    length = config.queries + config.context
+    lm = SmallLanguageModel(language.vocabulary, length, language.width, language.layers, language.heads)
+    model = Blip2(config, lm)
+
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The loss, at every token of the text."""
+        with torch.no_grad():
+            features = encoder.tokens(images)
+        prefix = model.prefix(features)
+        embeddings = torch.cat([prefix, lm.embed(tokens[:, :-1])], dim=1)
+        attention_mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=tokens.device)
+        states = lm.states(embeddings, attention_mask)[:, config.queries - 1 :]
+        return (language_loss(lm.logits(states).flatten(0, 1), tokens.flatten(), smoothing=0.0),)
+
+    batch, parts = full_batch(config.vision.image_size, config.context), nn.ModuleList([encoder, model, lm])
+    return Step(parts, batch, encode, {"language": lambda loss: loss})

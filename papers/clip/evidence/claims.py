@@ -21,7 +21,6 @@ from papers.clip.evidence.baselines import (
     Supervised,
     SupervisedModule,
 )
-from papers.clip.evidence.structure import flops
 from papers.clip.model import Clip
 from papers.clip.module import ClipModule, PretrainingModule
 from papers.clip.recipe import ClipRecipe
@@ -34,6 +33,7 @@ from shared.experiments.ablations import once_a_seed
 from shared.metrics import few_shot, linear_probe, retrieval_hits_from_features, topk_accuracy
 from shared.metrics.stats import log_log_fit
 from shared.tokenizers.small_bpe import SmallTokenizer
+from shared.tools.footprint import count_flops
 from shared.training.callbacks import EvalAtSteps, MetricRecorder
 from shared.training.trainer import fit
 
@@ -333,7 +333,7 @@ def training_flops(config: ClipConfig, recipe: ClipRecipe, data: ExperimentData)
         model = Clip(config)
         image = torch.empty(1, 3, config.image_size, config.image_size)
         tokens = torch.empty(1, round(float(ends.mean())) + 1, dtype=torch.long)
-        one = flops(lambda: (model.encode_image(image), model.encode_text(tokens)))
+        one = count_flops(lambda: (model.encode_image(image), model.encode_text(tokens)))
     return 3.0 * one * recipe.batch * recipe.steps
 
 

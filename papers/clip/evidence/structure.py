@@ -1,12 +1,14 @@
-"""What the structure rung measures of a variant, on the meta device: parameters, sizes and FLOPs, no memory used."""
+"""What the structure rung measures of a variant, on the meta device: parameters, sizes and FLOPs, no memory used; and
+the training step that `python -m papers plan` counts."""
 
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from papers.clip.config import VARIANTS
 from papers.clip.model import Clip
+from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
+from shared.tools.footprint import Step, count_flops, count_parameters, full_batch
 
 
 def measure(variant: str) -> dict[str, float]:
@@ -16,14 +18,14 @@ def measure(variant: str) -> dict[str, float]:
         model = Clip(config).eval()
         image = torch.empty(1, 3, config.image_size, config.image_size)
         tokens = torch.empty(1, config.context, dtype=torch.long)
-        flops_vision = flops(lambda: model.encode_image(image))
-        flops_text = flops(lambda: model.encode_text(tokens))
+        flops_vision = count_flops(lambda: model.encode_image(image))
+        flops_text = count_flops(lambda: model.encode_text(tokens))
         if not config.patch:
             flops_vision += unused_pooling_flops(model, image)
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    sizes = {name: count_parameters(part) for name, part in model.parts().items()}
     measured = {
         **sizes,
-        "total": sum(p.numel() for p in model.parameters()),
+        "total": count_parameters(model),
         "flops_vision": flops_vision,
         "flops_text": flops_text,
         "flops_total": flops_vision + flops_text,
@@ -57,15 +59,24 @@ def forward_flops(variant: str) -> int:
     return measure(variant)["flops_total"]
 
 
-def flops(run) -> int:
-    """Two for each multiply-add of convolutions, matrix products and attention."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+def step(variant: str) -> Step:
+    """Both towers, the contrastive loss, what ranks send each other."""
+    config = VARIANTS[variant]()
+    model = Clip(config)
+    return Step(
+        model,
+        full_batch(config.image_size, config.context, config.end_token),
+        model,
+        {"plain": contrastive_loss, "chunked": chunked_contrastive_loss},  # clip_loss is the first
+        gathered=2 * 4 * config.embed_width,  # a picture's and a text's features, fp32
+        reads=config.context - 1,  # where the last text ends
+    )
 
 
 def unused_pooling_flops(model: Clip, image: torch.Tensor) -> int:
     """The published ResNet profiles let every token query in the attention pooling and keep one; ours asks for one."""
     pool = model.vision_encoder.pool
     tokens = pool.position[None]  # (1, 1 + N, C), only its shape counts
-    return flops(lambda: pool.attention(tokens, tokens)) - flops(lambda: pool.attention(tokens[:, :1], tokens))
+    return count_flops(lambda: pool.attention(tokens, tokens)) - count_flops(
+        lambda: pool.attention(tokens[:, :1], tokens)
+    )

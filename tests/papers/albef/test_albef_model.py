@@ -13,7 +13,7 @@ from tests_common import CATALOG, ROOT
 from torch.nn import functional as F
 
 from papers.albef.config import VARIANTS, Objective, with_tokenizer
-from papers.albef.evidence.cost import workload
+from papers.albef.evidence.structure import step
 from papers.albef.losses import albef_losses
 from papers.albef.model import Albef, AlbefPretraining
 from papers.albef.module import (
@@ -459,9 +459,9 @@ def test_a_heat_map_is_of_the_pictures_grid_and_leaves_no_gradient():
 
 
 def test_a_planned_step_counts_both_copies_and_the_queue():
-    passes = count_encoders(lambda: workload("albef-tiny"))
+    passes = count_encoders(lambda: step("albef-tiny"))
     assert passes.forward(8) == 2 * passes.forward(4) and passes.backward(8) > passes.forward(8)
-    contrast = count_objectives(lambda: workload("albef-tiny"))["momentum"]
+    contrast = count_objectives(lambda: step("albef-tiny"))["momentum"]
     # four products of queries and keys, and two backward for each of the student's two
     config = VARIANTS["albef-tiny"]()
     assert contrast.flops(4, 4) == pytest.approx(2 * 4 * (4 + config.queue) * config.embed_width * (4 + 2), rel=0.01)

@@ -327,10 +327,10 @@ def test_the_step_that_a_plan_counts_is_the_one_that_trains():
     """Its numbers of multiply-adds are those of a real step, with as many texts and no padding."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from papers.blip.evidence.cost import workload
+    from papers.blip.evidence.structure import step
     from papers.blip.module import PRETRAINING
 
-    work = workload("blip-tiny")
+    work = step("blip-tiny")
     images, tokens = work.batch(4)
     tokens[:] = torch.randint(1, TINY.start_token, tokens.shape)
     with FlopCounterMode(display=False) as counted:

@@ -12,8 +12,7 @@ from tests_common import CATALOG, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import shared.tools.plan
-from papers.clip.evidence.cost import workload
-from papers.clip.evidence.structure import forward_flops, measure
+from papers.clip.evidence.structure import forward_flops, measure, step
 from papers.clip.losses import clip_loss
 from papers.clip.model import ClipOutput
 from shared.core.errors import UserError
@@ -30,7 +29,7 @@ FULL = {"weights": torch.float32, "half": None}
 
 
 def tiny(recompute=False):
-    work = workload("clip-tiny")
+    work = step("clip-tiny")
     work.model.train()
     set_recompute(work.model, recompute)
     return work
@@ -57,7 +56,7 @@ def test_bytes_and_flops_on_shapes_alone_are_those_of_a_real_pass_at_every_momen
         real = encoders_pass(5, dtypes, recompute)
     finally:
         torch.set_default_dtype(before)
-    counted = count_encoders(functools.partial(workload, "clip-tiny"), **dtypes, recompute=recompute)
+    counted = count_encoders(functools.partial(step, "clip-tiny"), **dtypes, recompute=recompute)
     found = (counted.kept(5), counted.peak(5), counted.forward(5), counted.backward(5))
     assert found == (real.kept, real.peak, real.forward, real.backward)
 
@@ -92,7 +91,7 @@ def test_flops_are_those_of_torchs_own_counter_on_real_tensors_and_of_the_struct
         outputs = work.encode(*batch)
     with FlopCounterMode(display=False) as backward:
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
-    counted = count_encoders(functools.partial(workload, "clip-tiny"))
+    counted = count_encoders(functools.partial(step, "clip-tiny"))
     assert counted.forward(3) == forward.get_total_flops()
     assert counted.backward(3) == backward.get_total_flops()
     assert counted.forward(1) == forward_flops("clip-tiny")
@@ -114,7 +113,7 @@ def test_weights_gradients_and_moments_are_exactly_those_of_a_real_optimizer():
 
 @pytest.fixture(scope="module")
 def objectives():
-    return count_objectives(functools.partial(workload, "clip-tiny"))
+    return count_objectives(functools.partial(step, "clip-tiny"))
 
 
 def objective_pass(function, size, width):
@@ -127,7 +126,7 @@ def objective_pass(function, size, width):
 def test_the_objective_is_counted_at_sizes_that_were_not_run(objectives):
     plain = objectives["plain"]
     for size in (1024, 3000):
-        direct = objective_pass(workload("clip-tiny").objectives["plain"], size, 48)
+        direct = objective_pass(step("clip-tiny").objectives["plain"], size, 48)
         assert plain.flops(size, size) == pytest.approx(direct.forward + direct.backward, rel=1e-9)
         assert plain.peak(size, size) == pytest.approx(direct.peak, rel=1e-6)
 
@@ -170,7 +169,7 @@ def test_a_whole_step_needs_what_its_parts_say(a_plan):
 CHILD = """
 import json, sys
 import torch
-from papers.clip.evidence.cost import workload
+from papers.clip.evidence.structure import step
 from papers.clip.losses import clip_loss
 from shared.training.optim import decay_groups
 
@@ -179,7 +178,7 @@ def resident(key):
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 def train(variant, size):
-    work = workload(variant)
+    work = step(variant)
     optimizer = torch.optim.AdamW(decay_groups(work.model, 0.2), lr=1e-4, fused=True)
     batch = work.batch(size)
     for _ in range(2):  # in the second, gradients and moments stand while activations are made

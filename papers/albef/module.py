@@ -15,7 +15,7 @@ from papers.albef.model import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE, Albef,
 from papers.albef.recipe import AlbefRecipe
 from shared.core.errors import UserError
 from shared.nn.blocks import set_recompute
-from shared.training.optim import warmup_cosine_between
+from shared.training.optim import optimizer_with_schedule
 from shared.training.strategies import whole
 
 
@@ -106,21 +106,8 @@ def leave_untrained(model: Albef, objective: Objective) -> None:
 
 def adamw(module: nn.Module, recipe: AlbefRecipe) -> dict:
     """AdamW, linear warm-up to the peak, cosine to the last learning rate; configure_optimizers' form."""
-    optimizer = torch.optim.AdamW(
-        slowed(decay_groups(module, recipe.weight_decay), module, recipe),
-        lr=recipe.learning_rate,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, recipe))
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def learning_rate_share(step: int, recipe: AlbefRecipe) -> float:
-    """The share of the peak learning rate at a step (0-based)."""
-    last = recipe.last_learning_rate
-    return warmup_cosine_between(step, recipe, recipe.first_learning_rate or last, last)
+    groups, last = slowed(decay_groups(module, recipe.weight_decay), module, recipe), recipe.last_learning_rate
+    return optimizer_with_schedule(groups, recipe, recipe.first_learning_rate or last, last)
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:

@@ -13,9 +13,10 @@ from papers.blip.losses import blip_losses
 from papers.blip.model import TEMPERATURES, BlipPretraining, Objectives
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
+from shared.data.padding import trim_padding
 from shared.nn.blocks import set_recompute
 from shared.nn.distributed import world
-from shared.training.optim import warmup_cosine
+from shared.training.optim import adamw, warmup_cosine
 from shared.training.strategies import whole
 
 PRETRAINING = Objectives()
@@ -53,17 +54,8 @@ class BlipModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """AdamW over all trained parameters alike: nothing is exempt from weight decay (official code, pretrain.py)."""
-        recipe = self.recipe
-        optimizer = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=recipe.learning_rate,
-            betas=(recipe.beta1, recipe.beta2),
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, recipe))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return adamw(trained, self.recipe, lambda step: learning_rate_share(step, self.recipe))
 
     def on_train_batch_start(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         if self.objectives.itc:
@@ -95,11 +87,6 @@ class BlipModule(lightning.LightningModule):
         """Before a step, not after, as the official code: what is saved may lie outside by one step."""
         with torch.no_grad(), whole(self.model.temperature) as (temperature,):
             temperature.clamp_(*TEMPERATURES)
-
-
-def trim_padding(tokens: Tensor, pad: int) -> Tensor:
-    """(B, T) without the columns that are padding in every row: nobody sees them, and they cost as much as words."""
-    return tokens[:, : int((tokens != pad).sum(1).max())]
 
 
 def learning_rate_share(step: int, recipe: BlipRecipe) -> float:

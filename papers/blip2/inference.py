@@ -12,8 +12,8 @@ from torch import Tensor
 
 from papers.blip2.bundle import InferenceModel, load_inference_model
 from papers.blip2.encode import ANSWERING, CAPTION, CAPTIONING, PROMPTS, GenerationConfig, device_of, tidy
-from papers.blip2.text import padded
 from shared.core.errors import UserError
+from shared.data.padding import pad_rows
 from shared.inference.predict import Reply, Talk, Task
 from shared.nn.generation import GenerationSettings, generate
 from shared.weights.manifest import MANIFEST
@@ -193,7 +193,7 @@ def likelihoods(talker: InferenceModel, prefix: Tensor, asked: Sequence[int], an
     language, words, device = talker.model.language_model, talker.words, prefix.device
     causal = language.kind == "causal"
     rows = [[*words.encode(f" {one}" if causal else one), words.stop[0]] for one in answers]
-    targets, said = (part.to(device) for part in padded(rows, words.stop[0]))  # (A, U)
+    targets, said = (part.to(device) for part in pad_rows(rows, words.stop[0]))  # (A, U)
     prompt = torch.tensor([list(asked)] * len(rows), dtype=torch.long, device=device)  # (A, T)
     seen = torch.ones(len(rows), prefix.shape[1] + len(asked), dtype=torch.bool, device=device)
     found = []

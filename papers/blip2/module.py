@@ -16,9 +16,10 @@ from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, Prompt
 from papers.blip2.recipe import Blip2Recipe
 from shared.core.errors import UserError
+from shared.data.padding import trim_masked, trim_padding
 from shared.nn.blocks import set_recompute
 from shared.nn.frozen import assert_only_trained
-from shared.training.optim import decay_groups, warmup_cosine_between
+from shared.training.optim import decay_groups, optimizer_with_schedule
 
 EVERYTHING = Objectives()
 WITHOUT_ITG = Objectives(itg=False)
@@ -48,21 +49,15 @@ class BridgeModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """AdamW on what is trained; matrices and queries decay, vectors do not (LAVIS, Blip2Base.get_optimizer_params).
+        Linear warm-up, then a cosine that ends at min_learning_rate (Sec. 3.4).
 
         Unlike there the temperature, a number without an axis, does not decay either: it would be drawn towards
         dividing by nothing.
         """
-        recipe = self.recipe
-        optimizer = torch.optim.AdamW(
-            decay_groups(self, recipe.weight_decay),
-            lr=recipe.learning_rate,
-            betas=(recipe.beta1, recipe.beta2),
-            eps=recipe.eps,
-            fused=True,
-        )
-        assert_only_trained(optimizer, self)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, recipe))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        groups = decay_groups(self, self.recipe.weight_decay)
+        configured = optimizer_with_schedule(groups, self.recipe, end_at=self.recipe.min_learning_rate)
+        assert_only_trained(configured["optimizer"], self)
+        return configured
 
     def features(self, seen: Tensor) -> Tensor:
         """Frozen features as they come, or of the pictures (B, 3, H, W)."""
@@ -117,9 +112,9 @@ class Stage2Module(BridgeModule):
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
         seen, tokens, attention_mask, *asked = batch
         if not self.recipe.compile:
-            tokens, attention_mask = trim_padding_of(tokens, attention_mask)
+            tokens, attention_mask = trim_masked(tokens, attention_mask)
         if self.model.language_model.kind == "seq2seq":
-            prompt = Prompt(*(asked if self.recipe.compile else trim_padding_of(*asked)))
+            prompt = Prompt(*(asked if self.recipe.compile else trim_masked(*asked)))
         else:
             [prompt] = asked
         loss = stage2_loss(self.model(self.features(seen), tokens, attention_mask, prompt))
@@ -169,23 +164,6 @@ class FrozenWatch(Callback):
 def unwrapped(part: nn.Module) -> nn.Module:
     """What a `Frozen` keeps out of sight."""
     return part.__dict__.get("module", part)
-
-
-def trim_padding(tokens: Tensor, pad: int) -> Tensor:
-    """(B, T) without the columns that are padding in every row: nobody sees them, and they cost as much as words."""
-    return tokens[:, : int((tokens != pad).sum(1).max())]
-
-
-def trim_padding_of(tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-padded tokens (B, T) and where they are, without the columns that are padding in every row."""
-    longest = int(attention_mask.sum(1).max())
-    return tokens[:, :longest], attention_mask[:, :longest]
-
-
-def learning_rate_share(step: int, recipe: Blip2Recipe) -> float:
-    """The share of the peak learning rate at a step (0-based): linear warm-up, then a cosine that ends at
-    min_learning_rate (Sec. 3.4)."""
-    return warmup_cosine_between(step, recipe, 0.0, recipe.min_learning_rate)
 
 
 def example(pictures: int) -> tuple[Stage1Module, tuple[Tensor, ...]]:

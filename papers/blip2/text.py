@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.core.errors import UserError
+from shared.data.padding import pad_rows
 from shared.data.seeded import SeededRandom
 from shared.tokenizers.base import Tokenizer
 
@@ -79,7 +80,7 @@ class PromptTokenizer:
             rows.append([*before, *behind, self.stop[0]][:longest])
             given.append(len(before) if prompt else 0)
             self._check_prompt(prompt, len(before), longest)
-        tokens, attention_mask = padded(rows, self.pad)
+        tokens, attention_mask = pad_rows(rows, self.pad)
         self._check_room(tokens.shape[1], queries)
         return Texts(tokens, attention_mask, torch.tensor(given))
 
@@ -92,7 +93,7 @@ class PromptTokenizer:
                 self._check_prompt(prompt, len(ids), longest)
             asked.append([*ids[: longest - len(self.behind)], *self.behind])
             said.append([*self.encode(behind)[: longest - 1], self.stop[0]])
-        answers = Answers(*padded(said, self.pad), *padded(asked, self.pad))
+        answers = Answers(*pad_rows(said, self.pad), *pad_rows(asked, self.pad))
         self._check_room(answers.asked.shape[1], queries)
         return answers
 
@@ -109,19 +110,8 @@ class PromptTokenizer:
 
     def prompts(self, texts: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Tokens (N, T) padded on the left, and where they are (N, T)."""
-        tokens, attention_mask = padded([[*self.begun(text), *self.behind] for text in texts], self.pad, left=True)
+        tokens, attention_mask = pad_rows([[*self.begun(text), *self.behind] for text in texts], self.pad, left=True)
         return tokens.to(device), attention_mask.to(device)
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    tokens = torch.full((len(rows), longest), pad)
-    attention_mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for place, row in enumerate(rows):
-        where = slice(longest - len(row), None) if left else slice(0, len(row))
-        tokens[place, where] = torch.tensor(row)
-        attention_mask[place, where] = True
-    return tokens, attention_mask
 
 
 def split(text: str, draw: SeededRandom) -> tuple[str, str]:

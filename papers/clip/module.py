@@ -12,7 +12,7 @@ from papers.clip.model import LARGEST_LOGIT_SCALE, Clip
 from papers.clip.recipe import ClipRecipe
 from shared.core.recipe import Recipe
 from shared.nn.blocks import set_recompute
-from shared.training.optim import adamw_with_cosine
+from shared.training.optim import decay_groups, optimizer_with_schedule
 from shared.training.strategies import whole
 
 
@@ -29,7 +29,7 @@ class PretrainingModule(lightning.LightningModule):
             self.model.compile()
 
     def configure_optimizers(self) -> dict:
-        return adamw_with_cosine(self.model, self.recipe)
+        return optimizer_with_schedule(decay_groups(self.model, self.recipe.weight_decay), self.recipe)
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
         loss = self.loss(*batch)

@@ -7,14 +7,21 @@ there whole or not at all. A stage follows from its key alone, so that it makes 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from shared.core.files import locked, made
+from shared.core.files import locked, made, write_whole
+
+if TYPE_CHECKING:
+    from torch import nn
+
+M = TypeVar("M", bound="nn.Module")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,27 @@ class StageCache:
                 shutil.rmtree(partial / "checkpoints", ignore_errors=True)  # nothing is left to go on with
                 os.replace(partial, final)
         return final
+
+    def model(
+        self, name: str, build: Callable[[], M], train: Callable[[Path], tuple[nn.Module, Mapping[str, Any]]]
+    ) -> tuple[M, dict[str, Any]]:
+        """The model of stage `name` in eval mode, and the stats of its training.
+
+        train(folder) -> the trained model and its stats, which JSON can hold: called where the stage is not there yet,
+        under the stage's random numbers. build() -> a model for its weights, called every time, under the caller's.
+        UserError where the weights do not fit it.
+        """
+        from shared.weights.load import load_weights, save_weights
+
+        def make(folder: Path) -> None:
+            trained, stats = train(folder)
+            save_weights(trained, folder / "weights.safetensors")
+            write_whole(folder / "training.json", json.dumps(stats))
+
+        folder = self.get_or_build(name, make)
+        model = build()
+        load_weights(model, folder / "weights.safetensors")
+        return model.eval(), json.loads((folder / "training.json").read_text())
 
 
 @contextlib.contextmanager

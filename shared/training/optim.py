@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shared.core.recipe import Recipe
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -19,16 +23,24 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def adamw_with_cosine(module: nn.Module, recipe: Recipe) -> dict:
-    """AdamW, linear warm-up, cosine decay to zero over the recipe's steps; in configure_optimizers' form."""
+def optimizer_with_schedule(params: Params, recipe: Recipe, warmup_from: float = 0.0, end_at: float = 0.0) -> dict:
+    """AdamW on parameters or groups of them (`decay_groups`), in configure_optimizers' form. The learning rate rises
+    linearly from `warmup_from` to the recipe's and falls along a cosine to `end_at`, which the recipe's last step
+    reaches. Groups without a weight decay of their own have the recipe's."""
+    return adamw(params, recipe, lambda step: warmup_cosine_between(step, recipe, warmup_from, end_at))
+
+
+def adamw(params: Params, recipe: Recipe, share: Callable[[int], float]) -> dict:
+    """As `optimizer_with_schedule`, along another curve. share: of the recipe's learning rate, at a step (0-based)."""
     optimizer = torch.optim.AdamW(
-        decay_groups(module, recipe.weight_decay),
+        params,
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, recipe))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -42,5 +54,6 @@ def warmup_cosine(step: int, recipe: Recipe) -> float:
 
 def warmup_cosine_between(step: int, recipe: Recipe, first: float, last: float) -> float:
     """As `warmup_cosine`, but the warm-up begins at the learning rate `first` and the cosine ends at `last`."""
-    lowest = (first if step < recipe.warmup_steps else last) / recipe.learning_rate
+    limit = first if step < recipe.warmup_steps else last
+    lowest = limit / recipe.learning_rate if limit else 0.0
     return lowest + (1 - lowest) * warmup_cosine(step, recipe)

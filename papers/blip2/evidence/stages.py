@@ -27,13 +27,14 @@ from papers.blip2.module import (
     unwrapped,
 )
 from papers.blip2.recipe import OPEN, Blip2Recipe
-from papers.blip2.text import PromptTokenizer, padded, prompt_tokenizer_of
+from papers.blip2.text import PromptTokenizer, prompt_tokenizer_of
 from shared.backbones.vision import Encoder
 from shared.core.device import device_for
 from shared.core.files import write_whole
 from shared.core.paper_package import Context
 from shared.core.recipe import digest, training_fields
 from shared.data.loader import Batches, IndexedTensor
+from shared.data.padding import pad_rows
 from shared.data.synthetic.captions import KINDS
 from shared.experiments.stage_cache import StageCache
 from shared.nn.bert import INIT_STD
@@ -425,7 +426,7 @@ def train_language_model(
 ) -> dict:
     """On the texts of scenes alone. -> its loss, mean over the last tenth of the steps."""
     device = device_for(recipe)
-    tokens, attention_mask = padded([words.begun(text)[: words.context] for text in data.said], words.pad)
+    tokens, attention_mask = pad_rows([words.begun(text)[: words.context] for text in data.said], words.pad)
     generator = torch.Generator().manual_seed(LANGUAGE_SEED)
     model.to(device).train()
     steps, rate = recipe.lm_steps, recipe.lm_rate

@@ -22,7 +22,6 @@ from papers.albef.module import (
     adamw,
     decay_groups,
     example,
-    learning_rate_share,
     ramp,
 )
 from papers.albef.recipe import AlbefRecipe
@@ -182,7 +181,8 @@ def test_the_papers_recipe_can_say_the_schedules_of_fine_tuning(task):
     recipe = load_recipe(
         ROOT / "recipes/albef/paper.yaml", AlbefRecipe, [*overrides.split(), "steps=1000", "batch=256"]
     )
-    rates = [recipe.learning_rate * learning_rate_share(step, recipe) for step in range(1001)]
+    [share] = adamw(model(), recipe)["lr_scheduler"]["scheduler"].lr_lambdas[:1]
+    rates = [recipe.learning_rate * share(step) for step in range(1001)]
     assert (rates[0], rates[recipe.warmup_steps], rates[-1]) == pytest.approx((first, peak, 1e-6))
     assert max(rates) == pytest.approx(peak) and recipe.weight_decay == 0.02
 

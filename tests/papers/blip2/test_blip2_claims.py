@@ -20,7 +20,6 @@ from papers.blip2.module import (
     Stage1Module,
     Stage2Module,
     example,
-    learning_rate_share,
 )
 from papers.blip2.recipe import Blip2Recipe
 from papers.blip2.text import PromptTokenizer, clean_caption, prompt_tokenizer_of
@@ -248,7 +247,9 @@ def test_a_period_ends_what_a_small_language_model_says(data):
 
 def test_the_learning_rate_ends_at_its_minimum_and_the_warm_up_is_linear():
     recipe = replace(SMALL, steps=20, warmup_steps=4, learning_rate=1e-2, min_learning_rate=5e-3)
-    shares = [learning_rate_share(step, recipe) for step in range(21)]
+    module = Stage1Module(Blip2Qformer(VARIANTS["blip2-tiny"]()), recipe)
+    share = module.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    shares = [share(step) for step in range(21)]
     assert shares[:4] == [0.25, 0.5, 0.75, 1.0] and shares[-1] == pytest.approx(0.5)
     assert all(a >= b for a, b in pairwise(shares[4:]))
 
@@ -457,7 +458,7 @@ def smollm2(monkeypatch, data):
     model = Frozen(SmallLanguageModel(data.tokenizer.vocab_size, 128, 40, 2, 2), torch.bfloat16, through=True)
     language = replace(LANGUAGES["smollm2-135m"], width=40, vocabulary=data.tokenizer.vocab_size, context=128)
     bundle = stages.LanguageModelBundle(model, prompt_tokenizer_of(data.tokenizer, 128), language)
-    monkeypatch.setattr(stages, "named_speaker", lambda name, manifest: bundle)
+    monkeypatch.setattr(stages, "load_language_model_bundle", lambda name, manifest: bundle)
     return replace(SMALL, headline_model="smollm2-135m", headline_seeds=9, headline_word_steps=30, stage2_rate=3e-3)
 
 

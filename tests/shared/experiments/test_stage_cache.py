@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from shared.core.errors import UserError
 from shared.experiments.stage_cache import StageCache
 
 
@@ -60,6 +61,25 @@ def test_an_interrupted_stage_is_not_there_and_goes_on_in_its_folder(tmp_path):
 
     found = stages.get_or_build("s", goes_on)
     assert (found / "whole").is_file() and not (found / "checkpoints").exists()
+
+
+def test_a_model_is_trained_once_with_the_stages_numbers_and_then_built_and_loaded(tmp_path):
+    trained = []
+
+    def train(folder):
+        trained.append(folder)
+        return torch.nn.Linear(2, 3), {"loss": 0.5, "curve": [(1, 2.0)]}
+
+    stages = StageCache(tmp_path, 3)
+    first, stats = stages.model("linear", lambda: torch.nn.Linear(2, 3), train)
+    torch.manual_seed(9)
+    again, _ = stages.model("linear", lambda: torch.nn.Linear(2, 3), train)
+    assert len(trained) == 1 and stats == {"loss": 0.5, "curve": [[1, 2.0]]} and not again.training
+    assert torch.equal(first.weight, again.weight) and torch.equal(first.bias, again.bias)
+    other, _ = StageCache(tmp_path / "b", 3).model("linear", lambda: torch.nn.Linear(2, 3), train)
+    assert torch.equal(other.weight, first.weight), "whatever was drawn before"
+    with pytest.raises(UserError, match="do not fit the model"):
+        stages.model("linear", lambda: torch.nn.Linear(2, 4), train)
 
 
 def slow(folder):

@@ -16,7 +16,7 @@ from shared.core.errors import UserError
 from shared.data.loader import Batches
 from shared.training.callbacks import EvalAtSteps, MetricRecorder
 from shared.training.checkpointing import SEAL, newest, newest_valid, random_states, restore_random
-from shared.training.optim import adamw_with_cosine
+from shared.training.optim import decay_groups, optimizer_with_schedule
 from shared.training.trainer import fit
 
 RECIPE = {"paper": "clip", "model": "clip-tiny", "steps": 12, "batch": 4, "accelerator": "cpu", "checkpoint_every": 4}
@@ -34,7 +34,7 @@ class Drawing(lightning.LightningModule):
         self.seen = []
 
     def configure_optimizers(self):
-        return adamw_with_cosine(self, self.recipe)
+        return optimizer_with_schedule(decay_groups(self, self.recipe.weight_decay), self.recipe)
 
     def training_step(self, batch, index):
         noise = random.random() + numpy.random.rand()

@@ -13,7 +13,8 @@ from shared.core.recipe import digest, training_fields
 from shared.data.loader import Batches, IndexedTensor
 from shared.experiments.ablations import Job, Outcome
 from shared.training.callbacks import EvalAtSteps, MetricRecorder
-from shared.training.optim import decay_groups, warmup_cosine, warmup_cosine_between
+from shared.training.optim import decay_groups, optimizer_with_schedule, warmup_cosine, warmup_cosine_between
+from shared.training.simple import fit_simple
 from shared.training.trainer import make_trainer
 
 
@@ -70,6 +71,31 @@ def test_a_warm_up_begins_and_a_cosine_ends_where_told():
     assert shares[55] == pytest.approx((1 + 0.1) / 2) and shares[100] == pytest.approx(0.1)
     plain = [warmup_cosine(step, recipe) for step in range(101)]
     assert [warmup_cosine_between(step, recipe, 0.0, 0.0) for step in range(101)] == plain
+
+
+def test_the_optimizer_follows_the_recipes_schedule_and_groups_keep_their_own_decay():
+    module, _ = example(2)
+    recipe = ClipRecipe(steps=100, warmup_steps=10, learning_rate=1e-3, beta1=0.8, beta2=0.95, eps=1e-5)
+    configured = optimizer_with_schedule(decay_groups(module, 0.3), recipe, 2e-4, 1e-4)
+    optimizer, [share, _] = configured["optimizer"], configured["lr_scheduler"]["scheduler"].lr_lambdas
+    assert [share(step) for step in range(101)] == [warmup_cosine_between(s, recipe, 2e-4, 1e-4) for s in range(101)]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert all((group["betas"], group["eps"]) == ((0.8, 0.95), 1e-5) for group in optimizer.param_groups)
+    plain = optimizer_with_schedule(module.parameters(), recipe)["optimizer"]
+    assert plain.param_groups[0]["weight_decay"] == recipe.weight_decay
+
+
+@pytest.mark.parametrize("share", [None, lambda step: 1 - step / 40])
+def test_the_small_loop_lowers_its_loss_and_ends_at_no_learning_rate(share):
+    weight, steps = torch.nn.Parameter(torch.tensor([3.0, -2.0])), []
+
+    def loss(step):
+        steps.append((step, weight.detach().clone()))
+        return weight.square().sum()
+
+    losses = fit_simple(loss, [weight], 40, 0.2, betas=(0.9, 0.98), weight_decay=0.0, share=share)
+    assert [step for step, _ in steps] == list(range(40)) and losses[0] == 13.0 and losses[-1] < 0.5
+    assert (weight.detach() - steps[-1][1]).abs().max() < 0.1 * (steps[20][1] - steps[0][1]).abs().max()
 
 
 def test_gains_biases_and_the_logit_scale_do_not_decay():

@@ -1,4 +1,4 @@
-"""The laboratory of ALBEF's claims: the pairs of one seed, some of them with wrong captions, and what is tested on."""
+"""The data of one seed: pairs, some of them with wrong captions, and what is tested on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from papers.albef.config import VARIANTS, AlbefConfig, with_tokenizer
 from papers.albef.encode import longer_than, tokens_of
 from papers.albef.recipe import AlbefRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import DatasetBundle, Split, load_dataset, packs
+from shared.data.dataset import DatasetBundle, Split
+from shared.data.recipe import load_dataset, scene_pack
 from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import class_prompt
 from shared.data.synthetic.minimal_pairs import minimal_pairs
-from shared.data.synthetic.scenes import Scene, SceneOptions
-from shared.data.synthetic.sprites import VENDORS, SpritePack
-from shared.experiments.ablations import once_a_seed
+from shared.data.synthetic.scenes import Scene
+from shared.data.synthetic.sprites import SpritePack
+from shared.experiments.effects import once_a_seed
 from shared.tokenizers.small_bpe import SmallTokenizer
 
 ATTEMPTS = 1_000
@@ -44,7 +45,6 @@ class ExperimentData:
     val: EvalSet
     test: EvalSet
     pack: SpritePack | None  # what scenes are made of
-    options: SceneOptions
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         return tokens_of(self.tokenizer, captions, self.config.context)
@@ -53,14 +53,13 @@ class ExperimentData:
 def build_data(recipe: AlbefRecipe, seed: int) -> ExperimentData:
     dataset, tokenizer = read(recipe, seed)
     config = with_tokenizer(replace(VARIANTS[recipe.model](), image_size=recipe.image_size), tokenizer)
-    options = options_of(recipe)
-    pack = pack_of(recipe, dataset)
+    pack = scene_pack(recipe, dataset)
     if pack is None:
         by_label = recipe.data.partition("/")[0] != "karpathy"
         val, test = (eval_set_of(dataset, split, recipe.pool, by_label) for split in ("val", "test"))
     else:
-        val, test = (near_misses(pack, split, recipe, seed, options) for split in ("val", "test"))
-    return ExperimentData(dataset, tokenizer, config, first_pool(val), test, pack, options)
+        val, test = (near_misses(pack, split, recipe, seed) for split in ("val", "test"))
+    return ExperimentData(dataset, tokenizer, config, first_pool(val), test, pack)
 
 
 data_of = once_a_seed(build_data)
@@ -71,53 +70,30 @@ def load(recipe: AlbefRecipe, seed: int) -> DatasetBundle:
 
 
 def read(recipe: AlbefRecipe, seed: int, times: float = 1.0) -> tuple[DatasetBundle, SmallTokenizer]:
-    """The world, its note telling what captions lose to the context, and the tokenizer trained on them.
+    """The dataset, its note telling what captions lose to the context, and the tokenizer trained on them.
 
     times: so many times the recipe's pairs, where the set has them. UserError where a caption is empty.
     """
     dataset = load_dataset(
-        recipe.data,
-        root=recipe.data_root or None,
-        pairs=round(times * recipe.pairs),
-        test_pairs=recipe.test_pairs,
-        image_size=recipe.image_size,
-        seed=seed,
-        classes=recipe.classes,
-        objects=(1, recipe.objects),
-        clutter=recipe.clutter,
-        noise=recipe.noise,
-        jitter=recipe.jitter,
-        small=recipe.small,
-        captions=recipe.captions,
-        full=recipe.full,
-        max_dropped=recipe.max_dropped,
-    )
-    said = [caption for several in dataset.train.captions for caption in several]
-    if len(said) < recipe.batch:
-        raise UserError(f"data {dataset.name}: {len(said)} captions do not fill a batch of {recipe.batch}; lower batch")
+        recipe, seed, round(times * recipe.pairs), captions=recipe.captions, full=recipe.full
+    )  # fmt: skip
+    texts = [caption for several in dataset.train.captions for caption in several]
+    if len(texts) < recipe.batch:
+        raise UserError(
+            f"data {dataset.name}: {len(texts)} captions do not fill a batch of {recipe.batch}; lower batch"
+        )
     for id, several in zip(dataset.train.ids, dataset.train.captions, strict=True):
         if not several or not all(caption.strip() for caption in several):
             raise UserError(
                 f"data {dataset.name}: picture {id} has an empty caption: write one, or leave the picture out"
             )
     config = VARIANTS[recipe.model]()
-    tokenizer = SmallTokenizer.train(said, config.vocabulary, specials=("mask",))
-    cut = longer_than(tokenizer, said, config.context)
+    tokenizer = SmallTokenizer.train(texts, config.vocabulary, specials=("mask",))
+    cut = longer_than(tokenizer, texts, config.context)
     if cut:
-        told = f"{cut} of {len(said)} training captions are longer than {config.context} tokens and lose their tail"
-        dataset.note = f"{dataset.note}; {told}" if dataset.note else told
+        note = f"{cut} of {len(texts)} training captions are longer than {config.context} tokens and lose their tail"
+        dataset.note = f"{dataset.note}; {note}" if dataset.note else note
     return dataset, tokenizer
-
-
-def options_of(recipe: AlbefRecipe) -> SceneOptions:
-    return SceneOptions((1, recipe.objects), recipe.clutter, recipe.noise, recipe.jitter, recipe.small)
-
-
-def pack_of(recipe: AlbefRecipe, dataset: DatasetBundle) -> SpritePack | None:
-    """What the world's scenes are made of; None where it is a published set."""
-    if recipe.data not in VENDORS:
-        return None
-    return packs(recipe.data, root=recipe.data_root or None)[0].subset(len(dataset.classes))
 
 
 # ---- what is trained on
@@ -144,14 +120,14 @@ def more_pairs(data: ExperimentData, recipe: AlbefRecipe, seed: int, times: floa
     """`times` as many pairs where the set has them: the lab's own with their captions, the share among the others."""
     train, own = read(recipe, seed, times)[0].train, set(data.dataset.train.ids)
     captions = exchanged(train, wrong, seed)
-    kept = [one if id in own else other for id, one, other in zip(train.ids, train.captions, captions, strict=True)]
-    return paired(data, train, kept)
+    captions = [right if id in own else new for id, right, new in zip(train.ids, train.captions, captions, strict=True)]
+    return paired(data, train, captions)
 
 
 def paired(data: ExperimentData, split: Split, captions: list[list[str]]) -> Pairs:
     rows = torch.tensor([row for row, several in enumerate(captions) for _ in several])
     tokens = data.tokens([caption for several in captions for caption in several])
-    changed = sum(one != other for one, other in zip(captions, split.captions, strict=True))
+    changed = sum(new != right for new, right in zip(captions, split.captions, strict=True))
     return Pairs(split.images[rows], tokens, rows, changed / len(captions))
 
 
@@ -178,17 +154,19 @@ def exchanged(split: Split, share: float, seed: int) -> list[list[str]]:
 # ---- what is tested on
 
 
-def near_misses(pack: SpritePack, split: str, recipe: AlbefRecipe, seed: int, options: SceneOptions) -> EvalSet:
+def near_misses(pack: SpritePack, split: str, recipe: AlbefRecipe, seed: int) -> EvalSet:
     """Held-out scenes in groups that differ in one detail; no group is cut by the border of a pool."""
-    found = minimal_pairs(pack, split, recipe.test_pairs, size=recipe.image_size, seed=seed, options=options)
-    starts = [0, *[row for row in range(1, len(found)) if found.groups[row] != found.groups[row - 1]], len(found)]
+    near = minimal_pairs(
+        pack, split, recipe.test_pairs, size=recipe.image_size, seed=seed, options=recipe.scene_options
+    )
+    starts = [0, *[row for row in range(1, len(near)) if near.groups[row] != near.groups[row - 1]], len(near)]
     pools, begin = [], 0
     for start, end in pairwise(starts):
         if end - begin > recipe.pool and start > begin:
             pools.append(torch.arange(begin, start))
             begin = start
-    pools.append(torch.arange(begin, len(found)))
-    return EvalSet(found.images, found.captions, pools, found.scenes, found.details)
+    pools.append(torch.arange(begin, len(near)))
+    return EvalSet(near.images, near.captions, pools, near.scenes, near.details)
 
 
 def eval_set_of(dataset: DatasetBundle, part: str, size: int, by_label: bool) -> EvalSet:

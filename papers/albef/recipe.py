@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shared.core.errors import UserError
-from shared.core.recipe import Recipe
+from shared.data.recipe import SceneRecipe
 
 
 @dataclass
-class AlbefRecipe(Recipe):
+class AlbefRecipe(SceneRecipe):
     """What ALBEF's recipes have beside every paper's."""
 
     weight_decay: float = 0.02
@@ -20,15 +20,8 @@ class AlbefRecipe(Recipe):
     temperature_rate: float = 1.0  # the temperature's learning rate, as a share of the others'
     alpha_ramp_steps: int = 0  # over which distillation grows from nothing: the first epoch's; 0: at once
 
-    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/synthetic/scenes.py)
-    objects: int = 2  # things in a picture at most
-    clutter: float = 0.5
-    noise: float = 10.0  # of the pixels; that of the captions is an arm's
-    jitter: float = 1.0
-    small: float = 0.4
     captions: int = 1  # a training picture has
     full: bool = False  # whether these name every thing with its colour and size
-    max_dropped: float = 0.001  # share of pictures that cannot be read, or have no caption, which is put up with
 
     vision_steps: int = 0  # of a classifier whose image encoder all arms start from, as the paper's from DeiT; 0: none
     vision_rate: float = 2e-3  # its learning rate

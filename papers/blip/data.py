@@ -15,10 +15,10 @@ from torch import Tensor
 from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, with_tokenizer
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import DatasetBundle, Split, load_dataset, packs
+from shared.data.dataset import DatasetBundle, Split
+from shared.data.recipe import load_dataset, scene_pack
 from shared.data.synthetic.minimal_pairs import minimal_pairs
-from shared.data.synthetic.scenes import COLOURS, SceneOptions, render_many, sample_scene
-from shared.experiments.ablations import once_a_seed
+from shared.experiments.effects import once_a_seed
 from shared.tokenizers.base import Tokenizer, trim
 from shared.tokenizers.small_bpe import SmallTokenizer
 
@@ -29,7 +29,7 @@ LONGEST_PLAIN = 8  # words
 class Text(NamedTuple):
     """One caption of one training picture. true: whether it belongs there, None where nobody knows."""
 
-    picture: int  # row of world.train
+    picture: int  # row of dataset.train
     text: str
     true: bool | None = None
 
@@ -45,23 +45,20 @@ class EvalSet:
     @property
     def references(self) -> list[list[str]]:
         """The texts of each picture."""
-        found: list[list[str]] = [[] for _ in self.images]
+        texts: list[list[str]] = [[] for _ in self.images]
         for text, picture in zip(self.texts, self.owner.tolist(), strict=True):
-            found[picture].append(text)
-        return found
+            texts[picture].append(text)
+        return texts
 
 
 @dataclass(frozen=True)
 class ExperimentData:
-    """labelled: pictures (N, 3, H, W) and labels (N, kinds), -1 where there is none; None: no such pictures."""
-
     dataset: DatasetBundle
     tokenizer: Tokenizer
     config: BlipConfig
     clean: list[Text]
     web: list[Text]
     eval_set: EvalSet
-    labelled: tuple[Tensor, Tensor] | None
 
     @property
     def web_pictures(self) -> list[int]:
@@ -70,30 +67,16 @@ class ExperimentData:
     def tensors(self, texts: Sequence[Text], prompt: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """What a batch is made of: pictures (P, 3, H, W), tokens (P, L) of the texts behind the prompt, picture ids."""
         rows = torch.tensor([text.picture for text in texts])
-        said = [f"{prompt} {text.text}" if prompt else text.text for text in texts]
-        tokens = trim(self.tokenizer(said, self.config.context), self.tokenizer.end)
+        captions = [f"{prompt} {text.text}" if prompt else text.text for text in texts]
+        tokens = trim(self.tokenizer(captions, self.config.context), self.tokenizer.end)
         return self.dataset.train.images[rows], tokens, rows
 
 
 def load(recipe: BlipRecipe, seed: int) -> DatasetBundle:
     if not recipe.clean < recipe.pairs:
         raise UserError(f"clean={recipe.clean} of {recipe.pairs} pairs leaves none to the web; lower it")
-    return load_dataset(
-        recipe.data,
-        root=recipe.data_root or None,
-        pairs=recipe.pairs,
-        test_pairs=recipe.test_pairs,
-        image_size=recipe.image_size,
-        seed=seed,
-        classes=recipe.classes,
-        objects=(1, recipe.objects),
-        clutter=recipe.clutter,
-        noise=recipe.noise,
-        jitter=recipe.jitter,
-        small=recipe.small,
-        caption_noise=recipe.caption_noise * (recipe.pairs - recipe.clean) / recipe.pairs,  # none of it is clean
-        max_dropped=recipe.max_dropped,
-    )
+    noise = recipe.caption_noise * (recipe.pairs - recipe.clean) / recipe.pairs  # none of it is clean
+    return load_dataset(recipe, seed, caption_noise=noise)
 
 
 def build_data(recipe: BlipRecipe, seed: int) -> ExperimentData:
@@ -118,9 +101,7 @@ def build_data(recipe: BlipRecipe, seed: int) -> ExperimentData:
             f"data {recipe.data}: {len(clean)} clean and {len(web)} web texts do not fill a batch of {recipe.batch}; "
             "lower batch, or change clean"
         )
-    return ExperimentData(
-        dataset, tokenizer, config, clean, web, eval_set_of(dataset, recipe, seed), labelled_of(dataset, recipe, seed)
-    )
+    return ExperimentData(dataset, tokenizer, config, clean, web, eval_set_of(dataset, recipe, seed))
 
 
 data_of = once_a_seed(build_data)
@@ -167,10 +148,9 @@ def plain_titles(captions: Sequence[Sequence[str]]) -> set[str]:
 def eval_set_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> EvalSet:
     """Of scenes groups that differ in one detail, each caption a near miss for its group (minimal_pairs.py);
     of a published set its test pictures with plain titles, and these titles alone."""
-    if dataset.train.noisy is not None:
-        pack = packs(recipe.data, root=recipe.data_root or None)[0].subset(recipe.classes)
+    if pack := scene_pack(recipe, dataset):
         near = minimal_pairs(
-            pack, "test", recipe.test_pairs, size=recipe.image_size, seed=seed, options=scene_options(recipe)
+            pack, "test", recipe.test_pairs, size=recipe.image_size, seed=seed, options=recipe.scene_options
         )
         return EvalSet(near.images, near.captions, torch.arange(len(near)))
     test = dataset.test
@@ -181,24 +161,3 @@ def eval_set_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> EvalSe
     rows = [row for row, several in enumerate(kept) if several]
     owner = [place for place, row in enumerate(rows) for _ in kept[row]]
     return EvalSet(test.images[torch.tensor(rows)], [text for row in rows for text in kept[row]], torch.tensor(owner))
-
-
-def scene_options(recipe: BlipRecipe) -> SceneOptions:
-    return SceneOptions((1, recipe.objects), recipe.clutter, recipe.noise, recipe.jitter, recipe.small)
-
-
-def labelled_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> tuple[Tensor, Tensor] | None:
-    """What stands for ImageNet: of scenes further pictures of one thing, labelled with thing and colour; of a published
-    set its training pictures with their categories."""
-    if dataset.train.noisy is None:
-        part = dataset.class_train
-        return None if part is None else (part.images, part.labels[:, None])
-    pack = packs(recipe.data, root=recipe.data_root or None)[0].subset(recipe.classes)
-    alone = replace(scene_options(recipe), objects=(1, 1))
-    names, colours = pack.names, list(COLOURS)
-    scenes = [
-        sample_scene(pack, "labelled", index, seed=seed, options=alone, first=names[index % len(names)])
-        for index in range(recipe.pairs)
-    ]
-    labels = [[names.index(scene.things[0].name), colours.index(scene.things[0].colour)] for scene in scenes]
-    return torch.from_numpy(render_many(scenes, pack, recipe.image_size)), torch.tensor(labels)

@@ -13,13 +13,14 @@ from torch import Tensor
 from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config, with_tokenizer
 from papers.blip2.recipe import OPEN, Blip2Recipe
 from papers.blip2.text import clean_caption
-from shared.data.dataset import DatasetBundle, load_dataset, packs
+from shared.data.dataset import DatasetBundle, make_dataset
 from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import KINDS, ask, caption, number_of, with_article
 from shared.data.synthetic.minimal_pairs import minimal_pairs
+from shared.data.synthetic.packs import packs
 from shared.data.synthetic.scenes import COLOURS, Scene, SceneOptions, render_many, sample_scene
 from shared.data.synthetic.sprites import SpritePack
-from shared.experiments.ablations import once_a_seed
+from shared.experiments.effects import once_a_seed
 from shared.tokenizers.base import Tokenizer, trim
 from shared.tokenizers.bert import BertTokenizer
 from shared.tokenizers.small_bpe import SmallTokenizer
@@ -120,7 +121,7 @@ class ExperimentData:
 
 
 def load(recipe: Blip2Recipe, seed: int) -> DatasetBundle:
-    return load_dataset(
+    return make_dataset(
         recipe.data,
         root=recipe.data_root or None,
         pairs=recipe.pairs,

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 from papers.clip.config import ClipConfig
-from papers.clip.evidence.claims import build_data, clip_accuracy
+from papers.clip.data import build_data
+from papers.clip.evidence.claims import clip_accuracy
 from papers.clip.model import Clip
 from papers.clip.module import ClipModule
 from papers.clip.recipe import ClipRecipe

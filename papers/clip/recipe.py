@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shared.core.errors import UserError
-from shared.core.recipe import Recipe
+from shared.data.recipe import SceneRecipe
 
 
 @dataclass
-class ClipRecipe(Recipe):
+class ClipRecipe(SceneRecipe):
     """What CLIP's recipes have beside every paper's."""
 
-    classes: int = 32  # of the generated scenes, and how hard they are to see (shared/data/synthetic/scenes.py)
-    objects: int = 2  # things in a picture at most
-    clutter: float = 0.5
-    noise: float = 10.0
-    jitter: float = 1.0
-    small: float = 0.4
     captions: int = 1  # a training picture has
     measure_at: int = 8  # points of the learning curves
     val_pictures: int = 256  # read at each of them

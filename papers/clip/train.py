@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from papers.clip.config import VARIANTS
-from papers.clip.evidence.claims import build_data
+from papers.clip.data import build_data
 from papers.clip.model import Clip
 from papers.clip.module import ClipModule
 from papers.clip.recipe import ClipRecipe

@@ -1,9 +1,9 @@
 """Data: scenes with an exact graph, adapters for published formats, and worlds made of either.
 
-`load_dataset` serves a claim with all it needs; `tasks` makes questions, statements, dialogues, episodes and puzzles.
+`make_dataset` serves a claim with all it needs; `tasks` makes questions, statements, dialogues, episodes and puzzles.
 """
 
-from shared.data.dataset import Composition, DatasetBundle, Split, load_dataset
+from shared.data.dataset import Composition, DatasetBundle, Split, make_dataset
 from shared.data.images import PictureError, decode_image
 from shared.data.readers import Coverage
 from shared.data.seeded import SeededRandom, choose_by_hash, split_of
@@ -46,8 +46,8 @@ __all__ = [
     "class_prompt",
     "decode_image",
     "held_out_colours",
-    "load_dataset",
     "load_pack",
+    "make_dataset",
     "render",
     "render_many",
     "sample_scene",

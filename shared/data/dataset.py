@@ -15,6 +15,7 @@ from shared.core.errors import UserError
 from shared.data.readers import Coverage, Record, folder_records, karpathy_records, parquet_records, read_pictures
 from shared.data.seeded import SeededRandom, choose_by_hash, split_of
 from shared.data.synthetic.captions import caption, class_prompt, phrase
+from shared.data.synthetic.packs import packs
 from shared.data.synthetic.scenes import (
     COLOURS,
     Scene,
@@ -24,7 +25,7 @@ from shared.data.synthetic.scenes import (
     render_many,
     sample_scene,
 )
-from shared.data.synthetic.sprites import VENDORS, SpritePack, load_pack
+from shared.data.synthetic.sprites import VENDORS, SpritePack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ class DatasetBundle:
         self.digest = self.digest or _digest(self)
 
 
-def load_dataset(
+def make_dataset(
     name: str,
     *,
     root: str | Path | Mapping[str, str | Path] | None = None,
@@ -169,7 +170,7 @@ def entries_of(name: str) -> list[str]:
 
 
 def fetch_dataset(name: str, report: Callable[[str, int, int | None], None] | None = None) -> None:
-    """Bring what `load_dataset` will read, so that its processes find it in the cache."""
+    """Bring what `make_dataset` will read, so that its processes find it in the cache."""
     from shared.weights.fetch import fetch
     from shared.weights.manifest import load_manifest
 
@@ -187,45 +188,6 @@ LOOKS = {
 
 
 # --- scenes
-
-
-def packs(name: str, vendor: str | None = None, root=None) -> tuple[SpritePack, SpritePack]:
-    """Of `emoji` or `shapes`: the artist that a world is learned from, and the other one. root: as for load_dataset."""
-    vendors = VENDORS[name]
-    ours = vendor or vendors[0]
-    other = next((v for v in vendors if v != ours), ours)
-    if name == "shapes":
-        return load_pack(name, ours), load_pack(name, other)
-    return tuple(load_pack(name, v, source=_package(v, root)) for v in (ours, other))
-
-
-def _package(vendor: str, root) -> Path:
-    if isinstance(root, Mapping):
-        if vendor not in root:
-            raise UserError(f"emoji: root names {', '.join(root) or 'nothing'}, but not {vendor!r}")
-        return Path(root[vendor])
-    if root is not None:
-        folder = Path(root)
-        candidates = [*sorted(folder.glob(f"*emoji*{vendor}*.tgz")), *sorted(folder.glob(f"*{vendor}*")), folder]
-        found = [path for path in candidates if _is_package(path, vendor)]
-        if not found:
-            raise UserError(
-                f"emoji: no package emoji-datasource-{vendor} in {root} (looked for *emoji*{vendor}*.tgz and for "
-                "folders with emoji.json): put it there, or leave data_root empty to have it fetched"
-            )
-        return found[0]
-    from shared.weights.fetch import fetch
-    from shared.weights.manifest import load_manifest
-
-    return fetch(load_manifest()[f"emoji-{vendor}"])
-
-
-def _is_package(path: Path, vendor: str) -> bool:
-    if path.is_file():
-        return path.suffix == ".tgz"
-    return any(
-        (folder / "emoji.json").is_file() and (folder / "img" / vendor).is_dir() for folder in (path, path / "package")
-    )
 
 
 @dataclass

@@ -15,29 +15,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from shared.core.device import cores
 from shared.core.errors import UserError
 from shared.core.files import write_whole
 from shared.core.paper_package import Context, PaperPackage
 from shared.core.recipe import SEED_BASE, Recipe, digest, training_fields
-
-T = TypeVar("T")
-
-
-def once_a_seed(make: Callable[[Recipe, int], T]) -> Callable[[Context], T]:
-    """What arms share of one recipe and seed, made by the first that asks; the last is kept: jobs come seed by seed."""
-    kept: dict[tuple[str, int], T] = {}
-
-    def of(context: Context) -> T:
-        key = (digest(context.recipe), context.seed)
-        if key not in kept:
-            kept.clear()
-            kept[key] = make(context.recipe, context.seed)
-        return kept[key]
-
-    return of
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from shared.core.device import device_for
+from shared.core.recipe import Recipe
 from shared.training.optim import Params
 
 
@@ -41,3 +45,35 @@ def fit_simple(
         schedule.step()
         losses.append(value.detach())
     return torch.stack(losses).tolist() if losses else []
+
+
+def fit_classifier(
+    encoder: nn.Module,
+    encode: Callable[[Tensor], Tensor],
+    labelled: tuple[Tensor, Tensor],
+    recipe: Recipe,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Train an image encoder to tell pictures (N, 3, H, W) by their labels (N, kinds), -1 where there is none: one
+    linear head a kind of label. -> the encoder, on the CPU; the heads are dropped.
+
+    encode: uint8 pictures (B, 3, H, W) -> states (B, S, width) by that encoder, which lies on the recipe's device; the
+    first is read. generator: draws the pictures. options: of `fit_simple`. Steps and learning rate are the recipe's
+    `vision_steps` and `vision_rate`.
+    """
+    images, labels = labelled
+    device = device_for(recipe)
+    heads = nn.ModuleList(nn.Linear(encoder.width, int(kind.max()) + 1) for kind in labels.T).to(device)
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(images), (2 * recipe.batch,), generator=generator)
+        states = encode(images[rows].to(device))[:, 0]
+        kinds = labels[rows].to(device).T
+        return sum(
+            F.cross_entropy(head(states), kind, ignore_index=-1) for head, kind in zip(heads, kinds, strict=True)
+        )
+
+    params = [*encoder.parameters(), *heads.parameters()]
+    fit_simple(loss, params, recipe.vision_steps, recipe.vision_rate, weight_decay=recipe.weight_decay, **options)
+    return encoder.cpu()

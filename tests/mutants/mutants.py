@@ -53,7 +53,7 @@ _optim = _of("shared/training/optim.py", "shared/training/test_trainer")
 _callbacks = _of("shared/training/callbacks.py", "shared/training/test_trainer")
 _training = _of("shared/training/trainer.py", "shared/training/test_trainer")
 _arms = _of("shared/experiments/ablations.py", "shared/training/test_trainer")
-_labs = _of("shared/experiments/ablations.py", "papers/clip/test_clip_claims")
+_effects = _of("shared/experiments/effects.py", "shared/experiments/test_effects")
 _stats = _of("shared/metrics/stats.py", "shared/metrics/test_stats")
 _calibration = _of("shared/experiments/calibration.py", "shared/experiments/test_calibration")
 _transfer = _of("shared/weights/download.py", "shared/weights/test_fetch", "shared/weights/test_download")
@@ -132,7 +132,7 @@ MUTANTS = (
     _batches("every-epoch-in-the-same-order", "* 1_000_003 + epoch", "* 1_000_003"),
     _batches("ranks-see-the-same-share", "[self.rank :: self.ranks]\n", "[:: self.ranks]\n"),
     _arms("arms-of-a-seed-start-apart", "seed_everything(self.seed,", "seed_everything(self.seed + len(self.arm),"),
-    _labs(
+    _effects(
         "every-seed-draws-the-data-of-the-first",
         "key = (digest(context.recipe), context.seed)",
         "key = (digest(context.recipe), 0)",
@@ -205,7 +205,7 @@ MUTANTS = (
     _claims(
         "shift-measured-at-home",
         "image_features(model, dataset.shift.images)",
-        "image_features(model, world.class_test.images)",
+        "image_features(model, dataset.class_test.images)",
     ),
     _claims("compositions-against-any-text", "torch.zeros(len(offered), dtype=torch.long)", "offered.argmax(1)"),
     _claims(

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from papers.albef.config import Objective
 from papers.albef.data import EvalSet, ExperimentData, Pairs, data_of, load, more_pairs, pairs_of
 from papers.albef.encode import encode_pictures, encode_texts, pools_score
 from papers.albef.evidence.grounding import pointing
-from papers.albef.evidence.start import new_model
 from papers.albef.evidence.transfer import transfer
 from papers.albef.model import Albef, AlbefPretraining
 from papers.albef.module import AlbefModule
+from shared.core.device import device_for
 from shared.core.paper_package import Claim, Context
 from shared.data.loader import Batches
-from shared.training.callbacks import EvalAtSteps, MetricRecorder
-from shared.training.trainer import fit
+from shared.data.recipe import labelled_pictures
+from shared.experiments.effects import difference, means, save_first_seed, stages_of, train_arm
+from shared.training.simple import fit_classifier
+from shared.weights.load import load_weights, save_weights
 
 __all__ = ["ARMS", "CLAIMS", "load"]
 
@@ -58,44 +63,53 @@ class Arm:
             measured |= pointing(model, data)
             if self == ARMS["distilled"]:
                 measured |= transfer(model, data, recipe, context.seed)
-            keep(model, data, context)
+        save_first_seed(context, model, data.tokenizer)
         return trained | measured | {"wrong_captions": pairs.wrong, "pairs": len(pairs.tokens)}
+
+
+def new_model(context: Context, data: ExperimentData) -> Albef:
+    """The same numbers for every arm of a seed, whatever was drawn before.
+
+    The paper's image encoder comes from DeiT, trained to tell ImageNet's classes apart (Sec. 3.1); a classifier of
+    further pictures of the same scenes stands for it, made once a seed.
+    """
+    torch.manual_seed(context.seed)
+    model, recipe, dataset = Albef(data.config), context.recipe, data.dataset
+    if not recipe.vision_steps or dataset.class_train is None:
+        return model
+
+    def make(folder: Path) -> None:
+        start = Albef(data.config).to(device_for(recipe))
+        labelled = labelled_pictures(recipe, dataset, context.seed)
+        encoder = fit_classifier(start.vision_encoder, start.encode_image, labelled, recipe, warmup=0.05)
+        save_weights(encoder, folder / "vision.safetensors")
+
+    folder = stages_of(context, dataset.digest).get_or_build("vision", make)
+    load_weights(model.vision_encoder, folder / "vision.safetensors")
+    return model
 
 
 def train(context: Context, data: ExperimentData, module: AlbefModule, pairs: Pairs) -> dict:
     """-> `curves` by pairs seen, `r1` on validation among them, and `waited`."""
     recipe, model = context.recipe, module.model.student
-    every = recipe.pool if not module.objective.itc else recipe.candidates
+    candidates = recipe.candidates if module.objective.itc else recipe.pool
 
     def validated() -> float:
-        return measure(model, data, data.val, every, False)["itm"]
+        return measure(model, data, data.val, candidates, False)["itm"]
 
-    curves = MetricRecorder(recipe.batch, context.progress)
-    steps = sorted({max(1, round(recipe.steps * (i + 1) / recipe.measure_at)) for i in range(recipe.measure_at)})
-    scored = EvalAtSteps(steps, recipe.batch, validated)
     batches = Batches(pairs.tensors, recipe.batch, recipe.steps, context.seed, accumulate=recipe.accumulate)
-    identity = {"arm": context.arm, "seed": context.seed, "data": data.dataset.digest}
-    waited = fit(module, batches, recipe, context.folder, [curves, scored], identity)
-    return {"curves": curves.values | {"r1": scored.values}, "waited": round(waited, 5)}
+    return train_arm(context, module, batches, {"data": data.dataset.digest}, evals={"r1": validated})
 
 
 def measure(model: Albef, data: ExperimentData, eval_set: EvalSet, candidates: int, every: bool) -> dict:
     """`itc`, `itm`: R@1 in points before and after re-ranking the best `candidates`; `itm_all`: after ranking all."""
     pictures, texts = encode_pictures(model, eval_set.images), encode_texts(model, data.tokens(eval_set.captions))
-    found = pools_score(model, pictures, texts, eval_set.pools, candidates)
-    measured = {"itc": found.itc, "itm": found.itm}
+    scores = pools_score(model, pictures, texts, eval_set.pools, candidates)
+    measured = {"itc": scores.itc, "itm": scores.itm}
     if every:
         largest = max(map(len, eval_set.pools))
         measured["itm_all"] = pools_score(model, pictures, texts, eval_set.pools, largest).itm
     return measured
-
-
-def keep(model: Albef, data: ExperimentData, context: Context) -> None:
-    """The first seed's models and tokenizer stay with the run: figures are drawn from them, users can load them."""
-    from shared.weights.load import save_weights
-
-    save_weights(model, context.folder / "model.safetensors", {"variant": context.recipe.model})
-    data.tokenizer.save(context.folder / "tokenizer.json")
 
 
 ARMS: dict[str, Callable[[Context], dict]] = {
@@ -116,13 +130,6 @@ DOSES = (("hard", "distilled"), ("hard_wrong_25", "distilled_wrong_25"), ("hard_
 # ---- effects
 
 
-def difference(treatment: str, baseline: str, name: str = "itm") -> Callable[[dict], float]:
-    def effect(measured: dict[str, dict]) -> float:
-        return measured[treatment][name] - measured[baseline][name]
-
-    return effect
-
-
 def more_data(measured: dict[str, dict]) -> float | None:
     """None where the set does not hold so many more pairs."""
     few, more = measured["distilled"], measured["distilled_more"]
@@ -132,8 +139,8 @@ def more_data(measured: dict[str, dict]) -> float | None:
 def gains(measured: dict[str, dict]) -> list[tuple[float, float]]:
     """(share of wrong captions as drawn, points that distillation gains there), least noise first."""
     return [
-        (measured[taught]["wrong_captions"], measured[taught]["itm"] - measured[plain]["itm"])
-        for plain, taught in DOSES
+        (measured[distilled]["wrong_captions"], measured[distilled]["itm"] - measured[plain]["itm"])
+        for plain, distilled in DOSES
     ]
 
 
@@ -144,19 +151,6 @@ def gain_slope(measured: dict[str, dict]) -> float:
     return sum((x - middle) * y for x, y in points) / sum((x - middle) ** 2 for x, _ in points) / 10
 
 
-def means(*wanted: tuple[str, str]) -> Callable[[list[dict]], str]:
-    """'arm 12.3, ...' averaged over seeds: what stands beside an effect. wanted: (arm, name of the number)."""
-
-    def shown(seeds: list[dict[str, dict]]) -> str:
-        parts = []
-        for arm, name in wanted:
-            values = [one[arm][name] for one in seeds]
-            parts.append(f"{arm} {name.replace('_', ' ')} {sum(values) / len(values):.1f}")
-        return ", ".join(parts)
-
-    return shown
-
-
 def gains_shown(seeds: list[dict[str, dict]]) -> str:
     parts = []
     for points in zip(*map(gains, seeds), strict=True):
@@ -165,34 +159,22 @@ def gains_shown(seeds: list[dict[str, dict]]) -> str:
     return f"gain at {', '.join(parts)}"
 
 
+def better(treatment: str, baseline: str, key: str = "itm") -> Claim:
+    note = means(f"{{arm}} {key.replace('_', ' ')}", **{baseline: (key,), treatment: (key,)})
+    return Claim((baseline, treatment), difference(treatment, baseline, key), shown=note)
+
+
 CLAIMS: dict[str, Claim] = {
-    "albef.itc": Claim(
-        ("fused", "aligned"),
-        difference("aligned", "fused", "itm_all"),
-        shown=means(("fused", "itm_all"), ("aligned", "itm_all")),
-    ),
-    "albef.hard_negatives": Claim(
-        ("aligned", "hard"), difference("hard", "aligned"), shown=means(("aligned", "itm"), ("hard", "itm"))
-    ),
-    "albef.mod_itc": Claim(
-        ("hard_wrong_25", "distilled_itc_wrong_25"),
-        difference("distilled_itc_wrong_25", "hard_wrong_25"),
-        shown=means(("hard_wrong_25", "itm"), ("distilled_itc_wrong_25", "itm")),
-    ),
-    "albef.mod_mlm": Claim(
-        ("distilled_itc_wrong_25", "distilled_wrong_25"),
-        difference("distilled_wrong_25", "distilled_itc_wrong_25"),
-        shown=means(("distilled_itc_wrong_25", "itm"), ("distilled_wrong_25", "itm")),
-    ),
+    "albef.itc": better("aligned", "fused", "itm_all"),
+    "albef.hard_negatives": better("hard", "aligned"),
+    "albef.mod_itc": better("distilled_itc_wrong_25", "hard_wrong_25"),
+    "albef.mod_mlm": better("distilled_wrong_25", "distilled_itc_wrong_25"),
     "albef.noise": Claim(tuple(arm for pair in DOSES for arm in pair), gain_slope, shown=gains_shown),
-    "albef.itm_rerank": Claim(
-        ("hard",), lambda measured: measured["hard"]["itm"] - measured["hard"]["itc"],
-        shown=means(("hard", "itc"), ("hard", "itm")),
-    ),
+    "albef.itm_rerank": Claim(("hard",), difference("hard", "hard", "itm", "itc"), shown=means(hard=("itc", "itm"))),
     "albef.data_4m_14m": Claim(
         ("distilled", "distilled_more"),
         more_data,
         f"{MORE} times the recipe's pairs (lower pairs)",
-        means(("distilled", "itm"), ("distilled_more", "itm")),
+        means(distilled=("itm",), distilled_more=("itm",)),
     ),
-}  # fmt: skip
+}

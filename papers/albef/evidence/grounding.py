@@ -38,28 +38,28 @@ def located(data: ExperimentData) -> Iterator[Located]:
         caption = data.test.captions[row]
         for thing in scene.things if scene.grid != (1, 1) else ():
             for word in (thing.name, thing.colour):
-                before, found, after = caption.partition(word)
+                before, match, after = caption.partition(word)
                 first = 1 + len(data.tokenizer.encode(before))  # behind the start token
-                last = 1 + len(data.tokenizer.encode(before + found))
-                if found and word not in after and first < last < data.config.context:
+                last = 1 + len(data.tokenizer.encode(before + match))
+                if match and word not in after and first < last < data.config.context:
                     yield Located(row, word, first, last, thing)
 
 
 def pointing(model: Albef, data: ExperimentData) -> dict:
     """`pointing`: points of words whose hottest patch has its centre in the thing's box, of `pointed` words;
     `pointing_chance`: of a patch at random. Nothing where no picture has known things."""
-    words = [one for one in located(data) if one.row < MOST]
+    words = [word for word in located(data) if word.row < MOST]
     if not words:
         return {}
-    device, rows = model.temperature.device, sorted({one.row for one in words})
+    device, rows = model.temperature.device, sorted({word.row for word in words})
     tokens = data.tokens([data.test.captions[row] for row in rows])
     maps = word_maps(model, data.test.images[rows].to(device), tokens.to(device), middle_layer(model)).cpu()
     high, wide = maps.shape[2:]
     hits, shares = 0, 0.0
-    for one in words:
-        heat = maps[rows.index(one.row), one.first : one.last].mean(0)  # (rows, columns)
+    for word in words:
+        heat = maps[rows.index(word.row), word.first : word.last].mean(0)  # (rows, columns)
         inside = torch.tensor(
-            [[covers(one.thing, (x + 0.5) / wide, (y + 0.5) / high) for x in range(wide)] for y in range(high)]
+            [[covers(word.thing, (x + 0.5) / wide, (y + 0.5) / high) for x in range(wide)] for y in range(high)]
         )
         hits += bool(inside.flatten()[heat.flatten().argmax()])
         shares += float(inside.float().mean())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,9 @@ from papers.albef.module import decay_groups
 from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import AlbefVqa, Distilled, Entailment, Nlvr2, PairEncoder, QuestionAnswering, TextAssignment
 from shared.data.synthetic import tasks
+from shared.data.synthetic.samples import Question
 from shared.data.vqa import VERDICTS
+from shared.training.simple import fit_simple
 
 TESTED = 256
 ALPHA = 0.4  # the teacher's share in fine-tuning, too (configs/*.yaml)
@@ -39,7 +42,7 @@ def transfer(model: Albef, data: ExperimentData, recipe: AlbefRecipe, seed: int)
     """
     if data.pack is None or not recipe.transfer_steps:
         return {}
-    found = {}
+    points = {}
     with torch.random.fork_rng(devices=[]):
         for name, task in TASKS.items():
             train, test = task.make(data, recipe, seed)
@@ -47,9 +50,9 @@ def transfer(model: Albef, data: ExperimentData, recipe: AlbefRecipe, seed: int)
                 torch.manual_seed(seed)
                 begin = Albef(data.config) if start is None else deepcopy(start)
                 tuned = task.tune(begin.to(model.temperature.device), train, data, recipe)
-                found[name + ending] = 100 * float((tuned(test) == test.labels).float().mean())
-            found[f"{name}_chance"] = 100 * float(torch.bincount(test.labels).max()) / len(test.labels)
-    return found
+                points[name + ending] = 100 * float((tuned(test) == test.labels).float().mean())
+            points[f"{name}_chance"] = 100 * float(torch.bincount(test.labels).max()) / len(test.labels)
+    return points
 
 
 @dataclass(frozen=True)
@@ -63,44 +66,40 @@ class Task:
 
 def questions(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
     """The answers are those of the questions that are tuned on; another one cannot be given."""
-    parts = generated(tasks.question, data, recipe, seed)
-    answers = sorted({one.answer for one in parts[0]})
-    place = {answer: number for number, answer in enumerate(answers)}
+    train, test = generated(tasks.question, data, recipe, seed)
+    answers = sorted({sample.answer for sample in train})
+    number = {answer: place for place, answer in enumerate(answers)}
 
-    def made(part: list) -> Set:
-        labels = torch.tensor([place.get(one.answer, len(answers)) for one in part])
-        return Set(stacked([one.image for one in part]), [one.question for one in part], labels, answers)
+    def read(sample: Question) -> tuple[np.ndarray, str, int]:
+        return sample.image, sample.question, number.get(sample.answer, len(answers))
 
-    return made(parts[0]), made(parts[1])
+    return as_set(train, read, answers), as_set(test, read, answers)
 
 
 def hypotheses(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
-    def made(part: list) -> Set:
-        labels = torch.tensor([VERDICTS.index(one.verdict) for one in part])
-        return Set(stacked([one.image for one in part]), [one.text for one in part], labels, [])
-
-    train, test = generated(tasks.hypothesis, data, recipe, seed)
-    return made(train), made(test)
+    parts = generated(tasks.hypothesis, data, recipe, seed)
+    return tuple(as_set(part, lambda sample: (sample.image, sample.text, VERDICTS.index(sample.verdict)))
+                 for part in parts)  # fmt: skip
 
 
 def sentences(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
-    def made(part: list) -> Set:
-        images = torch.stack([stacked([one.images[side] for one in part]) for side in (0, 1)], 1)
-        return Set(images, [one.text for one in part], torch.tensor([int(one.label) for one in part]), [])
-
-    train, test = generated(tasks.statement, data, recipe, seed)
-    return made(train), made(test)
+    parts = generated(tasks.statement, data, recipe, seed)
+    return tuple(as_set(part, lambda sample: (np.stack(sample.images), sample.text, int(sample.label)))
+                 for part in parts)  # fmt: skip
 
 
 def generated(task: Callable, data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[list, list]:
     """Samples to tune on, of scenes that pre-training has not seen, and samples to test on."""
-    given = {"size": recipe.image_size, "seed": seed, "options": data.options}
+    scenes = {"size": recipe.image_size, "seed": seed, "options": recipe.scene_options}
     counts = {"tune": recipe.pairs, "test": TESTED}
-    return tuple([task(data.pack, split, i, **given) for i in range(count)] for split, count in counts.items())
+    return tuple([task(data.pack, split, i, **scenes) for i in range(count)] for split, count in counts.items())
 
 
-def stacked(pictures: Sequence) -> Tensor:
-    return torch.stack([torch.from_numpy(one).permute(2, 0, 1) for one in pictures])
+def as_set(samples: Sequence, read: Callable, answers: Sequence[str] = ()) -> Set:
+    """read: of a sample its pictures (..., H, W, 3), text and label."""
+    images, texts, labels = zip(*map(read, samples), strict=True)
+    images = torch.stack([torch.from_numpy(image).movedim(-1, -3) for image in images])
+    return Set(images, list(texts), torch.tensor(labels), list(answers))
 
 
 # ---- the models
@@ -109,11 +108,11 @@ def stacked(pictures: Sequence) -> Tensor:
 def tune_vqa(model: Albef, train: Set, data: ExperimentData, recipe: AlbefRecipe) -> Callable[[Set], Tensor]:
     tuned = AlbefVqa(QuestionAnswering(model), data.config.momentum)
     candidates = data.tokens(train.answers).to(device_of(model))
-    asked, answers = data.tokens(train.texts), data.tokens([train.answers[label] for label in train.labels])
+    questions, answers = data.tokens(train.texts), data.tokens([train.answers[label] for label in train.labels])
 
     def loss(rows: Tensor, alpha: float) -> Tensor:
         own = torch.arange(len(rows))
-        batch = train.images[rows], asked[rows], answers[rows], torch.ones(len(rows)), own
+        batch = train.images[rows], questions[rows], answers[rows], torch.ones(len(rows)), own
         return tuned.loss(*(part.to(candidates.device) for part in batch), alpha)
 
     step_by_step(tuned, loss, len(train.texts), recipe)
@@ -152,17 +151,16 @@ def tune_classifier(tuned: Distilled, train: Set, data: ExperimentData, recipe: 
 
 def step_by_step(model: nn.Module, loss: Callable[[Tensor, float], Tensor], rows: int, recipe: AlbefRecipe) -> None:
     """AdamW at half the pre-training rate, falling to nothing; the teacher's share grows over the first half."""
-    optimizer = torch.optim.AdamW(
-        decay_groups(model, recipe.weight_decay), lr=recipe.learning_rate / 2, betas=(recipe.beta1, recipe.beta2)
-    )
-    steps, model = recipe.transfer_steps, model.train()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for step in range(steps):
-        value = loss(torch.randint(rows, (min(recipe.batch, rows),)), ALPHA * min(1.0, 2 * step / steps))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
+    steps = recipe.transfer_steps
+
+    def next_loss(step: int) -> Tensor:
+        return loss(torch.randint(rows, (min(recipe.batch, rows),)), ALPHA * min(1.0, 2 * step / steps))
+
+    model.train()
+    fit_simple(
+        next_loss, decay_groups(model, recipe.weight_decay), steps, recipe.learning_rate / 2,
+        betas=(recipe.beta1, recipe.beta2), share=lambda step: 1 - step / steps,
+    )  # fmt: skip
     model.eval()
 
 

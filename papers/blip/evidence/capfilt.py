@@ -12,24 +12,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from papers.blip.data import ExperimentData, Text, data_of
 from papers.blip.encode import GenerationConfig, match_probability, tokens_of, write
 from papers.blip.evidence.capfilt_page import Decision, read_lines, write_lines
-from papers.blip.model import Blip, BlipPretraining, Objectives, picture_tokens, vision_encoder
+from papers.blip.model import Blip, BlipPretraining, Objectives
 from papers.blip.module import CAPTIONER, FILTER, PRETRAINING, BlipModule
 from papers.blip.recipe import BlipRecipe
-from shared.core.device import device_for
+from papers.blip.train import classifying_encoder, start_from
 from shared.core.files import write_whole
 from shared.core.paper_package import Context
-from shared.core.recipe import digest, training_fields
+from shared.core.recipe import digest
 from shared.data.dataset import DatasetBundle
 from shared.data.loader import Batches
+from shared.experiments.effects import stages_of, train_arm
 from shared.experiments.stage_cache import StageCache
-from shared.training.callbacks import MetricRecorder
-from shared.training.trainer import fit
-from shared.weights.load import load_weights, save_weights
+from shared.weights.load import save_weights
 from shared.weights.safe_load import read_tensors
 
 TUNED = {  # from the pre-trained model, on the clean pairs
@@ -38,7 +36,7 @@ TUNED = {  # from the pre-trained model, on the clean pairs
     "filter": FILTER,
     "coupled": PRETRAINING,  # one model for both tasks (Table 4)
 }
-How = Literal["nucleus", "beam"]
+Search = Literal["nucleus", "beam"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ class CapFilt:
     @classmethod
     def of(cls, context: Context) -> CapFilt:
         data = data_of(context)
-        key = f"{context.seed}-{digest(training_fields(context.recipe))}-{data.dataset.digest[:12]}"
-        return cls(context, data, StageCache(context.folder.parent / "stages" / key, context.seed))
+        return cls(context, data, stages_of(context, data.dataset.digest))
 
     # models
 
@@ -61,45 +58,35 @@ class CapFilt:
         """As every arm of a seed begins: the same numbers, whatever was drawn before."""
         torch.manual_seed(self.context.seed)
         model = BlipPretraining(replace(self.data.config, sharing=sharing))
-        if self.context.recipe.vision_steps and self.data.labelled:
-            start_from(model, read_tensors(self.vision() / "vision.safetensors"))
+        if self.context.recipe.vision_steps and self.data.dataset.class_train is not None:
+            start_from(model, read_tensors(self.stages.get_or_build("vision", self.make_vision) / "vision.safetensors"))
         return model
 
-    def vision(self) -> Path:
-        def make(folder: Path) -> None:
-            encoder = classifying_encoder(self.data, self.context.recipe, self.context.seed)
-            save_weights(encoder, folder / "vision.safetensors")
-
-        return self.stages.get_or_build("vision", make)
+    def make_vision(self, folder: Path) -> None:
+        encoder = classifying_encoder(self.data, self.context.recipe, self.context.seed)
+        save_weights(encoder, folder / "vision.safetensors")
 
     def pretrained(self) -> tuple[BlipPretraining, dict]:
         """The model that saw all web and clean pairs, and how its training went."""
 
-        def make(folder: Path) -> None:
+        def train(folder: Path) -> tuple[BlipPretraining, dict]:
             model = self.new_model()
-            told = self.train(model, [*self.data.web, *self.data.clean], folder, "pretrained")
-            keep(model, folder, told)
+            return model, self.train(model, [*self.data.web, *self.data.clean], folder, "pretrained")
 
-        return self.loaded(self.stages.get_or_build("pretrained", make))
+        return self.stages.model("pretrained", lambda: BlipPretraining(self.data.config), train)
 
     def tuned(self, name: str) -> tuple[BlipPretraining, dict]:
         """Captioner, filter, or both in one, fine-tuned on the clean pairs."""
 
-        def make(folder: Path) -> None:
+        def train(folder: Path) -> tuple[BlipPretraining, dict]:
             model, _ = self.pretrained()
             recipe = self.context.recipe
-            told = self.train(
-                model, self.data.clean, folder, name, TUNED[name], recipe.finetune_steps, recipe.finetune_rate,
-                "" if name == "captioner-bare" else recipe.prompt,
-            )  # fmt: skip
-            keep(model, folder, told)
+            prompt = "" if name == "captioner-bare" else recipe.prompt
+            return model, self.train(
+                model, self.data.clean, folder, name, TUNED[name], recipe.finetune_steps, recipe.finetune_rate, prompt
+            )
 
-        return self.loaded(self.stages.get_or_build(name, make))
-
-    def loaded(self, folder: Path) -> tuple[BlipPretraining, dict]:
-        model = BlipPretraining(self.data.config)
-        load_weights(model, folder / "weights.safetensors")
-        return model.eval(), json.loads((folder / "training.json").read_text())
+        return self.stages.model(name, lambda: BlipPretraining(self.data.config), train)
 
     def train(
         self,
@@ -120,56 +107,54 @@ class CapFilt:
         learned = len(GenerationConfig(prompt).prompt_tokens(self.data.tokenizer)) if prompt else 0
         module = BlipModule(model, recipe, objectives, learned).train()
         batches = Batches(self.data.tensors(texts, prompt), recipe.batch, recipe.steps, self.context.seed)
-        curves = MetricRecorder(recipe.batch, self.context.progress)
-        identity = {"arm": name, "seed": self.context.seed, "data": self.data.dataset.digest, "texts": digest_of(texts)}
-        waited = fit(module, batches, recipe, folder, [curves], identity)
-        return {"curves": curves.values, "waited": round(waited, 5)}
+        of_texts = digest({"texts": [list(text) for text in texts]})
+        identity = {"arm": name, "data": self.data.dataset.digest, "texts": of_texts}
+        return train_arm(self.context, module, batches, identity, recipe, folder)
 
     # texts
 
-    def writing(self, how: How, prompt: str | None = None) -> GenerationConfig:
+    def generation(self, search: Search, prompt: str | None = None) -> GenerationConfig:
         recipe = self.context.recipe
         return GenerationConfig(
             recipe.prompt if prompt is None else prompt,
             recipe.beams,
-            recipe.top_p if how == "nucleus" else None,
+            recipe.top_p if search == "nucleus" else None,
             recipe.longest,
             recipe.shortest,
             self.context.seed,
         )
 
-    def written(self, by: str, how: How) -> list[Text]:
+    def written(self, by: str, search: Search) -> list[Text]:
         """One caption of each web picture."""
 
         def make(folder: Path) -> None:
             model, _ = self.tuned(by)
             rows = self.data.web_pictures
             prompt = "" if TUNED[by].itc else None  # the coupled model learned none
-            said = write(
-                model.blip, self.data.tokenizer, self.data.dataset.train.images[rows], self.writing(how, prompt)
-            )
-            texts = [[row, text, named(self.data.dataset, row, text)] for row, text in zip(rows, said, strict=True)]
+            dataset, generation = self.data.dataset, self.generation(search, prompt)
+            captions = write(model.blip, self.data.tokenizer, dataset.train.images[rows], generation)
+            texts = [[row, text, named(dataset, row, text)] for row, text in zip(rows, captions, strict=True)]
             write_whole(folder / "texts.json", json.dumps(texts))
 
-        path = self.stages.get_or_build(f"written-by-{by}-{how}", make) / "texts.json"
-        return [Text(*one) for one in json.loads(path.read_text())]
+        path = self.stages.get_or_build(f"written-by-{by}-{search}", make) / "texts.json"
+        return [Text(*text) for text in json.loads(path.read_text())]
 
-    def decisions(self, judge: str, origin: Literal["web", "written"], by: str = "", how: How = "nucleus"):
+    def decisions(self, judge: str, origin: Literal["web", "written"], by: str = "", search: Search = "nucleus"):
         """What the filter says of the web's texts, or of those that `by` wrote. -> list[Decision]"""
 
         def make(folder: Path) -> None:
             model, _ = self.tuned(judge)
-            texts = self.data.web if origin == "web" else self.written(by, how)
+            texts = self.data.web if origin == "web" else self.written(by, search)
             write_lines(
                 folder / "decisions.jsonl", judged(model.blip, self.data, texts, origin, self.context.recipe.threshold)
             )
 
-        source = "web" if origin == "web" else f"{by}-{how}"
+        source = "web" if origin == "web" else f"{by}-{search}"
         return read_lines(self.stages.get_or_build(f"{source}-judged-by-{judge}", make) / "decisions.jsonl")
 
-    def bootstrapped(self, by: str = "captioner", judge: str = "filter", how: How = "nucleus") -> list[Decision]:
+    def bootstrapped(self, by: str = "captioner", judge: str = "filter", search: Search = "nucleus") -> list[Decision]:
         """Captioner and filter together: all texts of the web pictures, each with the filter's decision."""
-        return [*self.decisions(judge, "web"), *self.decisions(judge, "written", by, how)]
+        return [*self.decisions(judge, "web"), *self.decisions(judge, "written", by, search)]
 
 
 def recipe_for(recipe: BlipRecipe, texts: int, steps: int | None, rate: float | None) -> BlipRecipe:
@@ -184,38 +169,6 @@ def recipe_for(recipe: BlipRecipe, texts: int, steps: int | None, rate: float | 
     )
 
 
-def classifying_encoder(data: ExperimentData, recipe: BlipRecipe, seed: int) -> torch.nn.Module:
-    """An image encoder that learned to tell labelled pictures apart, one linear head a kind of label."""
-    images, labels = data.labelled
-    device = device_for(recipe)
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    encoder = vision_encoder(data.config).to(device)
-    heads = torch.nn.ModuleList(torch.nn.Linear(encoder.width, int(kind.max()) + 1) for kind in labels.T).to(device)
-    steps, rate = recipe.vision_steps, recipe.vision_rate
-    optimizer = torch.optim.AdamW(
-        [*encoder.parameters(), *heads.parameters()], lr=rate, betas=(recipe.beta1, recipe.beta2),
-        weight_decay=recipe.weight_decay,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        rows = torch.randint(len(images), (2 * recipe.batch,), generator=generator)
-        seen = picture_tokens(encoder, images[rows].to(device))[:, 0]
-        wanted = labels[rows].to(device).T
-        loss = sum(F.cross_entropy(head(seen), kind, ignore_index=-1) for head, kind in zip(heads, wanted, strict=True))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return encoder.cpu()
-
-
-def start_from(model: BlipPretraining, vision: dict[str, torch.Tensor]) -> None:
-    """Put a trained image encoder into a new model, and into its momentum copy."""
-    model.blip.vision_encoder.load_state_dict(vision, strict=True)
-    model.momentum.vision_encoder.load_state_dict(vision, strict=True)
-
-
 def judged(
     model: Blip, data: ExperimentData, texts: Sequence[Text], origin: str, threshold: float = 0.5
 ) -> list[Decision]:
@@ -224,22 +177,15 @@ def judged(
     tokens = tokens_of(data.tokenizer, [text.text for text in texts], data.config)
     match = match_probability(model, tokens, data.dataset.train.images[rows]).tolist()
     ids = data.dataset.train.ids
+    match = [round(p, 4) if text.text.strip() else 0.0 for text, p in zip(texts, match, strict=True)]
     return [
-        Decision(
-            one.picture,
-            ids[one.picture],
-            origin,
-            one.text,
-            round(p, 4) if one.text.strip() else 0.0,
-            one.true,
-            threshold,
-        )
-        for one, p in zip(texts, match, strict=True)
+        Decision(text.picture, ids[text.picture], origin, text.text, p, text.true, threshold)
+        for text, p in zip(texts, match, strict=True)
     ]
 
 
 def kept_of(decisions: Sequence[Decision]) -> list[Text]:
-    return [Text(one.picture, one.text, one.true) for one in decisions if one.kept]
+    return [Text(decision.picture, decision.text, decision.true) for decision in decisions if decision.kept]
 
 
 def named(dataset: DatasetBundle, row: int, text: str) -> bool | None:
@@ -248,12 +194,3 @@ def named(dataset: DatasetBundle, row: int, text: str) -> bool | None:
         return None
     name = dataset.classes[int(dataset.train.labels[row])]
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
-
-
-def keep(model: BlipPretraining, folder: Path, told: dict) -> None:
-    save_weights(model, folder / "weights.safetensors")
-    write_whole(folder / "training.json", json.dumps(told))
-
-
-def digest_of(texts: Sequence[Text]) -> str:
-    return digest({"texts": [list(text) for text in texts]})

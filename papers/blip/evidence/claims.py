@@ -11,6 +11,7 @@ from papers.blip.evidence.capfilt_page import Decision, counts, write_lines, wri
 from papers.blip.model import Blip
 from papers.blip.recipe import BlipRecipe
 from shared.core.paper_package import Claim, Context
+from shared.experiments.effects import difference, means, save_first_seed
 from shared.metrics import caption_scores, reranked_hits, retrieval_hits_from_features
 
 __all__ = ["ARMS", "CLAIMS", "load"]
@@ -40,15 +41,15 @@ def measure(model: Blip, data: ExperimentData, recipe: BlipRecipe) -> dict:
 def filtered(decisions: Sequence[Decision]) -> dict:
     """Shares in percent: `removed` of all texts, and where the truth is known how many of the removed were wrong
     (`precision`) and how many of the wrong were removed (`recall`), of the web's texts and of the written ones."""
-    found = {"removed": 100 * sum(not one.kept for one in decisions) / len(decisions)}
-    for origin, of in counts(decisions).items():
-        found[f"{origin}_removed"] = 100 * of.get("dropped", 0) / of["texts"]
-        if "known" in of:
-            false = of.get("false dropped", 0) + of.get("false kept", 0)
-            found[f"{origin}_false"] = 100 * false / of["known"]
-            found[f"{origin}_precision"] = 100 * of.get("false dropped", 0) / max(1, of.get("dropped", 0))
-            found[f"{origin}_recall"] = 100 * of.get("false dropped", 0) / max(1, false)
-    return found
+    shares = {"removed": 100 * sum(not decision.kept for decision in decisions) / len(decisions)}
+    for origin, count in counts(decisions).items():
+        shares[f"{origin}_removed"] = 100 * count.get("dropped", 0) / count["texts"]
+        if "known" in count:
+            false = count.get("false dropped", 0) + count.get("false kept", 0)
+            shares[f"{origin}_false"] = 100 * false / count["known"]
+            shares[f"{origin}_precision"] = 100 * count.get("false dropped", 0) / max(1, count.get("dropped", 0))
+            shares[f"{origin}_recall"] = 100 * count.get("false dropped", 0) / max(1, false)
+    return shares
 
 
 # ---- the arms
@@ -57,8 +58,8 @@ def filtered(decisions: Sequence[Decision]) -> dict:
 def noisy(context: Context) -> dict:
     """Pre-trained on all web pairs and the clean ones: the baseline of most claims."""
     work = CapFilt.of(context)
-    model, told = work.pretrained()
-    return told | measure(model.blip, work.data, context.recipe)
+    model, stats = work.pretrained()
+    return stats | measure(model.blip, work.data, context.recipe)
 
 
 def on_texts(context: Context, texts: Sequence[Text], sharing: str = "all_but_sa", longer: float = 1.0) -> dict:
@@ -66,10 +67,9 @@ def on_texts(context: Context, texts: Sequence[Text], sharing: str = "all_but_sa
     work = CapFilt.of(context)
     model = work.new_model(sharing)
     steps = round(context.recipe.steps * longer)
-    told = work.train(model, [*texts, *work.data.clean], context.folder, context.arm, steps=steps)
-    if context.first:
-        keep_model(model.blip, work.data, context)
-    return told | measure(model.blip, work.data, context.recipe)
+    stats = work.train(model, [*texts, *work.data.clean], context.folder, context.arm, steps=steps)
+    save_first_seed(context, model.blip, work.data.tokenizer)
+    return stats | measure(model.blip, work.data, context.recipe)
 
 
 def filter_only(context: Context) -> dict:
@@ -91,7 +91,7 @@ def both(context: Context) -> dict:
 
 
 def both_beam(context: Context) -> dict:
-    decisions = CapFilt.of(context).bootstrapped(how="beam")
+    decisions = CapFilt.of(context).bootstrapped(search="beam")
     return on_texts(context, kept_of(decisions)) | filtered(decisions)
 
 
@@ -110,8 +110,8 @@ def continued(context: Context) -> dict:
     work = CapFilt.of(context)
     model, _ = work.pretrained()
     texts = [*kept_of(work.bootstrapped()), *work.data.clean]
-    told = work.train(model, texts, context.folder, context.arm)
-    return told | measure(model.blip, work.data, context.recipe)
+    stats = work.train(model, texts, context.folder, context.arm)
+    return stats | measure(model.blip, work.data, context.recipe)
 
 
 def sharing(mode: str) -> Callable[[Context], dict]:
@@ -128,34 +128,25 @@ def captioning(name: str, prompted: bool) -> Callable[[Context], dict]:
 
     def arm(context: Context) -> dict:
         work = CapFilt.of(context)
-        model, told = work.tuned(name)
+        model, stats = work.tuned(name)
         eval_set = work.data.eval_set
-        how = work.writing("beam", None if prompted else "")
-        said = write(model.blip, work.data.tokenizer, eval_set.images, how)
-        found = caption_scores(said, eval_set.references)
-        if context.first:
-            keep_model(model.blip, work.data, context)
+        generation = work.generation("beam", None if prompted else "")
+        captions = write(model.blip, work.data.tokenizer, eval_set.images, generation)
+        scores = caption_scores(captions, eval_set.references)
+        save_first_seed(context, model.blip, work.data.tokenizer)
         return {
-            "waited": told["waited"],
-            "cider": 100 * found["caption/cider_d@treebank"].score,
-            "bleu4": 100 * found["caption/bleu4@treebank"].score,
+            "waited": stats["waited"],
+            "cider": 100 * scores["caption/cider_d@treebank"].score,
+            "bleu4": 100 * scores["caption/bleu4@treebank"].score,
         }
 
     return arm
 
 
-def keep_model(model: Blip, data: ExperimentData, context: Context) -> None:
-    """The first seed's model and tokenizer stay with the run: figures are drawn from them, users can load them."""
-    from shared.weights.load import save_weights
-
-    save_weights(model, context.folder / "model.safetensors", {"variant": context.recipe.model})
-    data.tokenizer.save(context.folder / "tokenizer.json")
-
-
 def show(decisions: Sequence[Decision], data: ExperimentData, context: Context) -> None:
     """What was kept, dropped and written, to page through."""
     write_lines(context.folder / "capfilt.jsonl", decisions)
-    known = any(one.true is not None for one in decisions)
+    known = any(decision.true is not None for decision in decisions)
     note = (
         f"{len(data.web_pictures)} web pictures of {data.dataset.name}, seed {context.seed}, beside "
         f"{len(data.clean)} clean texts that the captioner and the filter learned from. A text is kept where the "
@@ -189,80 +180,32 @@ ARMS: dict[str, Callable[[Context], dict]] = {
 # ---- effects
 
 
-def difference(treatment: str, baseline: str, name: str = "r1") -> Callable[[dict], float]:
-    def effect(measured: dict[str, dict]) -> float:
-        return measured[treatment][name] - measured[baseline][name]
-
-    return effect
+def better(treatment: str, baseline: str, key: str = "r1", beside: Sequence[str] = (), **shown: Sequence[str]) -> Claim:
+    """shown: keys of each arm whose means stand beside the effect; beside: arms that are shown alone."""
+    return Claim((treatment, baseline, *beside), difference(treatment, baseline, key), shown=means(**shown))
 
 
-def means(**names: Sequence[str]) -> Callable[[list[dict]], str]:
-    """arm=(what, ...) -> 'arm what 12.3, ...' averaged over seeds: what stands beside an effect."""
-
-    def shown(seeds: list[dict[str, dict]]) -> str:
-        parts = []
-        for arm, several in names.items():
-            for name in several:
-                values = [one[arm][name] for one in seeds if name in one.get(arm, {})]
-                if values:
-                    mean = sum(values) / len(values)
-                    parts.append(f"{arm} {name} {mean:,.0f}" if name == "parameters" else f"{arm} {name} {mean:.1f}")
-        return ", ".join(parts)
-
-    return shown
-
-
-R1 = ("r1", "itc_r1")
+R1, SIZE = ("r1", "itc_r1"), ("r1", "parameters")
+WRITTEN = ("r1", "written_removed", "written_false")
+REMOVED = ("r1", "removed", "written_removed")
+CAPTIONS = ("cider", "bleu4")
 CLAIMS: dict[str, Claim] = {
-    "blip.capfilt.filter_only": Claim(
-        ("filter_only", "noisy"),
-        difference("filter_only", "noisy"),
-        shown=means(noisy=R1, filter_only=(*R1, "web_removed", "web_precision", "web_recall")),
+    "blip.capfilt.filter_only": better(
+        "filter_only", "noisy", noisy=R1, filter_only=(*R1, "web_removed", "web_precision", "web_recall")
     ),
-    "blip.capfilt.captioner_only": Claim(
-        ("captioner_only", "noisy"), difference("captioner_only", "noisy"), shown=means(noisy=R1, captioner_only=R1)
+    "blip.capfilt.captioner_only": better("captioner_only", "noisy", noisy=R1, captioner_only=R1),
+    "blip.capfilt.both": better(
+        "both", "noisy", beside=("filter_only", "captioner_only"),
+        noisy=R1, filter_only=R1, captioner_only=R1, both=(*R1, "removed", "written_false"),
     ),
-    "blip.capfilt.both": Claim(
-        ("both", "noisy", "filter_only", "captioner_only"),
-        difference("both", "noisy"),
-        shown=means(noisy=R1, filter_only=R1, captioner_only=R1, both=(*R1, "removed", "written_false")),
+    "blip.nucleus_vs_beam": better("both", "both_beam", both=WRITTEN, both_beam=WRITTEN),
+    "blip.sharing.all_but_sa": better("noisy", "share_all", noisy=SIZE, share_all=SIZE),
+    "blip.sharing.all_but_ca": better("share_all_but_ca", "share_all", share_all_but_ca=SIZE, share_all=SIZE),
+    "blip.sharing.vs_none": better("noisy", "share_none", noisy=SIZE, share_none=SIZE),
+    "blip.capfilt.decoupled": better("both", "coupled", both=REMOVED, coupled=REMOVED),
+    "blip.capfilt.not_longer_training": better("longer", "noisy", noisy=R1, longer=R1),
+    "blip.capfilt.new_model": better("both", "continued", both=R1, continued=R1),
+    "blip.caption_prompt": better(
+        "captioner", "captioner_bare", "cider", captioner=CAPTIONS, captioner_bare=CAPTIONS
     ),
-    "blip.nucleus_vs_beam": Claim(
-        ("both", "both_beam"),
-        difference("both", "both_beam"),
-        shown=means(
-            both=("r1", "written_removed", "written_false"), both_beam=("r1", "written_removed", "written_false")
-        ),
-    ),
-    "blip.sharing.all_but_sa": Claim(
-        ("noisy", "share_all"),
-        difference("noisy", "share_all"),
-        shown=means(noisy=("r1", "parameters"), share_all=("r1", "parameters")),
-    ),
-    "blip.sharing.all_but_ca": Claim(
-        ("share_all_but_ca", "share_all"),
-        difference("share_all_but_ca", "share_all"),
-        shown=means(share_all_but_ca=("r1", "parameters"), share_all=("r1", "parameters")),
-    ),
-    "blip.sharing.vs_none": Claim(
-        ("noisy", "share_none"),
-        difference("noisy", "share_none"),
-        shown=means(noisy=("r1", "parameters"), share_none=("r1", "parameters")),
-    ),
-    "blip.capfilt.decoupled": Claim(
-        ("both", "coupled"),
-        difference("both", "coupled"),
-        shown=means(both=("r1", "removed", "written_removed"), coupled=("r1", "removed", "written_removed")),
-    ),
-    "blip.capfilt.not_longer_training": Claim(
-        ("longer", "noisy"), difference("longer", "noisy"), shown=means(noisy=R1, longer=R1)
-    ),
-    "blip.capfilt.new_model": Claim(
-        ("both", "continued"), difference("both", "continued"), shown=means(both=R1, continued=R1)
-    ),
-    "blip.caption_prompt": Claim(
-        ("captioner", "captioner_bare"),
-        difference("captioner", "captioner_bare", "cider"),
-        shown=means(captioner=("cider", "bleu4"), captioner_bare=("cider", "bleu4")),
-    ),
-}
+}  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from papers.clip.config import VARIANTS, ClipConfig
+from papers.clip.config import ClipConfig
+from papers.clip.data import ExperimentData, data_of, load
 from papers.clip.encode import classifier, image_features, probe_features, text_features
 from papers.clip.evidence.baselines import (
     BagOfWords,
@@ -24,18 +25,16 @@ from papers.clip.evidence.baselines import (
 from papers.clip.model import Clip
 from papers.clip.module import ClipModule, PretrainingModule
 from papers.clip.recipe import ClipRecipe
-from shared.core.errors import UserError
 from shared.core.paper_package import Claim, Context
-from shared.data.dataset import LABEL_CAPTIONS, DatasetBundle, Split, load_dataset
+from shared.data.dataset import LABEL_CAPTIONS
 from shared.data.loader import Batches
-from shared.data.synthetic.captions import FRAMES, class_prompt
-from shared.experiments.ablations import once_a_seed
+from shared.data.synthetic.captions import FRAMES
+from shared.experiments.effects import difference, means, save_first_seed, train_arm
 from shared.metrics import few_shot, linear_probe, retrieval_hits_from_features, topk_accuracy
 from shared.metrics.stats import log_log_fit
-from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.tools.footprint import count_flops
-from shared.training.callbacks import EvalAtSteps, MetricRecorder
-from shared.training.trainer import fit
+
+__all__ = ["ARMS", "CLAIMS", "load"]
 
 # {} takes the class with its article ("a red panda", "some grapes"); the bare name goes without.
 TEMPLATE = "a photo of {}"
@@ -55,63 +54,7 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 PROBE_ROWS = 2_000, 40  # at most: in all, and a class where there are many
 
 
-# ---- what every arm starts from
-
-
-@dataclass(frozen=True)
-class ExperimentData:
-    """The data of one seed, the tokenizer trained on its captions, and the model's configuration."""
-
-    dataset: DatasetBundle
-    tokenizer: SmallTokenizer
-    config: ClipConfig
-    images: Tensor  # (pairs, 3, H, W) uint8, one row a caption
-    tokens: Tensor  # (pairs, T)
-    labels: Tensor  # (pairs,), -1 where a picture has no single class
-
-    @property
-    def phrases(self) -> list[str]:
-        """The classes with their articles, as templates take them."""
-        return [class_prompt(name, "{}") for name in self.dataset.classes]
-
-    @property
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.images, self.tokens, self.labels
-
-
-def build_data(recipe: ClipRecipe, seed: int) -> ExperimentData:
-    dataset = load(recipe, seed)
-    base = VARIANTS[recipe.model]()
-    if not base.patch:
-        raise UserError(f"model={recipe.model}: the claims are trained with a ViT; choose a ViT variant")
-    captions = [caption for several in dataset.train.captions for caption in several]
-    rows = torch.tensor([row for row, several in enumerate(dataset.train.captions) for _ in several])
-    tokenizer = SmallTokenizer.train(captions, base.vocabulary)
-    config = replace(base, image_size=recipe.image_size, vocabulary=tokenizer.vocab_size, end_token=tokenizer.end)
-    labels = torch.full((len(rows),), -1) if dataset.train.labels is None else dataset.train.labels[rows]
-    tokens = tokenizer(captions, config.context)
-    return ExperimentData(dataset, tokenizer, config, dataset.train.images[rows], tokens, labels)
-
-
-data_of = once_a_seed(build_data)
-
-
-def load(recipe: ClipRecipe, seed: int) -> DatasetBundle:
-    return load_dataset(
-        recipe.data,
-        root=recipe.data_root or None,
-        pairs=recipe.pairs,
-        test_pairs=recipe.test_pairs,
-        image_size=recipe.image_size,
-        seed=seed,
-        classes=recipe.classes,
-        objects=(1, recipe.objects),
-        clutter=recipe.clutter,
-        noise=recipe.noise,
-        jitter=recipe.jitter,
-        small=recipe.small,
-        captions=recipe.captions,
-    )
+# ---- pictures against texts, whatever the model
 
 
 def train(
@@ -122,30 +65,19 @@ def train(
 ) -> dict:
     """Train on (images, tokens, labels). -> `curves` by samples seen, `accuracy` among them where `measure` is given,
     and `waited`."""
-    recipe, dataset = context.recipe, data_of(context).dataset
-    curves = MetricRecorder(recipe.batch, context.progress)
-    steps = sorted({max(1, round(recipe.steps * (i + 1) / recipe.measure_at)) for i in range(recipe.measure_at)})
-    accuracy = EvalAtSteps(steps, recipe.batch, measure) if measure else None
+    recipe, identity = context.recipe, {"data": data_of(context).dataset.digest}
     batches = Batches(tensors, recipe.batch, recipe.steps, context.seed, accumulate=recipe.accumulate)
-    identity = {"arm": context.arm, "seed": context.seed, "data": dataset.digest}
-    waited = fit(module, batches, recipe, context.folder, [curves, *([accuracy] if accuracy else [])], identity)
-    return {"curves": curves.values | ({"accuracy": accuracy.values} if accuracy else {}), "waited": round(waited, 5)}
-
-
-# ---- scoring pictures against texts, whatever the model
-
-
-def candidates(data: ExperimentData, split: Split, pictures: int) -> tuple[Tensor, list[str], Tensor]:
-    """Pictures, the texts to choose among, and which is right: class names, or every picture's own caption."""
-    images = split.images[:pictures]
-    if data.dataset.classes and split.labels is not None:
-        return images, [TEMPLATE.format(phrase) for phrase in data.phrases], split.labels[:pictures]
-    return images, [several[0] for several in split.captions[:pictures]], torch.arange(len(images))
+    return train_arm(context, module, batches, identity, evals={"accuracy": measure} if measure else None)
 
 
 def validation(data: ExperimentData, recipe: ClipRecipe) -> tuple[Tensor, list[str], Tensor]:
-    split = data.dataset.class_val if data.dataset.classes else data.dataset.val
-    return candidates(data, split, recipe.val_pictures)
+    """Pictures, the texts to choose among, and which is right: class names, or every picture's own caption."""
+    dataset = data.dataset
+    split = dataset.class_val if dataset.classes else dataset.val
+    images = split.images[: recipe.val_pictures]
+    if dataset.classes and split.labels is not None:
+        return images, [TEMPLATE.format(phrase) for phrase in data.phrases], split.labels[: recipe.val_pictures]
+    return images, [several[0] for several in split.captions[: recipe.val_pictures]], torch.arange(len(images))
 
 
 def clip_accuracy(model: Clip, data: ExperimentData, recipe: ClipRecipe) -> float:
@@ -161,6 +93,13 @@ def scored_accuracy(model: BagOfWords | CaptionPredictor, data: ExperimentData, 
     return topk_accuracy(model.score(images.to(device), tokens).cpu(), target)
 
 
+def ensemble_accuracy(model: Clip, data: ExperimentData) -> float:
+    """Zero-shot, by the ensemble of prompts, in points."""
+    weights = classifier(model, data.tokenizer, data.phrases, ENSEMBLE)
+    scores = image_features(model, data.dataset.class_test.images) @ weights.T
+    return 100 * topk_accuracy(scores, data.dataset.class_test.labels)
+
+
 # ---- the arms
 
 
@@ -168,14 +107,14 @@ def contrastive(context: Context) -> dict:
     """CLIP itself: the treatment of most claims. Measured in every way the data allows."""
     data = data_of(context)
     model = Clip(data.config)
-    trained = fit_clip(context, model)
-    flops = training_flops(data.config, context.recipe, data)
-    return trained | {"flops": flops} | measure_clip(model, data, context)
+    return fit_clip(context, model) | measure_clip(model, data, context)
 
 
 def fit_clip(context: Context, model: Clip) -> dict:
+    """As `train`, and `flops`, those of its configuration's training."""
     data, recipe = data_of(context), context.recipe
-    return train(context, ClipModule(model, recipe), data.pairs, lambda: clip_accuracy(model, data, recipe))
+    trained = train(context, ClipModule(model, recipe), data.pairs, lambda: clip_accuracy(model, data, recipe))
+    return trained | {"flops": training_flops(model.config, recipe, data)}
 
 
 def measure_clip(model: Clip, data: ExperimentData, context: Context) -> dict:
@@ -196,8 +135,7 @@ def measure_clip(model: Clip, data: ExperimentData, context: Context) -> dict:
         offered = scores.gather(1, pairs.choices)  # (N, 4): right, wrong colour, wrong thing, both wrong
         measured["compositions"] = 100 * topk_accuracy(offered, torch.zeros(len(offered), dtype=torch.long))
         measured["compositions_chance"] = 100 / offered.shape[1]
-    if context.first:
-        keep(model, data, context)
+    save_first_seed(context, model, data.tokenizer)
     return measured
 
 
@@ -240,8 +178,8 @@ def measure_probes(model: Clip, data: ExperimentData, context: Context) -> dict:
     for shots in SHOTS:
         if int(torch.bincount(train_y).min()) >= shots:
             draws = [few_shot(train_y, shots, context.seed * 100 + draw) for draw in range(SHOT_DRAWS)]
-            found = [accuracies(rows, FEW_SHOT_STRENGTH)[0] for rows in draws]
-            measured[f"probe_{shots}"] = sum(found) / len(found)
+            points = [accuracies(rows, FEW_SHOT_STRENGTH)[0] for rows in draws]
+            measured[f"probe_{shots}"] = sum(points) / len(points)
     if int(torch.bincount(train_y).min()) >= 2:  # one to fit, one to choose the strength by
         measured |= dict(
             zip(("probe", "probe_shift"), accuracies(torch.arange(len(train_y)), PROBE_STRENGTHS), strict=False)
@@ -253,36 +191,27 @@ def without_prefix(text: str) -> str:
     """A caption without the frame it was written in ('look, ...', 'a photo of ...'): a prefix needs a bare caption."""
     for frame in sorted((*FRAMES, *LABEL_CAPTIONS), key=len, reverse=True):
         pattern = re.escape(frame).replace(r"\{x\}", "(.+)").replace(r"\{\}", "(.+)").replace(r"\{is_\}", "(?:is|are)")
-        if found := re.fullmatch(pattern, text):
-            return found.group(1)
+        if match := re.fullmatch(pattern, text):
+            return match.group(1)
     return text
-
-
-def keep(model: Clip, data: ExperimentData, context: Context) -> None:
-    """The first seed's model and tokenizer stay with the run: figures are drawn from them, users can load them."""
-    from shared.weights.load import save_weights
-
-    save_weights(model, context.folder / "model.safetensors", {"variant": context.recipe.model})
-    data.tokenizer.save(context.folder / "tokenizer.json")
 
 
 def bag_of_words_contrastive(context: Context) -> dict:
     """Fig. 2's last arm: the contrastive objective over a text encoder that sees no order."""
-    return fit_clip(context, BagOfWordsClip(data_of(context).config))
-
-
-def bag_of_words_prediction(context: Context) -> dict:
     data, recipe = data_of(context), context.recipe
-    model = BagOfWords(data.config)
-    module = BagOfWordsModule(model, recipe)
-    return train(context, module, data.pairs, lambda: scored_accuracy(model, data, recipe))
+    model = BagOfWordsClip(data.config)
+    return train(context, ClipModule(model, recipe), data.pairs, lambda: clip_accuracy(model, data, recipe))
 
 
-def caption_prediction(context: Context) -> dict:
-    data, recipe = data_of(context), context.recipe
-    model = CaptionPredictor(data.config)
-    module = CaptionModule(model, recipe)
-    return train(context, module, data.pairs, lambda: scored_accuracy(model, data, recipe))
+def prediction(new_model: Callable[[ClipConfig], BagOfWords | CaptionPredictor], new_module: type[PretrainingModule]):
+    """Fig. 2's other two arms: the caption is predicted, as a bag of words or word by word."""
+
+    def arm(context: Context) -> dict:
+        data, recipe = data_of(context), context.recipe
+        model = new_model(data.config)
+        return train(context, new_module(model, recipe), data.pairs, lambda: scored_accuracy(model, data, recipe))
+
+    return arm
 
 
 def supervised(context: Context) -> dict:
@@ -318,11 +247,9 @@ def contrastive_only(context: Context, config: ClipConfig) -> dict:
     """A CLIP of another configuration: only the numbers that its claims compare."""
     data = data_of(context)
     model = Clip(config)
-    measured = fit_clip(context, model) | {"flops": training_flops(config, context.recipe, data)}
+    measured = fit_clip(context, model)
     if data.dataset.classes:
-        weights = classifier(model, data.tokenizer, data.phrases, ENSEMBLE)
-        scores = image_features(model, data.dataset.class_test.images) @ weights.T
-        measured["zeroshot_ensemble"] = 100 * topk_accuracy(scores, data.dataset.class_test.labels)
+        measured["zeroshot_ensemble"] = ensemble_accuracy(model, data)
     return measured
 
 
@@ -333,8 +260,8 @@ def training_flops(config: ClipConfig, recipe: ClipRecipe, data: ExperimentData)
         model = Clip(config)
         image = torch.empty(1, 3, config.image_size, config.image_size)
         tokens = torch.empty(1, round(float(ends.mean())) + 1, dtype=torch.long)
-        one = count_flops(lambda: (model.encode_image(image), model.encode_text(tokens)))
-    return 3.0 * one * recipe.batch * recipe.steps
+        forward = count_flops(lambda: (model.encode_image(image), model.encode_text(tokens)))
+    return 3.0 * forward * recipe.batch * recipe.steps
 
 
 def rung_of_ladder(index: int) -> Callable[[Context], dict]:
@@ -342,10 +269,9 @@ def rung_of_ladder(index: int) -> Callable[[Context], dict]:
 
     def arm(context: Context) -> dict:
         width = context.recipe.ladder[index]
-        config = data_of(context).config
         heads = max(1, width // 32)
-        changed = replace(config, vision_width=width, text_width=width, vision_heads=heads, text_heads=heads)
-        return contrastive_only(context, changed)
+        sizes = {"vision_width": width, "text_width": width, "vision_heads": heads, "text_heads": heads}
+        return contrastive_only(context, replace(data_of(context).config, **sizes))
 
     return arm
 
@@ -353,8 +279,8 @@ def rung_of_ladder(index: int) -> Callable[[Context], dict]:
 ARMS: dict[str, Callable[[Context], dict]] = {
     "contrastive": contrastive,
     "bow_contrastive": bag_of_words_contrastive,
-    "bow_prediction": bag_of_words_prediction,
-    "caption_prediction": caption_prediction,
+    "bow_prediction": prediction(BagOfWords, BagOfWordsModule),
+    "caption_prediction": prediction(CaptionPredictor, CaptionModule),
     "supervised": supervised,
     "nonlinear_projection": nonlinear_projection,
     "large_patches": large_patches,
@@ -395,20 +321,10 @@ def factor(treatment: str, baseline: str) -> Callable[[list[dict]], str]:
     """The mean effect as the paper prints it: a factor of pictures processed."""
 
     def shown(seeds: list[dict[str, dict]]) -> str:
-        effects = [efficiency(treatment, baseline)(one) for one in seeds]
+        effects = [efficiency(treatment, baseline)(measured) for measured in seeds]
         return f"a factor of {2 ** (sum(effects) / len(effects)):.1f}"
 
     return shown
-
-
-def difference(treatment: tuple[str, str], baseline: tuple[str, str]) -> Callable[[dict], float | None]:
-    """Measurement minus measurement, each named (arm, name); None where the data did not allow one of them."""
-
-    def effect(measured: dict[str, dict]) -> float | None:
-        ours, theirs = (measured[arm].get(name) for arm, name in (treatment, baseline))
-        return None if ours is None or theirs is None else ours - theirs
-
-    return effect
 
 
 def smaller_drop(measured: dict[str, dict]) -> float | None:
@@ -422,10 +338,10 @@ def smaller_drop(measured: dict[str, dict]) -> float | None:
 
 def probe_gain_does_not_move(measured: dict[str, dict]) -> float | None:
     """Above zero only if both halves hold: the probe gains where it was fitted, and loses under another artist."""
-    found = measured["contrastive"]
-    if "probe_shift" not in found:
+    points = measured["contrastive"]
+    if "probe_shift" not in points:
         return None
-    return min(found["probe"] - found["zeroshot_ensemble"], found["shift"] - found["probe_shift"])
+    return min(points["probe"] - points["zeroshot_ensemble"], points["shift"] - points["probe_shift"])
 
 
 def minus_slope(measured: dict[str, dict]) -> float | None:
@@ -435,24 +351,14 @@ def minus_slope(measured: dict[str, dict]) -> float | None:
 
 def ladder_points(measured: dict[str, dict]) -> tuple[list[float], list[float]] | None:
     """(training FLOPs, zero-shot error in 0..1) of every size, smallest first."""
-    found = [measured[arm] for arm in LADDER]
-    if any("zeroshot_ensemble" not in one for one in found):
+    sizes = [measured[arm] for arm in LADDER]
+    if any("zeroshot_ensemble" not in size for size in sizes):
         return None
-    return [one["flops"] for one in found], [max(1e-3, 1 - one["zeroshot_ensemble"] / 100) for one in found]
+    return [size["flops"] for size in sizes], [max(1e-3, 1 - size["zeroshot_ensemble"] / 100) for size in sizes]
 
 
-def mean_of(arm: str, *names: str) -> Callable[[list[dict]], str]:
-    """'name 12.3, ...' averaged over seeds: what stands beside an effect."""
-
-    def shown(seeds: list[dict[str, dict]]) -> str:
-        parts = []
-        for name in names:
-            values = [one[arm][name] for one in seeds if name in one[arm]]
-            if values:
-                parts.append(f"{name} {sum(values) / len(values):.1f}")
-        return ", ".join(parts)
-
-    return shown
+def of_contrastive(*keys: str) -> Callable[[list[dict]], str]:
+    return means("{key}", contrastive=keys)
 
 
 def ladder_shown(seeds: list[dict[str, dict]]) -> str:
@@ -460,82 +366,65 @@ def ladder_shown(seeds: list[dict[str, dict]]) -> str:
     return f"R2 of the fit {sum(f.r2 for f in fits) / len(fits):.2f}, {len(LADDER)} sizes" if fits else ""
 
 
+def faster(treatment: str, baseline: str) -> Claim:
+    return Claim((treatment, baseline), efficiency(treatment, baseline), shown=factor(treatment, baseline))
+
+
+def better_than(arm: str) -> Claim:
+    """CLIP as it is against another configuration, zero-shot."""
+    note = means("{key}", **{arm: (ENSEMBLE_KEY,)})
+    return Claim((C, arm), difference(C, arm, ENSEMBLE_KEY), CLASSES, note)
+
+
 CLASSES = "data with class names, such as data=emoji or data=cifar10"
 OTHER_ARTIST = "data drawn by two artists: data=emoji or data=shapes"
-C = "contrastive"
+C, ENSEMBLE_KEY = "contrastive", "zeroshot_ensemble"
 CLAIMS: dict[str, Claim] = {
-    "clip.efficiency.contrastive_vs_bow": Claim(
-        ("bow_contrastive", "bow_prediction"),
-        efficiency("bow_contrastive", "bow_prediction"),
-        shown=factor("bow_contrastive", "bow_prediction"),
-    ),
-    "clip.efficiency.bow_vs_caption_lm": Claim(
-        ("bow_prediction", "caption_prediction"),
-        efficiency("bow_prediction", "caption_prediction"),
-        shown=factor("bow_prediction", "caption_prediction"),
-    ),
-    "clip.efficiency.contrastive_vs_caption_lm": Claim(
-        ("bow_contrastive", "caption_prediction"),
-        efficiency("bow_contrastive", "caption_prediction"),
-        shown=factor("bow_contrastive", "caption_prediction"),
-    ),
+    "clip.efficiency.contrastive_vs_bow": faster("bow_contrastive", "bow_prediction"),
+    "clip.efficiency.bow_vs_caption_lm": faster("bow_prediction", "caption_prediction"),
+    "clip.efficiency.contrastive_vs_caption_lm": faster("bow_contrastive", "caption_prediction"),
     "clip.prompt.single_template": Claim(
         (C,),
-        difference((C, "zeroshot_template"), (C, "zeroshot_bare")),
+        difference(C, C, "zeroshot_template", "zeroshot_bare"),
         CLASSES,
-        mean_of(C, "zeroshot_bare", "zeroshot_template"),
+        of_contrastive("zeroshot_bare", "zeroshot_template"),
     ),
     "clip.prompt.ensemble": Claim(
         (C,),
-        difference((C, "zeroshot_ensemble"), (C, "zeroshot_template")),
+        difference(C, C, ENSEMBLE_KEY, "zeroshot_template"),
         CLASSES,
-        mean_of(C, "zeroshot_template", "zeroshot_ensemble"),
+        of_contrastive("zeroshot_template", ENSEMBLE_KEY),
     ),
     "clip.retrieval.prompt": Claim(
         (C,),
-        difference((C, "retrieval_prefixed"), (C, "retrieval_raw")),
-        shown=mean_of(C, "retrieval_raw", "retrieval_prefixed", "retrieval_as_written"),
+        difference(C, C, "retrieval_prefixed", "retrieval_raw"),
+        shown=of_contrastive("retrieval_raw", "retrieval_prefixed", "retrieval_as_written"),
     ),
     "clip.zeroshot.vs_fewshot": Claim(
         (C,),
-        difference((C, "zeroshot_ensemble"), (C, "probe_4")),
+        difference(C, C, ENSEMBLE_KEY, "probe_4"),
         CLASSES,
-        mean_of(C, "zeroshot_ensemble", *(f"probe_{shots}" for shots in SHOTS)),
+        of_contrastive(ENSEMBLE_KEY, *(f"probe_{shots}" for shots in SHOTS)),
     ),
     "clip.scaling.loglog": Claim(LADDER, minus_slope, CLASSES, ladder_shown),
-    "clip.scale.patch": Claim(
-        (C, "large_patches"),
-        difference((C, "zeroshot_ensemble"), ("large_patches", "zeroshot_ensemble")),
-        CLASSES,
-        mean_of("large_patches", "zeroshot_ensemble"),
-    ),
+    "clip.scale.patch": better_than("large_patches"),
     "clip.robust.zeroshot_gap": Claim(
         (C, "supervised"),
         smaller_drop,
         OTHER_ARTIST,
-        lambda seeds: ", ".join(
-            [
-                mean_of(C, "zeroshot_ensemble", "shift")(seeds),
-                mean_of("supervised", "supervised", "supervised_shift")(seeds),
-            ]
-        ),
+        means("{key}", contrastive=(ENSEMBLE_KEY, "shift"), supervised=("supervised", "supervised_shift")),
     ),
     "clip.robust.probe_erodes": Claim(
         (C,),
         probe_gain_does_not_move,
         OTHER_ARTIST,
-        mean_of(C, "zeroshot_ensemble", "probe", "shift", "probe_shift"),
+        of_contrastive(ENSEMBLE_KEY, "probe", "shift", "probe_shift"),
     ),
-    "clip.projection.linear": Claim(
-        (C, "nonlinear_projection"),
-        difference((C, "zeroshot_ensemble"), ("nonlinear_projection", "zeroshot_ensemble")),
-        CLASSES,
-        mean_of("nonlinear_projection", "zeroshot_ensemble"),
-    ),
+    "clip.projection.linear": better_than("nonlinear_projection"),
     "clip.compositions": Claim(
         (C,),
-        difference((C, "compositions"), (C, "compositions_chance")),
+        difference(C, C, "compositions", "compositions_chance"),
         "data with held-out compositions: data=emoji or data=shapes",
-        mean_of(C, "compositions", "compositions_chance"),
+        of_contrastive("compositions", "compositions_chance"),
     ),
 }

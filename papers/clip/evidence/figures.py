@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from papers.clip.data import ExperimentData, build_data
 from papers.clip.encode import classifier, image_features, text_features
-from papers.clip.evidence.claims import LADDER, TEMPLATE, ExperimentData, build_data, ladder_points
+from papers.clip.evidence.claims import LADDER, TEMPLATE, ladder_points
 from papers.clip.recipe import ClipRecipe
 from papers.clip.weights import load_file
 from shared.experiments.ablations import seeds_of

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from papers.blip.data import Text, build_data, parted, plain_titles, scenes_parted
-from papers.blip.evidence import capfilt, claims
+from papers.blip.evidence import claims
 from papers.blip.evidence.capfilt import CapFilt, kept_of
 from papers.blip.evidence.capfilt_page import Decision
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
 from shared.core.paper_package import Context
 from shared.data.dataset import DatasetBundle, Split
+from shared.experiments import effects
 
 SMALL = BlipRecipe(
     paper="blip", model="blip-tiny", data="shapes", pairs=96, clean=32, test_pairs=24, classes=6, batch=8, steps=4,
@@ -146,7 +147,7 @@ def test_the_filter_alone_takes_all_texts_of_a_picture_for_its_partners(tmp_path
         seen[identity["arm"]] = module.recipe.by_picture
         return 0.0
 
-    monkeypatch.setattr(capfilt, "fit", fit)
+    monkeypatch.setattr(effects, "fit", fit)
     work = CapFilt.of(context(tmp_path, "both"))
     for name in ("captioner", "filter", "coupled"):
         work.tuned(name)
@@ -188,7 +189,7 @@ def test_a_captioner_learns_its_texts_behind_the_prompt_and_not_the_prompt_itsel
             modules[objectives] = prompt
 
     monkeypatch.setattr(capfilt, "BlipModule", Module)
-    monkeypatch.setattr(capfilt, "fit", lambda module, batches, *_: modules.update(tokens=batches.tensors[1]) or 0.0)
+    monkeypatch.setattr(effects, "fit", lambda module, batches, *_: modules.update(tokens=batches.tensors[1]) or 0.0)
     work = CapFilt.of(context(tmp_path, "captioner"))
     work.tuned("captioner")
     words = work.data.tokenizer
@@ -222,9 +223,3 @@ def test_shares_of_what_the_filter_did():
     assert found["removed"] == pytest.approx(40) and found["web_removed"] == 50 and found["written_removed"] == 0
     assert found["web_false"] == 50 and found["web_precision"] == 50 and found["web_recall"] == 50
     assert "written_precision" not in found, "nobody knows what is true of the written ones"
-
-
-def test_what_is_shown_beside_an_effect_is_the_mean_over_seeds():
-    shown = claims.means(both=("r1", "gone"), noisy=("parameters",))
-    seeds = [{"both": {"r1": 1.0}, "noisy": {"parameters": 1234}}, {"both": {"r1": 2.0}, "noisy": {"parameters": 1234}}]
-    assert shown(seeds) == "both r1 1.5, noisy parameters 1,234"

@@ -40,7 +40,7 @@ def a_lab(tokenizer, captions, **train):
     split = Split([f"p{i}" for i in range(len(captions))], images, captions, **train)
     dataset = DatasetBundle(name="toy", train=split, val=split, test=split, classes=["circle", "star"])
     config = with_tokenizer(VARIANTS["blip-tiny"](), tokenizer)
-    return ExperimentData(dataset, tokenizer, config, [], [], EvalSet(images, ["x"], torch.tensor([0])), None)
+    return ExperimentData(dataset, tokenizer, config, [], [], EvalSet(images, ["x"], torch.tensor([0])))
 
 
 # ---- decisions

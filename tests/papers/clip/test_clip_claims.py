@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from papers.clip.data import build_data
 from papers.clip.evidence import claims
 from papers.clip.evidence.claims import (
     efficiency,
@@ -13,7 +14,6 @@ from papers.clip.evidence.claims import (
 )
 from papers.clip.recipe import ClipRecipe
 from shared.core.paper_package import Context
-from shared.experiments.ablations import once_a_seed
 
 
 def curve(*values):
@@ -86,7 +86,7 @@ SMALL = ClipRecipe(
 
 @pytest.fixture(scope="module")
 def data():
-    return claims.build_data(SMALL, 3)
+    return build_data(SMALL, 3)
 
 
 def context(tmp_path, seed=3):
@@ -185,10 +185,3 @@ def test_a_classifiers_rows_are_the_classes_in_order_each_from_its_own_prompts(m
     monkeypatch.setattr(evaluate, "text_features", features)
     rows = evaluate.classifier(None, None, ["cat", "dog"], ["a photo of a {}", "one {}"])
     torch.testing.assert_close(rows, torch.eye(2, 3))
-
-
-def test_the_arms_of_a_seed_share_its_data_and_another_seed_draws_its_own(tmp_path):
-    made = []
-    data_of = once_a_seed(lambda recipe, seed: made.append(seed) or ("lab", seed))
-    assert [data_of(context(tmp_path, seed))[1] for seed in (3, 3, 4)] == [3, 3, 4]
-    assert made == [3, 4], "made once a seed"

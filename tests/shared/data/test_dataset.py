@@ -9,7 +9,7 @@ import torch
 from published import emoji_package, encoded, entry, make_folder, make_karpathy, write_parquet
 
 from shared.core.errors import UserError
-from shared.data import load_dataset, load_pack
+from shared.data import load_pack, make_dataset
 from shared.data.synthetic.scenes import COLOURS, held_out_colours
 
 SMALL = {"pairs": 120, "test_pairs": 30, "image_size": 24, "classes": 10}
@@ -17,7 +17,7 @@ SMALL = {"pairs": 120, "test_pairs": 30, "image_size": 24, "classes": 10}
 
 @pytest.fixture(scope="module")
 def shapes():
-    return load_dataset("shapes", **SMALL)
+    return make_dataset("shapes", **SMALL)
 
 
 def parts(dataset):
@@ -26,7 +26,7 @@ def parts(dataset):
 
 
 def test_the_same_arguments_give_the_same_digest_and_others_another(shapes):
-    assert load_dataset("shapes", **SMALL).digest == shapes.digest
+    assert make_dataset("shapes", **SMALL).digest == shapes.digest
     changed = [
         {"seed": 1},
         {"noise": 0.0},
@@ -35,12 +35,12 @@ def test_the_same_arguments_give_the_same_digest_and_others_another(shapes):
         {"caption_noise": 0.5},
         {"captions": 2},
     ]
-    digests = [load_dataset("shapes", **(SMALL | change)).digest for change in changed]
+    digests = [make_dataset("shapes", **(SMALL | change)).digest for change in changed]
     assert len({shapes.digest, *digests}) == len(changed) + 1
 
 
 def test_a_world_of_more_pairs_begins_with_the_smaller_one(shapes):
-    larger = load_dataset("shapes", **(SMALL | {"pairs": 150, "test_pairs": 40}))
+    larger = make_dataset("shapes", **(SMALL | {"pairs": 150, "test_pairs": 40}))
     for name, split in parts(shapes).items():
         other = getattr(larger, name)
         assert torch.equal(other.images[: len(split)], split.images) and other.ids[: len(split)] == split.ids
@@ -80,7 +80,7 @@ def test_the_shift_shows_the_same_scenes_by_the_other_hand(shapes):
     assert shapes.shift.ids == shapes.class_test.ids and torch.equal(shapes.shift.labels, shapes.class_test.labels)
     changed = (shapes.shift.images != shapes.class_test.images).flatten(1).any(1)
     assert changed.all()
-    outline = load_dataset("shapes", **SMALL, vendor="outline")
+    outline = make_dataset("shapes", **SMALL, vendor="outline")
     assert torch.equal(outline.class_test.images, shapes.shift.images)
     assert torch.equal(outline.shift.images, shapes.class_test.images)
 
@@ -88,7 +88,7 @@ def test_the_shift_shows_the_same_scenes_by_the_other_hand(shapes):
 def test_retrieval_captions_tell_the_pictures_apart(shapes):
     for split in (shapes.val, shapes.test):
         assert len({captions[0] for captions in split.captions}) == len(split)
-    few = load_dataset("shapes", pairs=1, test_pairs=18, image_size=8, classes=3, objects=(1, 1))
+    few = make_dataset("shapes", pairs=1, test_pairs=18, image_size=8, classes=3, objects=(1, 1))
     pairs = {(c, n) for c in COLOURS for n in few.classes for (said,) in few.test.captions if f"{c} {n}" in said}
     assert len(pairs) == 18  # of 21 that are not held out
 
@@ -109,7 +109,7 @@ def test_compositions_are_held_out_pairs_and_their_distractors_are_not(shapes):
 
 
 def test_distractors_avoid_every_colour_that_a_thing_is_not_shown_in():
-    found = load_dataset("shapes", **SMALL, held_out=0.25)
+    found = make_dataset("shapes", **SMALL, held_out=0.25)
     pairs = [(name, colour) for name in found.classes for colour in COLOURS]
     for row in found.compositions.choices.tolist():
         for wrong in row[1:]:
@@ -118,7 +118,7 @@ def test_distractors_avoid_every_colour_that_a_thing_is_not_shown_in():
 
 
 def test_composition_pictures_show_the_held_out_colour():
-    found = load_dataset("shapes", **SMALL, noise=0.0, clutter=0.0).compositions
+    found = make_dataset("shapes", **SMALL, noise=0.0, clutter=0.0).compositions
     inks = torch.tensor(list(COLOURS.values()))
     for image, label in zip(found.images, found.labels.tolist(), strict=True):
         near = (image.flatten(1).T[:, None].int() - inks).abs().amax(-1) < 24  # (pixels, colours)
@@ -133,14 +133,14 @@ def test_no_training_caption_names_a_held_out_pair(shapes):
 
 
 def test_no_compositions_where_nothing_is_held_out():
-    assert load_dataset("shapes", **SMALL, held_out=0.0).compositions is None
+    assert make_dataset("shapes", **SMALL, held_out=0.0).compositions is None
 
 
 def test_caption_noise_exchanges_the_stated_share_and_says_where(shapes):
-    noisy = load_dataset("shapes", **(SMALL | {"pairs": 600}), caption_noise=0.3)
+    noisy = make_dataset("shapes", **(SMALL | {"pairs": 600}), caption_noise=0.3)
     share = noisy.train.noisy.float().mean().item()
     assert abs(share - 0.3) < 0.06 and not shapes.train.noisy.any()
-    clean = load_dataset("shapes", **(SMALL | {"pairs": 600}))
+    clean = make_dataset("shapes", **(SMALL | {"pairs": 600}))
     assert torch.equal(noisy.train.images, clean.train.images)
     for label, flag, (caption,), (before,) in zip(
         noisy.train.labels.tolist(), noisy.train.noisy, noisy.train.captions, clean.train.captions, strict=True
@@ -152,7 +152,7 @@ def test_caption_noise_exchanges_the_stated_share_and_says_where(shapes):
 
 
 def test_several_captions_of_a_picture_differ():
-    dataset = load_dataset("shapes", **SMALL, captions=3)
+    dataset = make_dataset("shapes", **SMALL, captions=3)
     assert all(len(captions) == 3 for captions in dataset.train.captions)
     assert sum(len(set(captions)) > 1 for captions in dataset.train.captions) > 100
 
@@ -163,16 +163,16 @@ def test_several_captions_of_a_picture_differ():
 def test_the_emoji_world_reads_both_packages_from_a_folder_or_a_mapping(tmp_path):
     paths = {vendor: emoji_package(tmp_path, vendor) for vendor in ("google", "twitter")}
     sizes = {"pairs": 20, "test_pairs": 8, "image_size": 16}
-    dataset = load_dataset("emoji", root=tmp_path, **sizes)
+    dataset = make_dataset("emoji", root=tmp_path, **sizes)
     assert dataset.classes == ["cat", "owl", "red apple", "grapes", "scissors", "fox"]
-    assert load_dataset("emoji", root=paths, **sizes).digest == dataset.digest
+    assert make_dataset("emoji", root=paths, **sizes).digest == dataset.digest
     assert any("Apache" in line for line in dataset.credits) and any("Attribution" in line for line in dataset.credits)
     assert "a photo of some grapes on a red card" in dataset.compositions.texts
     paths["twitter"].unlink()
     with pytest.raises(UserError, match="no package emoji-datasource-twitter"):
-        load_dataset("emoji", root=tmp_path, **sizes)
+        make_dataset("emoji", root=tmp_path, **sizes)
     with pytest.raises(UserError, match="but not 'twitter'"):
-        load_dataset("emoji", root={"google": paths["google"]}, **sizes)
+        make_dataset("emoji", root={"google": paths["google"]}, **sizes)
 
 
 def test_without_a_root_the_emoji_come_through_the_manifest(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_without_a_root_the_emoji_come_through_the_manifest(tmp_path, monkeypatc
     paths = {f"emoji-{vendor}": emoji_package(tmp_path, vendor) for vendor in ("google", "twitter")}
     monkeypatch.setattr(manifest, "load_manifest", lambda: {id: id for id in paths})
     monkeypatch.setattr(fetch, "fetch", lambda id: paths[id])
-    dataset = load_dataset("emoji", pairs=6, test_pairs=6, image_size=16)
+    dataset = make_dataset("emoji", pairs=6, test_pairs=6, image_size=16)
     assert len(dataset.classes) == 6
 
 
@@ -193,7 +193,7 @@ def test_a_parquet_world_has_label_captions_and_a_validation_part_by_hash(tmp_pa
     rows = [(encoded((i, 90, 90)), ("airplane", "dog")[i % 2]) for i in range(60)]
     write_parquet(tmp_path / "cifar10" / "train.parquet", rows)
     write_parquet(tmp_path / "cifar10" / "test.parquet", rows[:10])
-    dataset = load_dataset("cifar10", root=tmp_path, pairs=40, test_pairs=5, image_size=16)
+    dataset = make_dataset("cifar10", root=tmp_path, pairs=40, test_pairs=5, image_size=16)
     assert dataset.classes == ["airplane", "dog"] and dataset.shift is None and dataset.compositions is None
     assert len(dataset.train) == 40 and len(dataset.test) == 5 and 1 <= len(dataset.val) <= 5
     assert not set(dataset.train.ids) & set(dataset.val.ids) and "tenth of train" in dataset.note
@@ -201,16 +201,16 @@ def test_a_parquet_world_has_label_captions_and_a_validation_part_by_hash(tmp_pa
     for label, (caption,) in zip(dataset.train.labels.tolist(), dataset.train.captions, strict=True):
         assert caption.endswith(("an airplane", "a dog")[label])
     assert [account.share for account in dataset.coverage] == [1.0] * 3
-    same = load_dataset("parquet/cifar10", root=tmp_path, pairs=40, test_pairs=5, image_size=16)
+    same = make_dataset("parquet/cifar10", root=tmp_path, pairs=40, test_pairs=5, image_size=16)
     assert torch.equal(same.train.images, dataset.train.images)
-    fewer = load_dataset("cifar10", root=tmp_path, pairs=20, test_pairs=5, image_size=16)
+    fewer = make_dataset("cifar10", root=tmp_path, pairs=20, test_pairs=5, image_size=16)
     assert set(fewer.train.ids) < set(dataset.train.ids)
 
 
 def test_an_image_folder_world_uses_its_own_validation_part(tmp_path):
     for split, count in (("train", 6), ("val", 2), ("test", 3)):
         make_folder(tmp_path, split, ["cat", "ice_cream"], count)
-    dataset = load_dataset("imagefolder", root=tmp_path, pairs=99, test_pairs=99, image_size=8)
+    dataset = make_dataset("imagefolder", root=tmp_path, pairs=99, test_pairs=99, image_size=8)
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (12, 4, 6) and dataset.note is None
     assert dataset.classes == ["cat", "ice cream"]
 
@@ -219,7 +219,7 @@ def test_a_class_that_training_lacks_is_named(tmp_path):
     make_folder(tmp_path, "train", ["cat"], 3)
     make_folder(tmp_path, "test", ["cat", "dog"], 1)
     with pytest.raises(UserError, match="that train has not: dog"):
-        load_dataset("imagefolder", root=tmp_path, pairs=9, test_pairs=9, image_size=8)
+        make_dataset("imagefolder", root=tmp_path, pairs=9, test_pairs=9, image_size=8)
 
 
 def test_a_karpathy_world_has_the_files_captions_and_its_large_categories(tmp_path):
@@ -228,7 +228,7 @@ def test_a_karpathy_world_has_the_files_captions_and_its_large_categories(tmp_pa
         row["category"] = ("food_items", "rare")[i % 2] if i < 120 else "odd"
     rows[2]["category"] = None
     root = make_karpathy(tmp_path / "set", rows, tar=True)
-    dataset = load_dataset("karpathy/set", root=tmp_path, pairs=50, test_pairs=20, image_size=8)
+    dataset = make_dataset("karpathy/set", root=tmp_path, pairs=50, test_pairs=20, image_size=8)
     assert dataset.classes == ["food items", "rare"] and (len(dataset.train), len(dataset.val), len(dataset.test)) == (
         50,
         20,
@@ -237,7 +237,7 @@ def test_a_karpathy_world_has_the_files_captions_and_its_large_categories(tmp_pa
     assert dataset.train.captions[0][1] == "two lines"
     assert len(dataset.class_test) == int((dataset.test.labels >= 0).sum()) and (dataset.class_test.labels >= 0).all()
     (root / "dataset.json").write_text(json.dumps({"images": [row | {"category": None} for row in rows]}))
-    plain = load_dataset("karpathy", root=root, pairs=50, test_pairs=20, image_size=8)
+    plain = make_dataset("karpathy", root=root, pairs=50, test_pairs=20, image_size=8)
     assert plain.classes is None and plain.class_test is None and plain.train.labels is None
 
 
@@ -253,7 +253,7 @@ def test_a_karpathy_world_has_the_files_captions_and_its_large_categories(tmp_pa
 )
 def test_a_world_that_cannot_be_loaded_says_what_is_missing(tmp_path, name, root, message):
     with pytest.raises(UserError, match=message):
-        load_dataset(name, root=root and tmp_path, pairs=9, test_pairs=9, image_size=8)
+        make_dataset(name, root=root and tmp_path, pairs=9, test_pairs=9, image_size=8)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_world_that_cannot_be_loaded_says_what_is_missing(tmp_path, name, root
 )
 def test_wrong_sizes_are_refused(wrong):
     with pytest.raises(UserError):
-        load_dataset("shapes", **(SMALL | wrong))
+        make_dataset("shapes", **(SMALL | wrong))
 
 
 def test_importing_the_data_layer_is_light():

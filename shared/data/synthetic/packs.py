@@ -1,0 +1,48 @@
+"""Where the two packs of a kind of scenes lie: made here, in the cache of downloads, or in a folder of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from shared.core.errors import UserError
+from shared.data.synthetic.sprites import VENDORS, SpritePack, load_pack
+
+
+def packs(name: str, vendor: str | None = None, root=None) -> tuple[SpritePack, SpritePack]:
+    """Of `emoji` or `shapes`: the artist that a world is learned from, and the other one. root: as for make_dataset."""
+    vendors = VENDORS[name]
+    ours = vendor or vendors[0]
+    other = next((v for v in vendors if v != ours), ours)
+    if name == "shapes":
+        return load_pack(name, ours), load_pack(name, other)
+    return tuple(load_pack(name, v, source=_package(v, root)) for v in (ours, other))
+
+
+def _package(vendor: str, root) -> Path:
+    if isinstance(root, Mapping):
+        if vendor not in root:
+            raise UserError(f"emoji: root names {', '.join(root) or 'nothing'}, but not {vendor!r}")
+        return Path(root[vendor])
+    if root is not None:
+        folder = Path(root)
+        candidates = [*sorted(folder.glob(f"*emoji*{vendor}*.tgz")), *sorted(folder.glob(f"*{vendor}*")), folder]
+        found = [path for path in candidates if _is_package(path, vendor)]
+        if not found:
+            raise UserError(
+                f"emoji: no package emoji-datasource-{vendor} in {root} (looked for *emoji*{vendor}*.tgz and for "
+                "folders with emoji.json): put it there, or leave data_root empty to have it fetched"
+            )
+        return found[0]
+    from shared.weights.fetch import fetch
+    from shared.weights.manifest import load_manifest
+
+    return fetch(load_manifest()[f"emoji-{vendor}"])
+
+
+def _is_package(path: Path, vendor: str) -> bool:
+    if path.is_file():
+        return path.suffix == ".tgz"
+    return any(
+        (folder / "emoji.json").is_file() and (folder / "img" / vendor).is_dir() for folder in (path, path / "package")
+    )

@@ -1,18 +1,19 @@
 """BLIP (Li et al. 2022): an image encoder and one text transformer that is encoder, image-grounded encoder and
-image-grounded decoder (MED). Reads beside Fig. 2, Sec. 3.1 and 3.2. Axes: B batch, N patches, T text tokens, S context
-tokens, C their width, D width, E joint space, V vocabulary, R texts, P positions with a target, M keys of ITC."""
+image-grounded decoder (MED, med.py). Reads beside Fig. 2, Sec. 3.1 and 3.2. Axes: B batch, N patches, T text tokens,
+S context tokens, C their width, D width, E joint space, V vocabulary, R texts, P positions with a target, M keys of
+ITC."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from papers.blip.config import BlipConfig
+from papers.blip.med import OWN_IN_DECODER as OWN_IN_DECODER  # for who reads weights
+from papers.blip.med import TextDecoder, TextEncoder, again, cross_attention_kv, starting_with
 from shared.losses.image_text import (
     IGNORED,
     Negatives,
@@ -25,136 +26,17 @@ from shared.losses.image_text import (
     same_picture_targets,
     similarities,
 )
-from shared.nn.bert import (
-    INIT_STD,
-    BertDecoding,
-    BertEmbeddings,
-    BertLayer,
-    BertLayers,
-    LayerCache,
-    TokenHead,
-    initialise_bert,
-    key_mask,
-)
+from shared.nn.bert import INIT_STD, BertDecoding, LayerCache, initialise_bert
 from shared.nn.momentum import FeatureQueue, follow
 from shared.nn.positions import resample_square
 from shared.nn.vit import VisionTransformer
 
 TEMPERATURES = 0.001, 0.5  # what the learned one is kept within (official code, models/blip_pretrain.py)
 NEGATIVE_FLOOR = 1e-4  # added to the probability of every hard negative (ibid.)
-OWN_IN_DECODER = {  # the parts of a layer that the decoder does not share with the encoder (Table 3)
-    "all": (),
-    "all_but_sa": ("attention", "attention_norm"),
-    "all_but_ca": ("cross_attention", "cross_norm"),
-    "none": ("attention", "attention_norm", "cross_attention", "cross_norm", "mlp", "mlp_norm"),
-}
-
-
-# ---- the text transformer in its three modes
-
-
-class TextEncoder(nn.Module):
-    """Bidirectional, over text alone or grounded in a context by cross-attention in every layer."""
-
-    def __init__(self, config: BlipConfig, context_width: int):
-        super().__init__()
-        self.embeddings = _embeddings(config)
-        self.layers = _layers(config, context_width)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor,
-        context: Tensor | None = None,
-        context_attention_mask: Tensor | None = None,
-        seen: list[LayerCache] | None = None,
-    ) -> Tensor:
-        """tokens (R, T), attention_mask (R, T) False at padding, context (B, S, C), or `seen`, its
-        `cross_attention_kv` -> (R, T, D).
-
-        R is a multiple of B: texts in succession share one row of the context. Without a context no layer looks.
-        """
-        given = {"context": context, "context_mask": key_mask(context_attention_mask), "caches": seen}
-        return self.layers(self.embeddings(tokens), mask=key_mask(attention_mask), **given)
-
-
-class TextDecoder(nn.Module):
-    """Causal, grounded in a context; what it has in common with an encoder are the encoder's own modules."""
-
-    def __init__(self, config: BlipConfig, context_width: int, encoder: TextEncoder | None = None):
-        """encoder: whom to share with, as config.sharing says; nobody where None."""
-        super().__init__()
-        self.pad, self.smoothing = config.pad_token, config.label_smoothing
-        self.embeddings = _embeddings(config)
-        self.layers = _layers(config, context_width)
-        self.head = TokenHead(config.text_width, config.vocabulary)
-        if encoder is not None and config.sharing != "none":
-            borrow(self, "embeddings", encoder.embeddings)
-            for ours, theirs in zip(self.layers, encoder.layers, strict=True):
-                for part in (*OWN_IN_DECODER["none"], "dropout"):
-                    if part not in OWN_IN_DECODER[config.sharing]:
-                        borrow(ours, part, getattr(theirs, part))
-
-    def states(
-        self,
-        tokens: Tensor,
-        context: Tensor | None,
-        context_attention_mask: Tensor | None = None,
-        seen: list[LayerCache] | None = None,
-    ) -> Tensor:
-        """tokens (R, T) that begin with [DEC], context (B, S, C) or `seen` as in TextEncoder -> (R, T, D)."""
-        given = {"context": context, "context_mask": key_mask(context_attention_mask), "caches": seen}
-        return self.layers(self.embeddings(tokens), mask=key_mask(tokens != self.pad), causal=True, **given)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return self.head(states, self.embeddings.word.weight)
-
-    def loss(self, tokens: Tensor, context: Tensor, context_attention_mask: Tensor | None = None) -> Tensor:
-        """Smoothed next-token losses, summed over each text (official code models/med.py, reduction "none"). (R,)"""
-        targets = next_token_targets(tokens, tokens != self.pad)
-        logits = self.logits(self.states(tokens, context, context_attention_mask)).float()
-        losses = F.cross_entropy(
-            logits.mT, targets, ignore_index=IGNORED, label_smoothing=self.smoothing, reduction="none"
-        )
-        return losses.sum(1)
-
-    def decoding(self, context: Tensor, context_attention_mask: Tensor | None = None) -> BertDecoding:
-        """context (B, S, C), context_attention_mask (B, S) -> for nn/generation.py; prompts begin with [DEC]."""
-        return BertDecoding(self.embeddings, self.layers, self.head, context, context_attention_mask)
-
-    def whole(self) -> Iterator[nn.Parameter]:
-        """Its parameters, those among them that the encoder owns."""
-        for module in (self.embeddings, self.head):
-            yield from module.parameters()
-        for layer in self.layers:
-            for part in OWN_IN_DECODER["none"]:
-                yield from getattr(layer, part).parameters()
-
-
-def borrow(module: nn.Module, name: str, owned: nn.Module) -> None:
-    """module.name is another module's from now on, who alone has it in its parameters and state dict."""
-    del module._modules[name]
-    module.__dict__[name] = owned
-
-
-def _embeddings(config: BlipConfig) -> BertEmbeddings:
-    return BertEmbeddings(config.vocabulary, config.text_width, config.positions, dropout=config.dropout)
-
-
-def _layers(config: BlipConfig, context_width: int) -> BertLayers:
-    return BertLayers.make(
-        config.text_layers,
-        config.text_width,
-        config.text_heads,
-        config.mlp_width,
-        context_width=context_width,
-        dropout=config.dropout,
-    )
 
 
 def vision_encoder(config: BlipConfig) -> VisionTransformer:
-    """The ViT as models/vit.py begins it, but for `spread`."""
+    """The ViT as models/vit.py begins it, but for `init_std`."""
     encoder = VisionTransformer(
         config.image_size,
         config.patch,
@@ -182,47 +64,6 @@ def init_std(width: int) -> float:
 def picture_tokens(encoder: VisionTransformer, images: Tensor) -> Tensor:
     """uint8 pixels, or normalised floats, (B, 3, H, W) -> (B, 1 + N, D)."""
     return encoder.output_norm(encoder.tokens(images))
-
-
-def starting_with(token: int, tokens: Tensor) -> Tensor:
-    """A copy of (R, T) whose first token is another: what tells the text transformer its mode."""
-    tokens = tokens.clone()
-    tokens[:, 0] = token
-    return tokens
-
-
-# ---- pictures that several texts look at
-
-
-class _CrossAttentionKV:
-    """Answers what BertLayer asks of a filled KVCache: keys and values (B, H, S, K), for the rows that look (R,)."""
-
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor | None):
-        self.keys, self.values, self.rows, self.length = keys, values, rows, keys.shape[2]
-
-    def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        if self.rows is None:
-            return self.keys, self.values
-        return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
-
-
-def cross_attention_kv(layers: BertLayers, context: Tensor, rows: Tensor | None = None) -> list[LayerCache]:
-    """Keys and values of a context (B, S, C), computed once though text r looks at its row rows[r] (all in turn: None).
-
-    With gradients; most of the cost of image-grounded layers, whose texts are short and whose pictures are not.
-    """
-    return [_looked_at(layer, context, rows) for layer in layers]
-
-
-def _looked_at(layer: BertLayer, context: Tensor, rows: Tensor | None) -> LayerCache:
-    attention = layer.cross_attention
-    keys, values = rearrange(attention.kv(context), "b s (two h k) -> two b h s k", two=2, h=attention.heads)
-    return LayerCache(None, _CrossAttentionKV(keys, values, rows))
-
-
-def again(seen: list[LayerCache], rows: Tensor | None) -> list[LayerCache]:
-    """The same keys and values for other rows."""
-    return [LayerCache(None, _CrossAttentionKV(one.context.keys, one.context.values, rows)) for one in seen]
 
 
 # ---- the model
@@ -325,7 +166,7 @@ def copied(source: nn.Module, target: nn.Module) -> nn.Module:
 
     A captioner of a whole model: copied(model, Blip(config, encoder=False)).
     """
-    found = {}
+    tensors = {}
     for key, tensor in target.state_dict().items():
         place = source
         for name in key.split("."):
@@ -334,8 +175,8 @@ def copied(source: nn.Module, target: nn.Module) -> nn.Module:
             place = resample_square(place, tensor, antialias=False)
         if place.shape != tensor.shape:
             raise ValueError(f"{key}: {tuple(place.shape)} for {tuple(tensor.shape)}")
-        found[key] = place.detach()
-    target.load_state_dict(found, strict=True)
+        tensors[key] = place.detach()
+    target.load_state_dict(tensors, strict=True)
     return target
 
 
@@ -427,8 +268,8 @@ class BlipPretraining(nn.Module):
             matches, mismatches, seen = self.matching(tokens, image_tokens, negatives)
         if objectives.lm:
             shared = seen and self.config.sharing in ("all", "all_but_sa")
-            looked = again(seen, None) if shared else None
-            logits, next_tokens = blip.caption_targets(tokens, image_tokens, prompt, looked)
+            filled = again(seen, None) if shared else None
+            logits, next_tokens = blip.caption_targets(tokens, image_tokens, prompt, filled)
         return PretrainingOutput(student, targets, matches, mismatches, logits, next_tokens, self.temperature)
 
     def contrast(

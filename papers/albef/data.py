@@ -13,7 +13,7 @@ from papers.albef.config import VARIANTS, AlbefConfig, with_tokenizer
 from papers.albef.encode import longer_than, tokens_of
 from papers.albef.recipe import AlbefRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import DatasetBundle, Split
+from shared.data.dataset import DatasetBundle, Split, flat
 from shared.data.recipe import load_dataset, scene_pack
 from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import class_prompt
@@ -77,7 +77,7 @@ def read(recipe: AlbefRecipe, seed: int, times: float = 1.0) -> tuple[DatasetBun
     dataset = load_dataset(
         recipe, seed, round(times * recipe.pairs), captions=recipe.captions, full=recipe.full
     )  # fmt: skip
-    texts = [caption for several in dataset.train.captions for caption in several]
+    _, texts = flat(dataset.train.captions)
     if len(texts) < recipe.batch:
         raise UserError(
             f"data {dataset.name}: {len(texts)} captions do not fill a batch of {recipe.batch}; lower batch"
@@ -112,12 +112,12 @@ class Pairs:
 
 
 def pairs_of(data: ExperimentData, wrong: float, seed: int) -> Pairs:
-    """The lab's training pairs, a share of the pictures with the captions of another one."""
+    """The training pairs, a share of the pictures with the captions of another one."""
     return paired(data, data.dataset.train, exchanged(data.dataset.train, wrong, seed))
 
 
 def more_pairs(data: ExperimentData, recipe: AlbefRecipe, seed: int, times: float, wrong: float) -> Pairs:
-    """`times` as many pairs where the set has them: the lab's own with their captions, the share among the others."""
+    """`times` as many pairs where the set has them: these with their own captions, the share among the others."""
     train, own = read(recipe, seed, times)[0].train, set(data.dataset.train.ids)
     captions = exchanged(train, wrong, seed)
     captions = [right if id in own else new for id, right, new in zip(train.ids, train.captions, captions, strict=True)]
@@ -125,10 +125,9 @@ def more_pairs(data: ExperimentData, recipe: AlbefRecipe, seed: int, times: floa
 
 
 def paired(data: ExperimentData, split: Split, captions: list[list[str]]) -> Pairs:
-    rows = torch.tensor([row for row, several in enumerate(captions) for _ in several])
-    tokens = data.tokens([caption for several in captions for caption in several])
+    rows, texts = flat(captions)
     changed = sum(new != right for new, right in zip(captions, split.captions, strict=True))
-    return Pairs(split.images[rows], tokens, rows, changed / len(captions))
+    return Pairs(split.images[rows], data.tokens(texts), rows, changed / len(captions))
 
 
 def exchanged(split: Split, share: float, seed: int) -> list[list[str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, with_tokenizer
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import DatasetBundle, Split
+from shared.data.dataset import DatasetBundle, Split, flat
 from shared.data.recipe import load_dataset, scene_pack
 from shared.data.synthetic.minimal_pairs import minimal_pairs
 from shared.experiments.effects import once_a_seed
@@ -84,8 +84,7 @@ def build_data(recipe: BlipRecipe, seed: int) -> ExperimentData:
     base = VARIANTS[recipe.model]()
     if base.tokenizer != "small-bpe":
         raise UserError(f"model={recipe.model}: it has BERT's vocabulary; the claims train blip-tiny, -mini or -small")
-    every = [text for several in dataset.train.captions for text in several]
-    tokenizer = SmallTokenizer.train(every, base.vocabulary, SPECIALS)
+    tokenizer = SmallTokenizer.train(flat(dataset.train.captions)[1], base.vocabulary, SPECIALS)
     config = replace(
         with_tokenizer(base, tokenizer),
         image_size=recipe.image_size,
@@ -136,7 +135,7 @@ def plain_titles(captions: Sequence[Sequence[str]]) -> set[str]:
     A rule on the words alone, fixed before any training: what hundreds of pictures share (the name of a collection, of
     its author, of a theme) describes none of them, and file names, addresses and dates hold digits and signs.
     """
-    bearers = Counter(text.casefold() for several in captions for text in {one.casefold(): one for one in several})
+    bearers = Counter(text.casefold() for several in captions for text in {text.casefold(): text for text in several})
     return {
         text
         for several in captions
@@ -155,9 +154,9 @@ def eval_set_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> EvalSe
         return EvalSet(near.images, near.captions, torch.arange(len(near)))
     test = dataset.test
     plain = plain_titles([several for part in (dataset.train, dataset.val, dataset.test) for several in part.captions])
-    kept = [[text for text in several if text in plain] for several in test.captions]
-    if not any(kept):  # a set whose captions are whole sentences with punctuation
-        kept = [list(several) for several in test.captions]
-    rows = [row for row, several in enumerate(kept) if several]
-    owner = [place for place, row in enumerate(rows) for _ in kept[row]]
-    return EvalSet(test.images[torch.tensor(rows)], [text for row in rows for text in kept[row]], torch.tensor(owner))
+    titles = [[text for text in several if text in plain] for several in test.captions]
+    if not any(titles):  # a set whose captions are whole sentences with punctuation
+        titles = [list(several) for several in test.captions]
+    rows = [row for row, several in enumerate(titles) if several]
+    owner, texts = flat([titles[row] for row in rows])
+    return EvalSet(test.images[torch.tensor(rows)], texts, owner)

@@ -14,9 +14,9 @@ from papers.blip.module import BlipModule
 from papers.blip.recipe import BlipRecipe
 from shared.core.device import device_for
 from shared.core.paper_package import Trainable
-from shared.data.loader import Batches
 from shared.data.recipe import labelled_pictures
 from shared.training.simple import fit_classifier
+from shared.training.train import from_memory
 
 
 def prepare(recipe: BlipRecipe, seed: int) -> Trainable:
@@ -27,13 +27,9 @@ def prepare(recipe: BlipRecipe, seed: int) -> Trainable:
         start_from(model, classifying_encoder(data, recipe, seed).state_dict())
     texts = [*data.web, *data.clean]
     tensors = data.tensors(texts)
-    ids = [data.dataset.train.ids[text.picture] for text in texts]
-
-    def batches(rank: int, ranks: int) -> Batches:
-        return Batches(tensors, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
-
     by_texts = replace(recipe, pairs=len(texts))  # an epoch is all texts, of which a picture may have several
-    return Trainable(BlipModule(model, by_texts), batches, data.dataset.digest, data.tokenizer.save)
+    module = BlipModule(model, by_texts)
+    return from_memory(module, tensors, tensors[2], data.dataset, data.tokenizer, recipe, seed)
 
 
 def classifying_encoder(data: ExperimentData, recipe: BlipRecipe, seed: int) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 from papers.clip.config import VARIANTS, ClipConfig
 from papers.clip.recipe import ClipRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import DatasetBundle
+from shared.data.dataset import DatasetBundle, flat
 from shared.data.recipe import load_dataset
 from shared.data.synthetic.captions import class_prompt
 from shared.experiments.effects import once_a_seed
@@ -48,8 +48,7 @@ def build_data(recipe: ClipRecipe, seed: int) -> ExperimentData:
     if not base.patch:
         raise UserError(f"model={recipe.model}: the claims are trained with a ViT; choose a ViT variant")
     train = dataset.train
-    captions = [caption for several in train.captions for caption in several]
-    rows = torch.tensor([row for row, several in enumerate(train.captions) for _ in several])
+    rows, captions = flat(train.captions)
     tokenizer = SmallTokenizer.train(captions, base.vocabulary)
     config = replace(base, image_size=recipe.image_size, vocabulary=tokenizer.vocab_size, end_token=tokenizer.end)
     labels = torch.full((len(rows),), -1) if train.labels is None else train.labels[rows]

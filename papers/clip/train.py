@@ -14,9 +14,10 @@ from papers.clip.model import Clip
 from papers.clip.module import ClipModule
 from papers.clip.recipe import ClipRecipe
 from shared.core.paper_package import Trainable
-from shared.data.loader import Batches
+from shared.data.dataset import flat
 from shared.data.webdataset import Shards
 from shared.tokenizers.clip import ClipTokenizer
+from shared.training.train import from_memory
 
 
 def prepare(recipe: ClipRecipe, seed: int) -> Trainable:
@@ -24,13 +25,10 @@ def prepare(recipe: ClipRecipe, seed: int) -> Trainable:
     if recipe.data == "shards":
         return streamed(recipe, seed)
     data = build_data(recipe, seed)
-    module = ClipModule(Clip(data.config), recipe)
-    ids = [id for id, several in zip(data.dataset.train.ids, data.dataset.train.captions, strict=True) for _ in several]
-
-    def batches(rank: int, ranks: int) -> Batches:
-        return Batches(data.pairs, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
-
-    return Trainable(module, batches, data.dataset.digest, data.tokenizer.save)
+    rows, _ = flat(data.dataset.train.captions)
+    return from_memory(
+        ClipModule(Clip(data.config), recipe), data.pairs, rows, data.dataset, data.tokenizer, recipe, seed
+    )  # fmt: skip
 
 
 def streamed(recipe: ClipRecipe, seed: int) -> Trainable:

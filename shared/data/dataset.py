@@ -60,6 +60,14 @@ class Split:
         return len(self.ids)
 
 
+def flat(captions: Sequence[Sequence[str]]) -> tuple[Tensor, list[str]]:
+    """The captions of pictures, one after the other: of which row each is (T,), and its text."""
+    import torch
+
+    rows = [row for row, several in enumerate(captions) for _ in several]
+    return torch.tensor(rows, dtype=torch.long), [text for several in captions for text in several]
+
+
 @dataclass
 class Composition:
     """Pictures of (thing, colour) pairs that training never showed, and the texts to choose among.

@@ -6,11 +6,34 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning
+from torch import Tensor
 
 from shared.core.catalog import Catalog
 from shared.core.console import Console
 from shared.core.errors import UserError
+from shared.core.paper_package import Trainable
 from shared.core.recipe import SEED_BASE, Recipe, to_yaml
+from shared.data.dataset import DatasetBundle
+from shared.data.loader import Batches
+from shared.tokenizers.base import Tokenizer
+
+
+def from_memory(
+    module: lightning.LightningModule,
+    tensors: tuple[Tensor, ...],
+    rows: Tensor,
+    dataset: DatasetBundle,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    seed: int,
+) -> Trainable:
+    """The module, and by rank its batches of these tensors. rows (N,): each sample's picture in dataset.train."""
+    ids = [dataset.train.ids[row] for row in rows.tolist()]
+
+    def batches(rank: int, ranks: int) -> Batches:
+        return Batches(tensors, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
+
+    return Trainable(module, batches, dataset.digest, tokenizer.save)
 
 
 def train(catalog: Catalog, recipe: Recipe, folder: Path | None, console: Console) -> Path:

@@ -47,6 +47,7 @@ ENSEMBLE = (
     "this is {}",
     "{} in the picture",
 )
+C, ENSEMBLE_KEY = "contrastive", "zeroshot_ensemble"
 SHOTS = (1, 2, 4, 8, 16)
 SHOT_DRAWS = 3
 FEW_SHOT_STRENGTH = (0.1,)  # too few pictures to seek one
@@ -91,13 +92,6 @@ def scored_accuracy(model: BagOfWords | CaptionPredictor, data: ExperimentData, 
     device = next(model.parameters()).device
     tokens = data.tokenizer(texts, data.config.context).to(device)
     return topk_accuracy(model.score(images.to(device), tokens).cpu(), target)
-
-
-def ensemble_accuracy(model: Clip, data: ExperimentData) -> float:
-    """Zero-shot, by the ensemble of prompts, in points."""
-    weights = classifier(model, data.tokenizer, data.phrases, ENSEMBLE)
-    scores = image_features(model, data.dataset.class_test.images) @ weights.T
-    return 100 * topk_accuracy(scores, data.dataset.class_test.labels)
 
 
 # ---- the arms
@@ -220,11 +214,9 @@ def supervised(context: Context) -> dict:
     dataset = data.dataset
     if not dataset.classes or dataset.shift is None:
         return {}
-    model = Supervised(data.config, len(dataset.classes))
-    shown = dataset.class_train
-    trained = train(
-        context, SupervisedModule(model, context.recipe), (shown.images, shown.labels[:, None], shown.labels)
-    )
+    model, shown = Supervised(data.config, len(dataset.classes)), dataset.class_train
+    tensors = shown.images, shown.labels[:, None], shown.labels
+    trained = train(context, SupervisedModule(model, context.recipe), tensors)
     device = next(model.parameters()).device
     scored = {}
     with torch.no_grad():
@@ -234,23 +226,31 @@ def supervised(context: Context) -> dict:
     return trained | scored
 
 
-def nonlinear_projection(context: Context) -> dict:
-    return contrastive_only(context, replace(data_of(context).config, projection="mlp"))
-
-
-def large_patches(context: Context) -> dict:
-    config = data_of(context).config
-    return contrastive_only(context, replace(config, patch=2 * config.patch))
-
-
-def contrastive_only(context: Context, config: ClipConfig) -> dict:
+def variant(change: Callable[[ClipConfig, ClipRecipe], dict]) -> Callable[[Context], dict]:
     """A CLIP of another configuration: only the numbers that its claims compare."""
-    data = data_of(context)
-    model = Clip(config)
-    measured = fit_clip(context, model)
-    if data.dataset.classes:
-        measured["zeroshot_ensemble"] = ensemble_accuracy(model, data)
-    return measured
+
+    def arm(context: Context) -> dict:
+        data = data_of(context)
+        model = Clip(replace(data.config, **change(data.config, context.recipe)))
+        measured = fit_clip(context, model)
+        if data.dataset.classes:
+            weights = classifier(model, data.tokenizer, data.phrases, ENSEMBLE)
+            scores = image_features(model, data.dataset.class_test.images) @ weights.T
+            measured[ENSEMBLE_KEY] = 100 * topk_accuracy(scores, data.dataset.class_test.labels)
+        return measured
+
+    return arm
+
+
+def of_width(index: int) -> Callable[[Context], dict]:
+    """A CLIP of the ladder's width: clip.scaling compares error over compute."""
+
+    def change(config: ClipConfig, recipe: ClipRecipe) -> dict:
+        width = recipe.ladder[index]
+        heads = max(1, width // 32)
+        return {"vision_width": width, "text_width": width, "vision_heads": heads, "text_heads": heads}
+
+    return variant(change)
 
 
 def training_flops(config: ClipConfig, recipe: ClipRecipe, data: ExperimentData) -> float:
@@ -264,29 +264,17 @@ def training_flops(config: ClipConfig, recipe: ClipRecipe, data: ExperimentData)
     return 3.0 * forward * recipe.batch * recipe.steps
 
 
-def rung_of_ladder(index: int) -> Callable[[Context], dict]:
-    """A CLIP of the ladder's width: clip.scaling compares error over compute."""
-
-    def arm(context: Context) -> dict:
-        width = context.recipe.ladder[index]
-        heads = max(1, width // 32)
-        sizes = {"vision_width": width, "text_width": width, "vision_heads": heads, "text_heads": heads}
-        return contrastive_only(context, replace(data_of(context).config, **sizes))
-
-    return arm
-
-
 ARMS: dict[str, Callable[[Context], dict]] = {
     "contrastive": contrastive,
     "bow_contrastive": bag_of_words_contrastive,
     "bow_prediction": prediction(BagOfWords, BagOfWordsModule),
     "caption_prediction": prediction(CaptionPredictor, CaptionModule),
     "supervised": supervised,
-    "nonlinear_projection": nonlinear_projection,
-    "large_patches": large_patches,
-    "ladder_0": rung_of_ladder(0),
-    "ladder_1": rung_of_ladder(1),
-    "ladder_2": rung_of_ladder(2),
+    "nonlinear_projection": variant(lambda config, recipe: {"projection": "mlp"}),
+    "large_patches": variant(lambda config, recipe: {"patch": 2 * config.patch}),
+    "ladder_0": of_width(0),
+    "ladder_1": of_width(1),
+    "ladder_2": of_width(2),
 }
 LADDER = ("ladder_0", "ladder_1", "contrastive", "ladder_2")
 
@@ -378,7 +366,6 @@ def better_than(arm: str) -> Claim:
 
 CLASSES = "data with class names, such as data=emoji or data=cifar10"
 OTHER_ARTIST = "data drawn by two artists: data=emoji or data=shapes"
-C, ENSEMBLE_KEY = "contrastive", "zeroshot_ensemble"
 CLAIMS: dict[str, Claim] = {
     "clip.efficiency.contrastive_vs_bow": faster("bow_contrastive", "bow_prediction"),
     "clip.efficiency.bow_vs_caption_lm": faster("bow_prediction", "caption_prediction"),

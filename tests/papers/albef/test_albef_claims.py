@@ -223,7 +223,7 @@ def test_a_words_tokens_spell_it_and_its_box_covers_its_middle(made):
 
 def test_hypotheses_are_true_false_or_open_as_their_scene_says(made):
     train, test = hypotheses(made, SMALL, 3)
-    assert set(train.labels.tolist()) == {0, 1, 2} and len(test.texts) == len(test.images)
+    assert set(train.labels.tolist()) == {0, 1, 2} and len(test.tokens) == len(test.images)
     from shared.data.synthetic.tasks import hypothesis
 
     for i in range(40):

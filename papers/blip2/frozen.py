@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from papers.blip2.config import CLIP_VIT_L, EVA_VIT_G, LANGUAGES, Blip2Config, VisionConfig
+from papers.blip2.config import CLIP_VIT_L, EVA_VIT_G, LANGUAGES, Blip2Config, LanguageConfig, VisionConfig
 from papers.blip2.model import Blip2, vision_encoder
 from papers.blip2.text import PromptTokenizer, load_prompt_tokenizer
 from shared.backbones.vision import Encoder, efficientnet_encoder, vit_encoder
@@ -163,11 +163,11 @@ def frozen_encoder(name: str, layer: str, scale: str, manifest: str, half: bool)
 
 @dataclass(frozen=True)
 class LanguageModelBundle:
-    """A frozen language model, its words, and how stage 2 with it is laid out."""
+    """A frozen language model, its tokenizer, and its sizes."""
 
     model: nn.Module
-    words: PromptTokenizer
-    config: Any  # LanguageConfig
+    tokenizer: PromptTokenizer
+    config: LanguageConfig
 
 
 @lru_cache(maxsize=1)

@@ -103,20 +103,20 @@ class Stage1Module(BridgeModule):
 
 
 class Stage2Module(BridgeModule):
-    """Trains on (features or pictures, tokens (B, T), attention_mask (B, T), given (B,)) batches; given: leading tokens
-    of a text that are asked, not learned. With a seq2seq model, in the place of given, asked (B, A), its mask (B, A):
-    its encoder reads that, its decoder learns the tokens (words.py)."""
+    """Trains on (features or pictures, tokens (B, T), attention_mask (B, T), prompt_length (B,)) batches, texts as
+    PromptTokenizer encodes them; with a seq2seq model, in the place of prompt_length, the prompts (B, A) that its
+    encoder reads, and their mask (B, A)."""
 
     model: Blip2
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
-        seen, tokens, attention_mask, *asked = batch
+        seen, tokens, attention_mask, *given = batch
         if not self.recipe.compile:
             tokens, attention_mask = trim_masked(tokens, attention_mask)
         if self.model.language_model.kind == "seq2seq":
-            prompt = Prompt(*(asked if self.recipe.compile else trim_masked(*asked)))
+            prompt = Prompt(*(given if self.recipe.compile else trim_masked(*given)))
         else:
-            [prompt] = asked
+            [prompt] = given
         loss = stage2_loss(self.model(self.features(seen), tokens, attention_mask, prompt))
         self.log("loss", loss.detach())
         return loss

@@ -21,29 +21,28 @@ if TYPE_CHECKING:
 LONGEST = 50  # words of a text or question, as the release keeps
 
 
-class Texts(NamedTuple):
-    """tokens (N, T), right-padded; attention_mask (N, T); given (N,): leading tokens of each that are asked, not
-    learned."""
+class CausalTexts(NamedTuple):
+    """tokens (N, T), right-padded; attention_mask (N, T); prompt_length (N,): leading tokens of each that are given,
+    not learned."""
 
     tokens: Tensor
     attention_mask: Tensor
-    given: Tensor
+    prompt_length: Tensor
 
 
-class Answers(NamedTuple):
-    """Of a seq2seq model: tokens (N, T) for its decoder, asked (N, A) for its encoder; where either is, as bool. Both
-    right-padded."""
+class Seq2SeqTexts(NamedTuple):
+    """tokens (N, T) for the decoder, prompts (N, A) for the encoder, with their masks. Both right-padded."""
 
     tokens: Tensor
     attention_mask: Tensor
-    asked: Tensor
-    question_mask: Tensor
+    prompts: Tensor
+    prompt_mask: Tensor
 
 
 @dataclass(frozen=True)
 class PromptTokenizer:
     """start: ids before every text; stop: ids that end one, of which the first is appended to what is learned; behind:
-    ids after what is asked, which seq2seq models alone have (T5's encoder)."""
+    ids after a prompt, which seq2seq models alone have (T5's encoder)."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
@@ -56,57 +55,51 @@ class PromptTokenizer:
     def begun(self, text: str) -> list[int]:
         return [*self.start, *self.encode(text)]
 
-    @property
-    def seq2seq(self) -> bool:
-        """Whether what is asked goes to an encoder, and what is learned to a decoder."""
-        return bool(self.behind)
-
-    def learned(
+    def training_texts(
         self, texts: Sequence[tuple[str, str]], longest: int, queries: int = 0, seed: int = 0
-    ) -> Texts | Answers:
+    ) -> CausalTexts | Seq2SeqTexts:
         """(prompt, text behind it) -> tokens; the prompt may be empty. Cut to the `longest`, as the official code cuts
         to 32 (blip2_opt.py and blip2_t5.py, max_txt_len). UserError where they and the queries overflow the context.
 
         A start token is learned where the prompt is empty, and stands in front of one that is given (official code).
-        seq2seq: prompt and text are cut each, and a text without a prompt is split at random, its first words asked and
-        the others learned (Sec. 3.3), which the seed and its place decide.
+        seq2seq: prompt and text are cut each, and a text without a prompt is split at random, its first words the
+        prompt and the others learned (Sec. 3.3), which the seed and its place decide.
         """
-        if self.seq2seq:
-            return self._answers(texts, longest, queries, seed)
-        rows, given = [], []
-        for prompt, text in texts:
-            before = [*self.start, *(self.encode(prompt) if prompt else [])]
-            behind = self.encode(f" {text}" if prompt else text)
-            rows.append([*before, *behind, self.stop[0]][:longest])
-            given.append(len(before) if prompt else 0)
-            self._check_prompt(prompt, len(before), longest)
-        tokens, attention_mask = pad_rows(rows, self.pad)
-        self._check_room(tokens.shape[1], queries)
-        return Texts(tokens, attention_mask, torch.tensor(given))
-
-    def _answers(self, texts: Sequence[tuple[str, str]], longest: int, queries: int, seed: int) -> Answers:
-        asked, said = [], []
-        for place, (prompt, text) in enumerate(texts):
-            before, behind = (prompt, text) if prompt else split(text, SeededRandom("split", seed, place))
-            ids = [*self.begun(before)] if before else list(self.start)
-            if prompt:
-                self._check_prompt(prompt, len(ids), longest)
-            asked.append([*ids[: longest - len(self.behind)], *self.behind])
-            said.append([*self.encode(behind)[: longest - 1], self.stop[0]])
-        answers = Answers(*pad_rows(said, self.pad), *pad_rows(asked, self.pad))
-        self._check_room(answers.asked.shape[1], queries)
-        return answers
-
-    def _check_prompt(self, prompt: str, tokens: int, longest: int) -> None:
-        if tokens >= longest:
-            raise UserError(f"prompt '{prompt}' fills the {longest} tokens of a text: no room for an answer")
-
-    def _check_room(self, tokens: int, queries: int) -> None:
-        if queries + tokens > self.context:
+        encoded = self._seq2seq(texts, longest, seed) if self.behind else self._causal(texts, longest)
+        width = encoded.prompts.shape[1] if self.behind else encoded.tokens.shape[1]
+        if queries + width > self.context:
             raise UserError(
-                f"texts of {tokens} tokens behind {queries} queries, but the language model's context is "
+                f"texts of {width} tokens behind {queries} queries, but the language model's context is "
                 f"{self.context}: shorten the texts or take fewer queries"
             )
+        return encoded
+
+    def _causal(self, texts: Sequence[tuple[str, str]], longest: int) -> CausalTexts:
+        rows, prompt_length = [], []
+        for prompt, text in texts:
+            before = self._prompt(prompt, longest)
+            rows.append([*before, *self.encode(f" {text}" if prompt else text), self.stop[0]][:longest])
+            prompt_length.append(len(before) if prompt else 0)
+        return CausalTexts(*pad_rows(rows, self.pad), torch.tensor(prompt_length))
+
+    def _seq2seq(self, texts: Sequence[tuple[str, str]], longest: int, seed: int) -> Seq2SeqTexts:
+        prompts, targets = [], []
+        for place, (prompt, text) in enumerate(texts):
+            if prompt:
+                before, behind = self._prompt(prompt, longest), text
+            else:
+                first_words, behind = split(text, SeededRandom("split", seed, place))
+                before = [*self.start, *(self.encode(first_words) if first_words else [])]
+            prompts.append([*before[: longest - len(self.behind)], *self.behind])
+            targets.append([*self.encode(behind)[: longest - 1], self.stop[0]])
+        return Seq2SeqTexts(*pad_rows(targets, self.pad), *pad_rows(prompts, self.pad))
+
+    def _prompt(self, prompt: str, longest: int) -> list[int]:
+        """The start and the prompt, if any. UserError where they leave no room for an answer."""
+        tokens = [*self.start, *(self.encode(prompt) if prompt else [])]
+        if prompt and len(tokens) >= longest:
+            raise UserError(f"prompt '{prompt}' fills the {longest} tokens of a text: no room for an answer")
+        return tokens
 
     def prompts(self, texts: Sequence[str], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Tokens (N, T) padded on the left, and where they are (N, T)."""

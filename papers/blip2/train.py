@@ -31,48 +31,43 @@ def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
     bert = read_bert(Path(recipe.bert_weights)) if recipe.bert_weights and recipe.stage == 1 else None
     data = build_data(recipe, seed)  # last: of the paper's size it takes hours
     vision = replace(data.config.vision, width=encoder.width)
-    stage1 = replace(with_language(data.config, None), vision=vision)
-    seen, runs = pictures(recipe, data, encoder)
+    config = replace(with_language(data.config, None), vision=vision)
+    inputs, runs = features_or_images(recipe, data, encoder)
     torch.manual_seed(seed)
     if recipe.stage == 1:
-        rows, tokens = data.pairs()
-        model = Blip2Qformer(stage1)
+        rows, tokens = data.stage1_pairs()
+        qformer = Blip2Qformer(config)
         if bert is not None:
-            from_bert(model, bert)
-        module = Stage1Module(model, recipe, runs)
-        tensors: tuple[Tensor | IndexedTensor, ...] = (IndexedTensor(seen, rows), tokens, rows)
+            from_bert(qformer, bert)
+        module: Stage1Module | Stage2Module = Stage1Module(qformer, recipe, runs)
+        tensors: tuple[Tensor | IndexedTensor, ...] = (IndexedTensor(inputs, rows), tokens, rows)
     else:
-        bundle = speaks(recipe)
-        told = data.learned(recipe.asked, seed)
-        texts = bundle.words.learned(
-            [(prompt, text) for _, prompt, text in told], recipe.text_tokens, stage1.queries, seed
-        )
-        rows = torch.tensor([row for row, _, _ in told])
-        qformer = Blip2Qformer(stage1)
+        bundle = named_language_model(recipe)
+        rows, texts = data.stage2_tensors(bundle.tokenizer, recipe.asked, seed, recipe.text_tokens, config.queries)
+        qformer = Blip2Qformer(config)
         if recipe.stage1_weights:
             load_weights(qformer, Path(recipe.stage1_weights))
-        model = Blip2.started_from(qformer, with_language(stage1, bundle.config), bundle.model)
+        model = Blip2.started_from(qformer, with_language(config, bundle.config), bundle.model)
         module = Stage2Module(model, recipe, runs)
-        tensors = (IndexedTensor(seen, rows), *texts)
+        tensors = (IndexedTensor(inputs, rows), *texts)
     ids = [data.dataset.train.ids[row] for row in rows.tolist()]
 
     def batches(rank: int, ranks: int) -> Batches:
         return Batches(tensors, recipe.batch, recipe.steps, seed, rank, ranks, recipe.accumulate, ids)
 
-    def keep(path: Path) -> None:
+    def save_parts(path: Path) -> None:
         """The tokenizer and, in stage 2, what `python -m papers ask` needs beside the weights."""
         data.tokenizer.save(path)
         if recipe.stage == 2:
-            config = module.model.config
-            captions = data.has_captions(recipe.asked)
             keep_frozen(
-                path.parent, config, recipe.model, encoder, recipe.encoder, recipe.layer, bundle.model, None, captions
-            )
+                path.parent, module.model.config, recipe.model, encoder, recipe.encoder, recipe.layer, bundle.model,
+                None, data.has_captions(recipe.asked),
+            )  # fmt: skip
 
-    return Trainable(module, batches, data.dataset.digest, keep)
+    return Trainable(module, batches, data.dataset.digest, save_parts)
 
 
-def pictures(recipe: Blip2Recipe, data: ExperimentData, encoder: Encoder) -> tuple[Tensor, Encoder | None]:
+def features_or_images(recipe: Blip2Recipe, data: ExperimentData, encoder: Encoder) -> tuple[Tensor, Encoder | None]:
     """What the batches hold, and the encoder that runs each step on it, if any."""
     if not recipe.cached:
         return data.dataset.train.images, encoder
@@ -84,7 +79,7 @@ def pictures(recipe: Blip2Recipe, data: ExperimentData, encoder: Encoder) -> tup
     return features_of(encoder, data.dataset.train.images, key="train", folder=folder, dtype=dtype), None
 
 
-def speaks(recipe: Blip2Recipe) -> LanguageModelBundle:
+def named_language_model(recipe: Blip2Recipe) -> LanguageModelBundle:
     if recipe.language_model == "small":
         raise UserError("recipe: the small language model is one of the claims'; name another for stage 2 of training")
     return load_language_model_bundle(recipe.language_model, recipe.manifest)

@@ -16,6 +16,7 @@ from shared.weights.load import save_weights
 
 if TYPE_CHECKING:
     import lightning
+    from lightning.pytorch.callbacks import Callback
     from torch import nn
 
     from shared.data.loader import Batches
@@ -55,11 +56,12 @@ def train_arm(
     recipe: Recipe | None = None,
     folder: Path | None = None,
     evals: Mapping[str, Callable[[], float]] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict:
     """Train in the folder by the recipe, the context's where None. -> `curves` by samples seen, and `waited`.
 
     identity: tells this training from the seed's others, the digest of its data among it. evals: measured at the
-    recipe's `measure_at` steps, each a curve of its name.
+    recipe's `measure_at` steps, each a curve of its name. callbacks: what else watches the training.
     """
     recipe, folder = recipe or context.recipe, folder or context.folder
     recorder = MetricRecorder(recipe.batch, context.progress)
@@ -68,7 +70,7 @@ def train_arm(
         steps = sorted({max(1, round(recipe.steps * (i + 1) / recipe.measure_at)) for i in range(recipe.measure_at)})
         measured = {name: EvalAtSteps(steps, recipe.batch, measure) for name, measure in evals.items()}
     identity = {"arm": context.arm, "seed": context.seed, **identity}
-    waited = fit(module, batches, recipe, folder, [recorder, *measured.values()], identity)
+    waited = fit(module, batches, recipe, folder, [recorder, *measured.values(), *callbacks], identity)
     curves = recorder.values | {name: callback.values for name, callback in measured.items()}
     return {"curves": curves, "waited": round(waited, 5)}
 

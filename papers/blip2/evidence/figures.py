@@ -12,7 +12,8 @@ from torch import Tensor
 
 from papers.blip2.data import ExperimentData
 from papers.blip2.encode import answer, caption, encoded, reranked
-from papers.blip2.evidence.claims import answering, first, other_pictures, rows_of
+from papers.blip2.evidence.headline import first_pairs, headline_stage2, other_pictures
+from papers.blip2.evidence.measuring import answering, rows_of
 from papers.blip2.evidence.stages import StagePipeline
 from papers.blip2.recipe import Blip2Recipe
 from shared.core.paper_package import Context
@@ -111,27 +112,27 @@ def answers_figure(work: StagePipeline, recipe: Blip2Recipe, arm: str) -> Figure
     data = work.data
     headline = arm == "headline"
     bundle = work.bundle("headline" if headline else "small")
-    model, bundle, _ = work.stage2(arm, bundle=bundle, headline=headline)
-    features = work.asked_features() if data.generated else work.held_features()
+    model, _ = headline_stage2(work, bundle) if headline else work.stage2(arm, bundle)
+    features = work.features("asked") if data.generated else work.features("held")
     lines: dict[int, list[tuple[str, bool | None]]] = {}
     if data.generated:
-        how, asked = answering(recipe), first(data.eval_set.asked, 4 * EXAMPLES)[::3]
+        how, asked = answering(recipe), first_pairs(data.eval_set.questions, 4 * EXAMPLES)[::3]
         questions = [one.question for one in asked]
         seen, strange = rows_of(asked), other_pictures(asked, len(features))
         ways: list[tuple[str, Tensor | None]] = [
             ("picture", features[seen]), ("another picture", features[strange]), ("blind", None)
         ]  # fmt: skip
-        said = {name: answer(model, bundle.words, some, questions, how) for name, some in ways}
+        said = {name: answer(model, bundle.tokenizer, some, questions, how) for name, some in ways}
         for place, one in enumerate(asked):
             told = [(f"{name}: {texts[place]}", texts[place].lower() == one.answer) for name, texts in said.items()]
             lines.setdefault(one.picture, [(one.question, None), *told])
         note = "Held-out pictures, a question each, and the answers of the language model; ✓ is right."
     else:
         rows = list(range(0, len(features), max(1, len(features) // (2 * EXAMPLES))))[: 2 * EXAMPLES]
-        said_of = caption(model, bundle.words, features[torch.tensor(rows)])
+        said_of = caption(model, bundle.tokenizer, features[torch.tensor(rows)])
         lines = {row: [(text, None)] for row, text in zip(rows, said_of, strict=True)}
         note = "Held-out pictures and the language model's captions of them."
-    images = data.eval_set.asked_images if data.generated else data.eval_set.images
+    images = data.eval_set.question_images if data.generated else data.eval_set.images
     return pictures(images, lines, "Answers", note)
 
 
@@ -167,7 +168,7 @@ def retrieval_examples(work: StagePipeline, recipe: Blip2Recipe) -> list[Sample]
     """Held-out pictures with the captions that stage 1's model ranks first, after matching."""
     data: ExperimentData = work.data
     eval_set, (model, _) = data.eval_set, work.stage1()
-    scores, _ = reranked(model, encoded(model, work.held_features()), data.tokens(eval_set.texts), recipe.candidates)
+    scores, _ = reranked(model, encoded(model, work.features("held")), data.tokens(eval_set.texts), recipe.candidates)
     queries, owner = [several[0] for several in eval_set.references], eval_set.owner.tolist()
     return figures.retrieval_examples(
         scores,

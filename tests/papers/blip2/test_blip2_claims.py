@@ -9,10 +9,10 @@ from torch import nn
 
 from papers.blip2 import encode as evaluate
 from papers.blip2.config import LANGUAGES, VARIANTS, LanguageConfig
-from papers.blip2.data import QUESTION, Asked, build_data
-from papers.blip2.evidence import claims
-from papers.blip2.evidence import stages as stages
-from papers.blip2.evidence.stages import StagePipeline, second
+from papers.blip2.data import QUESTION, Question, build_data
+from papers.blip2.evidence import claims, headline, measuring, stages
+from papers.blip2.evidence.stages import StagePipeline
+from papers.blip2.frozen import LanguageModelBundle
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import (
     WITHOUT_ITG,
@@ -75,38 +75,38 @@ def measured(folder, *arms):
 
 def test_questions_are_about_the_very_pictures_of_the_world(data):
     """A picture's caption, where it names a colour, names the one that its question has for an answer."""
-    answers = {one.picture: one.answer for one in data.asked if one.kind == "colour"}
-    named = [(row, text, [c for c in COLOURS if c in text.split()]) for row, text in data.texts]
-    told = [(row, found[0]) for row, _, found in named if found]
-    assert len(told) > 10 and all(answers[row] == colour for row, colour in told)
+    answers = {one.picture: one.answer for one in data.questions if one.kind == "colour"}
+    named = [(row, text, [c for c in COLOURS if c in text.split()]) for row, text in data.captions]
+    colours = [(row, found[0]) for row, _, found in named if found]
+    assert len(colours) > 10 and all(answers[row] == colour for row, colour in colours)
 
 
 def test_no_picture_that_is_asked_about_or_searched_is_trained_on(data):
     trained = {image.numpy().tobytes() for image in data.dataset.train.images}
-    eval_set = [*data.eval_set.images, *data.eval_set.asked_images]
+    eval_set = [*data.eval_set.images, *data.eval_set.question_images]
     assert eval_set and not any(image.numpy().tobytes() in trained for image in eval_set)
 
 
 def test_pope_asks_for_as_many_things_that_are_there_as_that_are_not(data):
     answers = [one.answer for one in data.eval_set.pope]
     assert answers.count("yes") == answers.count("no") == len(answers) / 2
-    names = {one.picture: one.answer for one in data.eval_set.asked if one.kind == "what"}
+    names = {one.picture: one.answer for one in data.eval_set.questions if one.kind == "what"}
     for one in data.eval_set.pope:
         assert (names[one.picture] in one.question) == (one.answer == "yes")
 
 
 def test_the_texts_of_stage_2_hold_the_share_of_questions_that_the_recipe_asks_for(data):
     for share in (0.0, 0.5, 0.75, 1.0):
-        told = data.learned(share, 3)
-        asked = sum(prompt.startswith("Question:") for _, prompt, _ in told)
-        assert asked / len(told) == pytest.approx(share, abs=0.02)
-    assert data.learned(0.5, 3) == data.learned(0.5, 3) != data.learned(0.5, 4)
+        texts = data.stage2_texts(share, 3)
+        asked = sum(prompt.startswith("Question:") for _, prompt, _ in texts)
+        assert asked / len(texts) == pytest.approx(share, abs=0.02)
+    assert data.stage2_texts(0.5, 3) == data.stage2_texts(0.5, 3) != data.stage2_texts(0.5, 4)
 
 
 def test_the_small_language_model_reads_the_same_texts_whatever_the_seed(data):
     other = build_data(SMALL, 4)
-    assert other.said == data.said and other.tokenizer.digest == data.tokenizer.digest
-    assert other.texts != data.texts
+    assert other.documents == data.documents and other.tokenizer.digest == data.tokenizer.digest
+    assert other.captions != data.captions
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def words(context=12):
 
 
 def test_a_prompt_is_given_and_its_answer_learned_up_to_the_stop_and_a_text_alone_from_its_start_on():
-    texts = words().learned([("one three", "four"), ("", "a bb")], 9)
+    texts = words().training_texts([("one three", "four"), ("", "a bb")], 9)
     assert texts.tokens.tolist() == [[1, 13, 15, 14, 2], [1, 11, 12, 2, 0]]
     assert texts.attention_mask.tolist() == [[True] * 5, [True] * 4 + [False]]
-    assert texts.given.tolist() == [3, 0]
+    assert texts.prompt_length.tolist() == [3, 0]
 
 
 def test_prompts_are_padded_on_the_left():
@@ -154,20 +154,20 @@ def test_prompts_are_padded_on_the_left():
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
     for some in (words(), seq2seq()):
         with pytest.raises(UserError, match="no room for an answer"):
-            some.learned([("one three", "four")], 3 if some.start else 2)
+            some.training_texts([("one three", "four")], 3 if some.start else 2)
 
 
 def test_texts_are_cut_and_what_overflows_the_context_beside_the_queries_is_refused():
     long = [("", "a bb ccc dddd")]
-    assert words(context=9).learned(long, 4, queries=5).tokens.tolist() == [[1, 11, 12, 13]]  # it does not end
+    assert words(context=9).training_texts(long, 4, queries=5).tokens.tolist() == [[1, 11, 12, 13]]  # it does not end
     with pytest.raises(UserError, match=r"texts of 4 tokens behind 6 queries, .* context is 9: shorten"):
-        words(context=9).learned(long, 4, queries=6)
-    cut = seq2seq(context=9).learned([("", "a bb ccc dddd eeeee ffffff")] * 8, 3, queries=6)
-    assert cut.tokens.shape[1] <= 3 and cut.asked.shape[1] <= 3
-    for answer, asked in zip(cut.tokens.tolist(), cut.asked.tolist(), strict=True):
+        words(context=9).training_texts(long, 4, queries=6)
+    cut = seq2seq(context=9).training_texts([("", "a bb ccc dddd eeeee ffffff")] * 8, 3, queries=6)
+    assert cut.tokens.shape[1] <= 3 and cut.prompts.shape[1] <= 3
+    for answer, asked in zip(cut.tokens.tolist(), cut.prompts.tolist(), strict=True):
         assert 2 in answer and 7 in asked  # both keep their ends
     with pytest.raises(UserError, match="texts of 3 tokens behind 7 queries"):
-        seq2seq(context=9).learned([("bb ccc", "a")], 3, queries=7)
+        seq2seq(context=9).training_texts([("bb ccc", "a")], 3, queries=7)
 
 
 def seq2seq(context=12):
@@ -176,9 +176,9 @@ def seq2seq(context=12):
 
 
 def test_a_seq2seq_model_is_asked_the_prompt_and_learns_the_answer():
-    texts = seq2seq().learned([("one three", "four"), ("a", "bb a")], 9)
-    assert texts.asked.tolist() == [[13, 15, 7], [11, 7, 0]] and texts.tokens.tolist() == [[14, 2, 0], [12, 11, 2]]
-    assert texts.question_mask.tolist() == [[True] * 3, [True, True, False]]
+    texts = seq2seq().training_texts([("one three", "four"), ("a", "bb a")], 9)
+    assert texts.prompts.tolist() == [[13, 15, 7], [11, 7, 0]] and texts.tokens.tolist() == [[14, 2, 0], [12, 11, 2]]
+    assert texts.prompt_mask.tolist() == [[True] * 3, [True, True, False]]
     assert texts.attention_mask.tolist() == [[True, True, False], [True] * 3]
 
 
@@ -187,9 +187,9 @@ def test_a_text_without_a_prompt_is_split_at_random_for_a_seq2seq_model_by_the_s
     ids = [11, 12, 13, 14, 15]
 
     def splits(seed):
-        texts = seq2seq().learned([text] * 40, 9, seed=seed)
+        texts = seq2seq().training_texts([text] * 40, 9, seed=seed)
         places = []
-        for asked, said in zip(texts.asked.tolist(), texts.tokens.tolist(), strict=True):
+        for asked, said in zip(texts.prompts.tolist(), texts.tokens.tolist(), strict=True):
             before, behind = asked[: asked.index(7)], said[: said.index(2)]
             assert before + behind == ids
             places.append(len(before))
@@ -197,8 +197,8 @@ def test_a_text_without_a_prompt_is_split_at_random_for_a_seq2seq_model_by_the_s
 
     assert set(splits(3)) == {1, 2, 3, 4}  # neither part is ever empty
     assert splits(3) == splits(3) != splits(4)
-    alone = seq2seq().learned([("", "ccc")], 9)
-    assert alone.asked.tolist() == [[7]] and alone.tokens.tolist() == [[13, 2]]
+    alone = seq2seq().training_texts([("", "ccc")], 9)
+    assert alone.prompts.tolist() == [[7]] and alone.tokens.tolist() == [[13, 2]]
 
 
 @pytest.mark.parametrize(
@@ -218,13 +218,15 @@ def test_published_captions_are_cleaned_before_both_stages_and_generated_ones_ar
     shouted = [(f"A {text}! (shown)",) for [text] in data.dataset.train.captions]
     train = replace(data.dataset.train, captions=shouted, noisy=None)
     test = replace(data.dataset.test, captions=shouted[: len(data.dataset.test.captions)])
-    monkeypatch.setattr("papers.blip2.data.load", lambda recipe, seed: replace(data.dataset, train=train, test=test))
+    monkeypatch.setattr(
+        "papers.blip2.data.load_dataset", lambda recipe, seed: replace(data.dataset, train=train, test=test)
+    )
     found = build_data(SMALL, 3)
     assert not found.generated
-    assert found.texts[5] == (5, clean_caption(shouted[5][0])) and found.texts[5][1].startswith("a ")
-    for text in (*(text for _, text in found.texts), *found.eval_set.texts, *found.said):
+    assert found.captions[5] == (5, clean_caption(shouted[5][0])) and found.captions[5][1].startswith("a ")
+    for text in (*(text for _, text in found.captions), *found.eval_set.texts, *found.documents):
         assert text == clean_caption(text) and text.endswith(" shown")
-    assert data.texts == [(row, text) for row, several in enumerate(data.dataset.train.captions) for text in several]
+    assert data.captions == [(row, text) for row, several in enumerate(data.dataset.train.captions) for text in several]
 
 
 def test_the_recipe_says_how_large_the_small_language_models_are_whatever_the_variant_speaks_to(tmp_path):
@@ -329,15 +331,15 @@ def test_accumulation_which_would_leave_fewer_negatives_is_refused():
 
 def test_trained_whole_the_encoder_and_the_language_model_move_too(tmp_path):
     work = StagePipeline.of(context(tmp_path, "train_all"))
-    bundle, encoder = work.small_speaker(), work.encoder()
+    bundle, encoder = work.small_language_model(), work.encoder()
     model = work.new_bridge(bundle)
     parts = [encoder.module, bundle.model.module]
     before = [[p.detach().clone() for p in part.parameters()] for part in parts]
-    told = work.train_all(model, bundle, encoder, second(SMALL), tmp_path / "all")
+    stats = claims.train_end_to_end(work, model, bundle, encoder)
     for part, was in zip(parts, before, strict=True):
         moved = [not torch.equal(a, b) for a, b in zip(was, part.parameters(), strict=True)]
         assert sum(moved) > 0.8 * len(moved) and not any(p.requires_grad for p in part.parameters())
-    assert told["trained_parameters"] > sum(p.numel() for part in parts for p in part.parameters())
+    assert stats["trained_parameters"] > sum(p.numel() for part in parts for p in part.parameters())
 
 
 # ---- arms
@@ -389,19 +391,17 @@ def test_the_projector_begins_as_the_linear_map_that_was_asked_for():
         targets = model.prefix(features)  # so there is a linear map, and one alone
         model.projector.reset_parameters()
         assert (model.prefix(features) - targets).abs().max() > 0.1 * targets.abs().max()
-        stages.fit_projector(model, features, targets, ridge=1e-10)
+        headline.fit_projector(model, features, targets, ridge=1e-10)
         assert (model.prefix(features) - targets).abs().max() < 1e-4 * targets.abs().max()
-    stages.fit_projector(model, features, targets, ridge=1e10)
+    headline.fit_projector(model, features, targets, ridge=1e10)
     assert model.projector.weight.abs().max() < 1e-3, "the ridge draws towards nothing"
 
 
 def test_a_query_says_a_word_of_the_picture_in_turn_and_one_of_several_tokens_by_their_mean(data):
     words = prompt_tokenizer_of(data.tokenizer, 64)
-    bundle = stages.LanguageModelBundle(
-        Frozen(SmallLanguageModel(data.tokenizer.vocab_size, 64, 32, 1, 2)), words, None
-    )
+    bundle = LanguageModelBundle(Frozen(SmallLanguageModel(data.tokenizer.vocab_size, 64, 32, 1, 2)), words, None)
     table = bundle.model.embed(torch.arange(data.tokenizer.vocab_size))
-    targets = stages.word_targets(bundle, [["zzz", "red"], ["red"]], 3)  # unknown to its vocabulary: in pieces
+    targets = headline.word_targets(bundle, [["zzz", "red"], ["red"]], 3)  # unknown to its vocabulary: in pieces
     assert len(words.encode("zzz")) > 1
     first, red = table[torch.tensor(words.encode("zzz"))].mean(0), table[torch.tensor(words.encode("red"))].mean(0)
     for query, word in enumerate((first, red, first)):
@@ -409,10 +409,10 @@ def test_a_query_says_a_word_of_the_picture_in_turn_and_one_of_several_tokens_by
 
 
 def test_what_a_picture_shows_is_what_its_open_questions_are_answered_with(data):
-    shown = data.shown()
+    shown = data.open_answers()
     assert len(shown) == SMALL.pairs
     for row, answers in enumerate(shown):
-        assert answers == [one.answer for kind in ("what", "colour") for one in data.asked
+        assert answers == [one.answer for kind in ("what", "colour") for one in data.questions
                            if (one.picture, one.kind) == (row, kind)]  # fmt: skip
 
 
@@ -420,20 +420,20 @@ def test_the_headline_begins_with_words_and_without_word_steps_with_a_random_pro
     recipe = replace(SMALL, headline_word_steps=2, stage2_rate=1e-5, dropout=0.0)
     work = StagePipeline.of(context(tmp_path, "headline", recipe))
     bundle = work.bundle("headline")
-    targets = stages.word_targets(bundle, work.data.shown(), work.data.config.queries)
+    targets = headline.word_targets(bundle, work.data.open_answers(), work.data.config.queries)
 
     def unexplained(model):
         with torch.no_grad():
-            return float((model.eval().prefix(work.train_features()) - targets).square().mean() / targets.var())
+            return float((model.eval().prefix(work.features("train")) - targets).square().mean() / targets.var())
 
-    random, fitted, start = work.new_bridge(bundle), work.new_bridge(bundle), work.headline_start(bundle)
-    stages.fit_projector(fitted, work.train_features(), targets)
+    random, fitted, start = work.new_bridge(bundle), work.new_bridge(bundle), headline.headline_start(work, bundle)
+    headline.fit_projector(fitted, work.features("train"), targets)
     assert unexplained(fitted) < 0.6 < 1 < unexplained(random)
     assert unexplained(start) == pytest.approx(unexplained(fitted), rel=0.01), "two steps of a low rate behind it"
     moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), fitted.parameters(), strict=True)]
     assert all(moved), "the whole bridge trains"
     none = StagePipeline.of(context(tmp_path, "headline", replace(recipe, headline_word_steps=0)))
-    begun, random = none.headline_start(bundle).state_dict(), none.new_bridge(bundle).state_dict()
+    begun, random = headline.headline_start(none, bundle).state_dict(), none.new_bridge(bundle).state_dict()
     assert all(torch.equal(begun[key], random[key]) for key in random)
 
 
@@ -457,7 +457,7 @@ def smollm2(monkeypatch, data):
     torch.manual_seed(5)
     model = Frozen(SmallLanguageModel(data.tokenizer.vocab_size, 128, 40, 2, 2), torch.bfloat16, through=True)
     language = replace(LANGUAGES["smollm2-135m"], width=40, vocabulary=data.tokenizer.vocab_size, context=128)
-    bundle = stages.LanguageModelBundle(model, prompt_tokenizer_of(data.tokenizer, 128), language)
+    bundle = LanguageModelBundle(model, prompt_tokenizer_of(data.tokenizer, 128), language)
     monkeypatch.setattr(stages, "load_language_model_bundle", lambda name, manifest: bundle)
     return replace(SMALL, headline_model="smollm2-135m", headline_seeds=9, headline_word_steps=30, stage2_rate=3e-3)
 
@@ -468,13 +468,14 @@ def test_through_another_language_model_it_goes_on_from_the_plain_arm_and_says_w
     found = claims.ARMS["headline"](context(tmp_path, "headline", smollm2))
     assert set(found) >= {"accuracy", "words_right", "before_stage2", "blind"} and found["trained_parameters"]
     work = StagePipeline.of(context(tmp_path, "headline", smollm2))
-    start, base = work.headline_start(work.bundle("headline")), work.stage2("base")[0]
+    start, base = headline.headline_start(work, work.bundle("headline")), work.stage2("base", work.bundle())[0]
     assert start.projector.out_features == 40 != base.projector.out_features
     assert start.qformer.query_tokens.shape == base.qformer.query_tokens.shape
-    kinds, features, names = work.data.open_kinds, work.asked_features(), work.data.answers
-    said = stages.nearest_words(start.eval(), work.bundle("headline"), features, names)
+    kinds, features, names = work.data.open_kinds, work.features("asked"), work.data.answers
+    said = headline.nearest_words(start.eval(), work.bundle("headline"), features, names)
     right = [
-        said[one.picture][kinds.index(one.kind)] == one.answer for one in claims.first(work.data.eval_set.asked, 8)
+        said[one.picture][kinds.index(one.kind)] == one.answer
+        for one in headline.first_pairs(work.data.eval_set.questions, 8)
     ]
     assert found["words_right"] == pytest.approx(100 * sum(right) / len(right))
 
@@ -484,14 +485,15 @@ def test_stopped_between_its_words_and_its_second_stage_the_headline_goes_on_to_
 ):
     whole = claims.ARMS["headline"](context(tmp_path / "whole", "headline", smollm2))
     with monkeypatch.context() as patch:
-        patch.setattr(StagePipeline, "train_stage2", lambda self, *args: 1 / 0)
+        patch.setattr(stages, "Stage2Module", lambda *args: 1 / 0)
         for stage in ("base", "headline"):  # the first is trained before the words, the second after them
             with pytest.raises(ZeroDivisionError):
                 claims.ARMS["headline"](context(tmp_path / "cut", "headline", smollm2))
             if stage == "base":
                 patch.undo()
-                StagePipeline.of(context(tmp_path / "cut", "headline", smollm2)).stage2("base")
-                patch.setattr(StagePipeline, "train_stage2", lambda self, *args: 1 / 0)
+                work = StagePipeline.of(context(tmp_path / "cut", "headline", smollm2))
+                work.stage2("base", work.bundle())
+                patch.setattr(stages, "Stage2Module", lambda *args: 1 / 0)
     assert list((tmp_path / "cut").glob("arms/stages/*/headline-words"))
     again = claims.ARMS["headline"](context(tmp_path / "cut", "headline", smollm2))
     assert {k: v for k, v in again.items() if k != "waited"} == {k: v for k, v in whole.items() if k != "waited"}
@@ -625,7 +627,7 @@ def test_re_ranking_scores_the_pair_that_it_names():
 def test_effects_are_treatment_minus_baseline():
     names = ("accuracy", "r1", "blind", "other_picture", "cached", "each_step", "saved")
     found = {arm: {name: 100.0 * i + j for j, name in enumerate(names)} for i, arm in enumerate(claims.ARMS)}
-    trim_padding_of = {
+    controls = {
         "blip2.answers.vs_blind": ("headline", "accuracy", "blind"),
         "blip2.answers.vs_other_picture": ("headline", "accuracy", "other_picture"),
         "blip2.cached_features": ("each_step", "cached", "each_step"),
@@ -633,8 +635,8 @@ def test_effects_are_treatment_minus_baseline():
     for id, claim in claims.CLAIMS.items():
         if id == "blip2.queries.cost":
             wanted = found["visual_tokens"]["saved"]
-        elif id in trim_padding_of:
-            arm, ours, theirs = trim_padding_of[id]
+        elif id in controls:
+            arm, ours, theirs = controls[id]
             wanted = found[arm][ours] - found[arm][theirs]
         else:
             name = "r1" if "retrieval" in id else "accuracy"
@@ -649,27 +651,26 @@ def test_data_without_questions_gives_no_effect_and_says_what_would():
     assert claims.CLAIMS["blip2.itg_helps_retrieval"].effect(found) == 0
 
 
+def test_what_is_shown_of_losses_has_three_digits_and_of_counts_none():
+    seeds = [{"each_step": {"cached": 0.5, "cached_ms": 2.0}, "train_all": {"trained_parameters": 1234}}] * 2
+    assert claims.CLAIMS["blip2.cached_features"].shown(seeds) == "each_step cached 0.500, each_step cached_ms 2.0"
+    assert claims.CLAIMS["blip2.bridge_alone"].shown(seeds) == "train_all trained_parameters 1,234"
+
+
 def test_another_picture_is_never_the_own_one_and_may_show_the_same_thing():
-    asked = [Asked(row, f"{kind} {row}?", "", kind) for row in range(10) for kind in ("what", "colour")]
-    strangers, own = claims.other_pictures(asked, 10), claims.rows_of(asked)
+    asked = [Question(row, f"{kind} {row}?", "", kind) for row in range(10) for kind in ("what", "colour")]
+    strangers, own = headline.other_pictures(asked, 10), measuring.rows_of(asked)
     assert not (strangers == own).any() and len(set(((strangers - own) % 10).tolist())) > 4
-    assert torch.equal(strangers, claims.other_pictures(asked, 10)), "the same in every arm and figure"
+    assert torch.equal(strangers, headline.other_pictures(asked, 10)), "the same in every arm and figure"
 
 
 def test_chosen_questions_keep_their_kinds_and_ask_about_all_things(data):
-    some = claims.first(data.eval_set.asked, 13)
+    some = headline.first_pairs(data.eval_set.questions, 13)
     assert [one.kind for one in some] == ["what", "colour"] * 6
     assert {one.answer for one in some if one.kind == "what"} == {
-        one.answer for one in data.asked if one.kind == "what"
+        one.answer for one in data.questions if one.kind == "what"
     }
-    assert len(claims.first(data.eval_set.asked, 1)) == 2
-
-
-def test_what_is_shown_beside_an_effect_is_the_mean_over_seeds():
-    shown = claims.means(base=("r1", "gone"), train_all=("trained_parameters",), each_step=("cached",))
-    one = {"train_all": {"trained_parameters": 1234}, "each_step": {"cached": 0.5}}
-    seeds = [{"base": {"r1": 1.0}} | one, {"base": {"r1": 2.0}} | one]
-    assert shown(seeds) == "base r1 1.5, train_all trained_parameters 1,234, each_step cached 0.500"
+    assert len(headline.first_pairs(data.eval_set.questions, 1)) == 2
 
 
 def test_a_language_model_is_built_by_its_configuration():

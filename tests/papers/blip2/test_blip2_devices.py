@@ -7,9 +7,9 @@ import torch
 from pretended import PretendedGpu, on
 from test_blip2_claims import SMALL, context, encoders  # noqa: F401
 
-from papers.blip2.evidence import claims
-from papers.blip2.evidence import stages as stages
+from papers.blip2.evidence import claims, stages
 from papers.blip2.module import example
+from shared.experiments import effects
 
 
 @pytest.fixture
@@ -21,11 +21,10 @@ def gpu(monkeypatch):
         module.to("cuda")
         return waited
 
-    bridge_fit = stages.fit
-    monkeypatch.setattr(stages, "fit", fit)
+    bridge_fit = effects.fit
+    monkeypatch.setattr(effects, "fit", fit)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    for module in (stages, claims):
-        monkeypatch.setattr(module, "device_for", lambda recipe: torch.device("cuda"))
+    monkeypatch.setattr(stages, "device_for", lambda recipe: torch.device("cuda"))
     with PretendedGpu() as found:
         yield found
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from papers.blip2 import frozen
 from papers.blip2.config import VARIANTS, VisionConfig
 from papers.blip2.frozen import (
     ENCODER_ENTRIES,
@@ -14,7 +15,6 @@ from papers.blip2.frozen import (
     encoder_published,
     frozen_encoder,
     load_encoder,
-    load_language_model_bundle,
 )
 from papers.blip2.model import Blip2Qformer, vision_encoder
 from papers.blip2.recipe import Blip2Recipe
@@ -42,7 +42,7 @@ def files(monkeypatch, tmp_path):
     monkeypatch.setenv("PAPERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PAPERS_OFFLINE", "1")
     frozen_encoder.cache_clear()
-    load_language_model_bundle.cache_clear()
+    frozen.load_language_model_bundle.cache_clear()
     found = {}
     for name, vision in NAMES.items():
         monkeypatch.setitem(PUBLISHED_ENCODERS, name, vision)
@@ -54,7 +54,7 @@ def files(monkeypatch, tmp_path):
         torch.save(encoder_published(vit.state_dict(), vision.kind), found[name])
     yield found
     frozen_encoder.cache_clear()
-    load_language_model_bundle.cache_clear()
+    frozen.load_language_model_bundle.cache_clear()
 
 
 def quiet(module):

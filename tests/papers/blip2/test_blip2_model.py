@@ -169,16 +169,16 @@ def test_texts_are_matched_and_read_as_the_tokenizer_gives_them(monkeypatch):
     """[CLS] stays first: BLIP's [ENC] has no place here, and [DEC] is for generation alone."""
     model, (features, tokens) = stage1(), batch()
     seen = {}
-    for name in ("read", "match", "write"):
+    for name in ("encode_text", "match", "decode_text"):
         method = getattr(model.qformer, name)
         monkeypatch.setattr(
             model.qformer, name, lambda t, *rest, name=name, method=method: seen.update({name: t}) or method(t, *rest)
         )
     before = tokens.clone()
     model(features, tokens)
-    assert torch.equal(tokens, before) and torch.equal(seen["read"], tokens)
+    assert torch.equal(tokens, before) and torch.equal(seen["encode_text"], tokens)
     assert (seen["match"][:, 0] == TINY.start_token).all() and torch.equal(seen["match"][:B], tokens)
-    assert (seen["write"][:, 0] == TINY.decode_token).all() and torch.equal(seen["write"][:, 1:], tokens[:, 1:])
+    assert (seen["decode_text"][:, 0] == TINY.decode_token).all() and torch.equal(seen["decode_text"][:, 1:], tokens[:, 1:])
 
 
 # ---- generation

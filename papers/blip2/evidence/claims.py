@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from papers.blip2.data import data_of
 from papers.blip2.encode import answer_in_context
 from papers.blip2.evidence.headline import headline
 from papers.blip2.evidence.measuring import (
@@ -23,7 +24,7 @@ from papers.blip2.evidence.measuring import (
     rows_of,
     save_first_seed,
 )
-from papers.blip2.evidence.stages import PLAIN, StagePipeline, VisionEncoderSpec, stage2_recipe
+from papers.blip2.evidence.stages import StagePipeline, VisionEncoderSpec, stage2_recipe
 from papers.blip2.frozen import HALF, LanguageModelBundle, pretrained_part_of
 from papers.blip2.model import Blip2
 from papers.blip2.module import WITHOUT_ITG, FrozenWatch, Stage2Module, unwrapped
@@ -52,8 +53,8 @@ def pretrained_parts(recipe: Blip2Recipe) -> list[PretrainedPart]:
 
 
 def two_stages(
-    encoder_spec: VisionEncoderSpec = PLAIN,
-    queries: Callable[[StagePipeline], int] = lambda work: 0,
+    encoder_spec: VisionEncoderSpec = VisionEncoderSpec(),  # noqa: B008 (immutable)
+    queries: Callable[[Context], int] = lambda context: 0,
     language_model: str = "small",
     fresh: bool = False,
 ) -> Callable[[Context], dict]:
@@ -61,22 +62,25 @@ def two_stages(
     other."""
 
     def arm(context: Context) -> dict:
-        work = StagePipeline.of(context)
-        count = queries(work)
+        work = StagePipeline.of(context, encoder_spec, queries(context))
         if not fresh:
-            work.stage1(encoder_spec, count)  # first, as another process may be at work on the language model
-        bundle = work.bundle(language_model, encoder_spec.half)
-        model, stats = work.stage2(context.arm, bundle, encoder_spec, count, fresh)
-        stats |= question_answering(work, model, bundle, encoder_spec)
+            work.stage1()  # first, as another process may be at work on the language model
+        bundle = work.bundle(language_model)
+        model, stats = work.stage2(context.arm, bundle, fresh)
+        stats |= question_answering(work, model, bundle)
         stats |= {"queries": model.config.queries, "language_parameters": language_parameters(bundle)}
         if not fresh:
-            qformer, stage1_stats = work.stage1(encoder_spec, count)
-            stats |= retrieval(work, qformer, encoder_spec)
+            qformer, stage1_stats = work.stage1()
+            stats |= retrieval(work, qformer)
             stats["curves"] |= of_stage1(stage1_stats["curves"])
-        save_first_seed(work, model, bundle, context.recipe.asked, encoder_spec)
+        save_first_seed(work, model, bundle, context.recipe.asked)
         return stats
 
     return arm
+
+
+def many_queries(context: Context) -> int:
+    return data_of(context).config.queries * context.recipe.more
 
 
 def no_itg(context: Context) -> dict:
@@ -146,15 +150,15 @@ def train_end_to_end(work: StagePipeline, model: Blip2, bundle: LanguageModelBun
 def each_step(context: Context) -> dict:
     """The same steps of stage 2 from features that were computed once and kept in 16 bit, and with the encoder run in
     each: their losses, and the times."""
-    work, encoder_spec = StagePipeline.of(context), VisionEncoderSpec("other_encoder")
+    work = StagePipeline.of(context, VisionEncoderSpec("other_encoder"))
     recipe = replace(stage2_recipe(context.recipe), steps=context.recipe.compared_steps)
-    images, bundle, encoder = work.data.dataset.train.images, work.bundle(), work.encoder(encoder_spec)
+    images, bundle, encoder = work.data.dataset.train.images, work.bundle(), work.encoder()
     rows, texts = work.stage2_texts(bundle, recipe.asked)
-    features = work.features("train", encoder_spec, HALF)
-    qformer = work.new_qformer(encoder_spec)  # what it has learned makes no difference
+    features = work.features("train", HALF)
+    qformer = work.new_qformer()  # what it has learned makes no difference
     watch, stats, curves = FrozenWatch([bundle.model, encoder]), {}, {}
     for name, inputs, runs in (("cached", features, None), ("each_step", images, encoder)):
-        module = Stage2Module(work.bridge_from(qformer, bundle, encoder_spec), recipe, runs).train()
+        module = Stage2Module(work.bridge_from(qformer, bundle), recipe, runs).train()
         batches = Batches((work.indexed(inputs, rows), *texts), recipe.batch, recipe.steps, context.seed)
         losses, seconds = timed_steps(module.to(work.device), batches, watch, work.device)
         stats |= {name: losses[-1], f"{name}_ms": 1000 * statistics.median(seconds)}
@@ -211,10 +215,6 @@ def visual_tokens(context: Context) -> dict:
     return {"saved": saved, "curves": {"milliseconds": milliseconds}}
 
 
-def many_queries(work: StagePipeline) -> int:
-    return work.data.config.queries * work.recipe.more
-
-
 # The first two train a first stage, while a third makes the language model; from "base" on they take the headline's
 # first stage.
 ARMS: dict[str, Callable[[Context], dict]] = {
@@ -223,7 +223,7 @@ ARMS: dict[str, Callable[[Context], dict]] = {
     "no_stage1": two_stages(fresh=True),
     "weak_encoder": two_stages(VisionEncoderSpec("weak_encoder")),
     "queries_many": two_stages(queries=many_queries, fresh=True),
-    "queries_one": two_stages(queries=lambda work: 1, fresh=True),
+    "queries_one": two_stages(queries=lambda context: 1, fresh=True),
     "last_layer": two_stages(VisionEncoderSpec(layer="last"), fresh=True),
     "other_encoder": two_stages(VisionEncoderSpec("other_encoder"), fresh=True),
     "each_step": each_step,

@@ -21,7 +21,7 @@ from papers.blip2.encode import (
     reranked,
     text_features,
 )
-from papers.blip2.evidence.stages import PLAIN, StagePipeline, VisionEncoderSpec
+from papers.blip2.evidence.stages import StagePipeline
 from papers.blip2.frozen import LanguageModelBundle
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.recipe import Blip2Recipe
@@ -29,11 +29,11 @@ from shared.metrics import caption_scores, reranked_hits, retrieval_hits
 from shared.weights.load import save_weights
 
 
-def retrieval(work: StagePipeline, model: Blip2Qformer, encoder_spec: VisionEncoderSpec = PLAIN) -> dict:
+def retrieval(work: StagePipeline, model: Blip2Qformer) -> dict:
     """R@1 on held-out pictures in points, mean of both directions: `r1` after re-ranking, `itc_r1` without."""
     eval_set, candidates = work.data.eval_set, work.recipe.candidates
     tokens = work.data.tokens(eval_set.texts).to(work.device)
-    pictures = encoded(model.eval(), work.features("held", encoder_spec).to(work.device))  # re-ranking reads them often
+    pictures = encoded(model.eval(), work.features("held").to(work.device))  # re-ranking reads them often
     i2t, t2i = reranked(model, pictures, tokens, candidates)
     protocol = f"itc-top{candidates}-itm+itc"
     hits = reranked_hits(i2t, t2i, eval_set.owner, ks=(1,), protocol=protocol)
@@ -46,16 +46,14 @@ def retrieval(work: StagePipeline, model: Blip2Qformer, encoder_spec: VisionEnco
     }
 
 
-def question_answering(
-    work: StagePipeline, model: Blip2, bundle: LanguageModelBundle, encoder_spec: VisionEncoderSpec = PLAIN
-) -> dict:
+def question_answering(work: StagePipeline, model: Blip2, bundle: LanguageModelBundle) -> dict:
     """Exact-match accuracy in points on all held-out questions, `accuracy`, and on each kind of them; on a published
     set, which has no questions, CIDEr-D of captions."""
     eval_set = work.data.eval_set
     if not eval_set.questions:
-        captions = caption(model, bundle.tokenizer, work.features("held", encoder_spec), CAPTIONING)
+        captions = caption(model, bundle.tokenizer, work.features("held"), CAPTIONING)
         return {"cider": 100 * caption_scores(captions, eval_set.references)["caption/cider_d@treebank"].score}
-    features = work.features("asked", encoder_spec)
+    features = work.features("asked")
     return by_kind(answers(model, bundle, features, eval_set.questions, work.recipe), eval_set.questions)
 
 
@@ -100,20 +98,15 @@ def language_parameters(bundle: LanguageModelBundle) -> int:
     return sum(p.numel() for p in bundle.model.module.parameters())
 
 
-def save_first_seed(
-    work: StagePipeline,
-    model: Blip2,
-    bundle: LanguageModelBundle,
-    share: float,
-    encoder_spec: VisionEncoderSpec = PLAIN,
-) -> None:
+def save_first_seed(work: StagePipeline, model: Blip2, bundle: LanguageModelBundle, share: float) -> None:
     """The first seed's bridge stays with the run, and what it needs beside it: figures are drawn from it, and
     `python -m papers ask` and `chat` load it. share: of questions among the texts that it learned."""
     if not work.context.first:
         return
-    recipe, folder, tokenizer = work.recipe, work.context.folder, work.data.tokenizer
+    recipe, folder, spec, tokenizer = work.recipe, work.context.folder, work.encoder_spec, work.data.tokenizer
     save_weights(model, folder / "model.safetensors", {"variant": recipe.model})
     tokenizer.save(folder / "tokenizer.json")
-    encoder, layer = work.encoder(encoder_spec), encoder_spec.layer or recipe.layer
-    name, captions = getattr(recipe, encoder_spec.encoder), work.data.has_captions(share)
-    keep_frozen(folder, model.config, recipe.model, encoder, name, layer, bundle.model, tokenizer, captions)
+    keep_frozen(
+        folder, model.config, recipe.model, work.encoder(), getattr(recipe, spec.encoder), spec.layer or recipe.layer,
+        bundle.model, tokenizer, work.data.has_captions(share),
+    )  # fmt: skip

@@ -37,7 +37,7 @@ from shared.training.simple import fit_simple
 @dataclass(frozen=True)
 class VisionEncoderSpec:
     """Through which frozen encoder an arm sees: `encoder`, `weak_encoder` or `other_encoder` of the recipe, up to which
-    layer (empty: the recipe's), and whether in 16 bit."""
+    layer (empty: the recipe's), and whether in 16 bit, as the small language model then is too."""
 
     encoder: str = "encoder"
     layer: str = ""
@@ -48,26 +48,29 @@ class VisionEncoderSpec:
         return "-".join([self.encoder, self.layer or "layer", "16" if self.half else "32"])
 
 
-PLAIN = VisionEncoderSpec()
-
-
 @dataclass(frozen=True)
 class StagePipeline:
-    """The stages of one seed, for whichever arm asks first. Every model that is given out lies on `device`, in eval
-    mode. queries: as the configuration has it where 0."""
+    """The stages of one seed, for whichever arm asks first, behind one frozen encoder and with so many queries. Every
+    model that is given out lies on `device`, in eval mode."""
 
     context: Context
     data: ExperimentData
+    encoder_spec: VisionEncoderSpec
+    queries: int
     stages: StageCache
     common: StageCache  # what no seed changes
 
     @classmethod
-    def of(cls, context: Context) -> StagePipeline:
+    def of(
+        cls, context: Context, encoder_spec: VisionEncoderSpec = VisionEncoderSpec(), queries: int = 0
+    ) -> StagePipeline:
+        """queries: as configured where 0."""
         data = data_of(context)
         stages = stages_of(context, data.dataset.digest)
         texts = digest({"texts": data.documents})  # of a published set these are a seed's own
-        common = f"common-{digest(training_fields(context.recipe))}-{texts}"
-        return cls(context, data, stages, StageCache(stages.folder.with_name(common), LANGUAGE_SEED))
+        common = stages.folder.with_name(f"common-{digest(training_fields(context.recipe))}-{texts}")
+        queries = queries or data.config.queries
+        return cls(context, data, encoder_spec, queries, stages, StageCache(common, LANGUAGE_SEED))
 
     @property
     def recipe(self) -> Blip2Recipe:
@@ -79,65 +82,42 @@ class StagePipeline:
 
     # ---- stage 1: vision-language representation learning
 
-    def new_qformer(self, encoder_spec: VisionEncoderSpec = PLAIN, queries: int = 0) -> Blip2Qformer:
+    def new_qformer(self) -> Blip2Qformer:
         """As every arm of a seed begins: the same numbers, whatever was drawn before."""
         torch.manual_seed(self.context.seed)
-        return Blip2Qformer(self.config(encoder_spec, queries))
+        return Blip2Qformer(self.config())
 
-    def stage1(
-        self, encoder_spec: VisionEncoderSpec = PLAIN, queries: int = 0, objectives: Objectives = EVERYTHING
-    ) -> tuple[Blip2Qformer, dict]:
+    def stage1(self, objectives: Objectives = EVERYTHING) -> tuple[Blip2Qformer, dict]:
         """A Q-Former that learned what text needs of a picture, and the stats of its training. From features in 32 bit
         always, so that arms which differ in that alone begin stage 2 alike."""
-        encoder_spec = replace(encoder_spec, half=False)
+        work = replace(self, encoder_spec=replace(self.encoder_spec, half=False))
 
         def train(folder: Path) -> tuple[Blip2Qformer, dict]:
-            model, features = self.new_qformer(encoder_spec, queries), self.features("train", encoder_spec)
+            model, features = work.new_qformer(), work.features("train")
             rows, tokens = self.data.stage1_pairs()
             module = Stage1Module(model, warmed(self.recipe, self.recipe.steps), objectives=objectives)
             return model, self.fit(module, (self.indexed(features, rows), tokens, rows), folder, "stage1")
 
         losses = "".join(name for name, on in objectives._asdict().items() if on)
-        name = f"stage1-{encoder_spec.name}-{queries or self.data.config.queries}-{losses}"
-        model, stats = self.stages.model(name, lambda: Blip2Qformer(self.config(encoder_spec, queries)), train)
+        name = f"stage1-{work.encoder_spec.name}-{self.queries}-{losses}"
+        model, stats = self.stages.model(name, lambda: Blip2Qformer(work.config()), train)
         return model.to(self.device), stats
 
     # ---- stage 2: vision-to-language generative learning
 
-    def new_bridge(
-        self,
-        bundle: LanguageModelBundle,
-        encoder_spec: VisionEncoderSpec = PLAIN,
-        queries: int = 0,
-        fresh: bool = False,
-    ) -> Blip2:
+    def new_bridge(self, bundle: LanguageModelBundle, fresh: bool = False) -> Blip2:
         """What stage 2 begins with: stage 1's Q-Former or, where `fresh`, an untrained one, and a new projector."""
-        qformer = self.new_qformer(encoder_spec, queries) if fresh else self.stage1(encoder_spec, queries)[0]
-        return self.bridge_from(qformer, bundle, encoder_spec, queries)
+        return self.bridge_from(self.new_qformer() if fresh else self.stage1()[0], bundle)
 
-    def bridge_from(
-        self,
-        qformer: Blip2Qformer | Mapping[str, Tensor],
-        bundle: LanguageModelBundle,
-        encoder_spec: VisionEncoderSpec = PLAIN,
-        queries: int = 0,
-    ) -> Blip2:
+    def bridge_from(self, qformer: Blip2Qformer | Mapping[str, Tensor], bundle: LanguageModelBundle) -> Blip2:
         torch.manual_seed(self.context.seed)
-        config = with_language(self.config(encoder_spec, queries), bundle.config)
-        return Blip2.started_from(qformer, config, bundle.model)
+        return Blip2.started_from(qformer, with_language(self.config(), bundle.config), bundle.model)
 
-    def stage2(
-        self,
-        name: str,
-        bundle: LanguageModelBundle,
-        encoder_spec: VisionEncoderSpec = PLAIN,
-        queries: int = 0,
-        fresh: bool = False,
-    ) -> tuple[Blip2, dict]:
+    def stage2(self, name: str, bundle: LanguageModelBundle, fresh: bool = False) -> tuple[Blip2, dict]:
         """A bridge that speaks to the bundle's language model, and the stats of its training."""
+        recipe = self.recipe
         return self.stage2_from(
-            name, lambda: self.new_bridge(bundle, encoder_spec, queries, fresh), bundle, stage2_recipe(self.recipe),
-            self.recipe.asked, KINDS, encoder_spec,
+            name, lambda: self.new_bridge(bundle, fresh), bundle, stage2_recipe(recipe), recipe.asked, KINDS
         )  # fmt: skip
 
     def stage2_from(
@@ -148,14 +128,13 @@ class StagePipeline:
         recipe: Blip2Recipe,
         share: float,
         kinds: Sequence[str],
-        encoder_spec: VisionEncoderSpec = PLAIN,
     ) -> tuple[Blip2, dict]:
         """The same from a bridge of any beginning, by this recipe. share: of questions among its texts, of these
         kinds."""
 
         def train(folder: Path) -> tuple[Blip2, dict]:
-            model, features = begin(), self.features("train", encoder_spec)
-            rows, texts = self.stage2_texts(bundle, share, kinds, model.config.queries)
+            model, features = begin(), self.features("train")
+            rows, texts = self.stage2_texts(bundle, share, kinds)
             tensors = (self.indexed(features, rows), *texts)
             return model, self.fit(Stage2Module(model, recipe), tensors, folder, "stage2", [bundle.model])
 
@@ -163,13 +142,11 @@ class StagePipeline:
         return model.to(self.device), stats
 
     def stage2_texts(
-        self, bundle: LanguageModelBundle, share: float, kinds: Sequence[str] = KINDS, queries: int = 0
+        self, bundle: LanguageModelBundle, share: float, kinds: Sequence[str] = KINDS
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Rows of the pictures (N,), and the texts about them as Stage2Module takes them."""
-        recipe, queries = self.recipe, queries or self.data.config.queries
-        return self.data.stage2_tensors(
-            bundle.tokenizer, share, self.context.seed, recipe.text_tokens, queries, kinds
-        )  # fmt: skip
+        longest, seed = self.recipe.text_tokens, self.context.seed
+        return self.data.stage2_tensors(bundle.tokenizer, share, seed, longest, self.queries, kinds)
 
     # ---- any training
 
@@ -196,46 +173,41 @@ class StagePipeline:
 
     # ---- the frozen image encoder
 
-    def encoder(self, encoder_spec: VisionEncoderSpec = PLAIN) -> Encoder:
-        recipe = self.recipe
-        name, layer = getattr(recipe, encoder_spec.encoder), encoder_spec.layer or recipe.layer
-        return frozen_encoder(name, layer, recipe.scale, recipe.manifest, encoder_spec.half).to(self.device)
+    def encoder(self) -> Encoder:
+        recipe, spec = self.recipe, self.encoder_spec
+        name, layer = getattr(recipe, spec.encoder), spec.layer or recipe.layer
+        return frozen_encoder(name, layer, recipe.scale, recipe.manifest, spec.half).to(self.device)
 
-    def config(self, encoder_spec: VisionEncoderSpec = PLAIN, queries: int = 0) -> Blip2Config:
+    def config(self) -> Blip2Config:
         """Stage 1's, with the width of the encoder at hand."""
-        config = self.data.config
-        vision = replace(config.vision, width=self.encoder(encoder_spec).width)
-        return replace(with_language(config, None), vision=vision, queries=queries or config.queries)
+        config = with_language(self.data.config, None)
+        return replace(config, vision=replace(config.vision, width=self.encoder().width), queries=self.queries)
 
-    def features(self, split: str, encoder_spec: VisionEncoderSpec = PLAIN, dtype: torch.dtype | None = None) -> Tensor:
+    def features(self, split: str, dtype: torch.dtype | None = None) -> Tensor:
         """(I, S, C) on the CPU, computed once a seed, of the pictures that are trained on (`train`), searched (`held`)
         or asked about (`asked`). dtype: what they are kept in, as the encoder gives them where None."""
         from shared.backbones.feature_cache import features_of
 
         dataset, eval_set = self.data.dataset, self.data.eval_set
         images = {"train": dataset.train.images, "held": eval_set.images, "asked": eval_set.question_images}
-        return features_of(
-            self.encoder(encoder_spec),
-            images[split],
-            key=f"{dataset.digest[:16]}-{split}",
-            folder=self.stages.folder / "features",
-            dtype=dtype or (HALF if encoder_spec.half else torch.float32),
-        )
+        key, folder = f"{dataset.digest[:16]}-{split}", self.stages.folder / "features"
+        dtype = dtype or (HALF if self.encoder_spec.half else torch.float32)
+        return features_of(self.encoder(), images[split], key=key, folder=folder, dtype=dtype)
 
     # ---- the frozen language model
 
-    def bundle(self, which: str = "small", half: bool = False) -> LanguageModelBundle:
+    def bundle(self, which: str = "small") -> LanguageModelBundle:
         """`small` and `larger`: trained here; `headline`: as the recipe names it."""
         recipe = self.recipe
         name = (which == "headline" and recipe.headline_model) or recipe.language_model
         if name == "small":
-            return self.small_language_model(larger=which == "larger", half=half)
+            return self.small_language_model(larger=which == "larger")
         bundle = load_language_model_bundle(name, recipe.manifest)
         bundle.model.to(self.device)
         pack(unwrapped(bundle.model), through=True)  # on a CPU alone
         return bundle
 
-    def small_language_model(self, larger: bool = False, half: bool = False) -> LanguageModelBundle:
+    def small_language_model(self, larger: bool = False) -> LanguageModelBundle:
         recipe, tokenizer = self.recipe, self.data.tokenizer
         width = recipe.larger_width if larger else recipe.small_width
         config = replace(
@@ -256,8 +228,8 @@ class StagePipeline:
 
         name = "language-larger" if larger else "language"
         model, _ = self.common.model(name, lambda: new_language_model(config), train)
-        frozen = Frozen(model, HALF if half else None, through=True).to(self.device)
-        return LanguageModelBundle(frozen, prompts, config)
+        frozen = Frozen(model, HALF if self.encoder_spec.half else None, through=True)
+        return LanguageModelBundle(frozen.to(self.device), prompts, config)
 
 
 def new_language_model(config: LanguageConfig) -> SmallLanguageModel:

@@ -178,7 +178,9 @@ def test_texts_are_matched_and_read_as_the_tokenizer_gives_them(monkeypatch):
     model(features, tokens)
     assert torch.equal(tokens, before) and torch.equal(seen["encode_text"], tokens)
     assert (seen["match"][:, 0] == TINY.start_token).all() and torch.equal(seen["match"][:B], tokens)
-    assert (seen["decode_text"][:, 0] == TINY.decode_token).all() and torch.equal(seen["decode_text"][:, 1:], tokens[:, 1:])
+    assert (seen["decode_text"][:, 0] == TINY.decode_token).all() and torch.equal(
+        seen["decode_text"][:, 1:], tokens[:, 1:]
+    )
 
 
 # ---- generation

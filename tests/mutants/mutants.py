@@ -186,8 +186,8 @@ MUTANTS = (
     ),
     _probe(
         "probe-tuned-on-the-test-labels",
-        "float(fitted.score(_array(val_x), val_y.cpu().numpy()))",
-        "float(fitted.score(_array(test_x), test_y.cpu().numpy()))",
+        "float(model.score(known_x, known_y))",
+        "float(model.score(_array(test_x), test_y.cpu().numpy()))",
     ),
     # claims
     _evaluate(

@@ -4,12 +4,18 @@ rate of false verdicts."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared.core.catalog import Catalog
 from shared.core.errors import UserError
 from shared.core.recipe import SCALES
 from shared.report.evidence_table import default_result, evidence_table, tally
+
+HEADLINES = (
+    "clip-inference-cpu-fp32", "clip-step-cpu-fp32", "clip-step-cuda-bf16",
+    "blip-step-cpu-fp32", "blip-caption-cpu-fp32", "blip2-generate-cpu-fp32",
+)  # fmt: skip
 
 
 def papers_table(catalog: Catalog) -> str:
@@ -31,22 +37,30 @@ def papers_table(catalog: Catalog) -> str:
     return "\n".join(lines)
 
 
-def speed_table(catalog: Catalog) -> str:
-    """Every committed race of ours against other libraries: one line a setting, with the spread of its ratios."""
+def speed_table(catalog: Catalog, files: Sequence[str] = ()) -> str:
+    """Committed races of ours against other libraries: one line a setting, with the spread of its ratios.
+
+    files: of these races of results/bench/ alone, and of each its last, largest setting; none: everything.
+    """
     from shared.core.provenance import machine_line
     from shared.tools.bench_output import by_setting, ratio_text
 
-    found = [json.loads(path.read_text()) for path in sorted((catalog.root / "results" / "bench").glob("*.json"))]
+    folder = catalog.root / "results" / "bench"
+    paths = [folder / f"{name}.json" for name in files] if files else sorted(folder.glob("*.json"))
+    found = [json.loads(path.read_text()) for path in paths if path.is_file()]
     races = [race for race in found if race["rows"][0].get("name") == "ours" and "median_s" in race["rows"][0]]
     if not races:
         return "No committed race yet."
-    others = list(dict.fromkeys(row["name"] for race in races for row in race["rows"] if row["name"] != "ours"))
+    groups = [list(by_setting(race["rows"]).items())[-1 if files else 0 :] for race in races]
+    shown = {row for race in groups for _, group in race for row in group}
+    others = [name for name in dict.fromkeys(row["name"] for race in races for row in race["rows"]) if name in shown]
+    others.remove("ours")
     lines = ["| what | setting | ours | " + " | ".join(f"{name} takes" for name in others) + " |"]
     lines.append("| --- | --- | --- |" + " --- |" * len(others))
-    for race in races:
+    for race, settings in zip(races, groups, strict=True):
         gpus = race["machine"]["gpus"] if race["settings"]["device"] == "cuda" else []
         what = ", ".join([race["title"].lower(), *gpus])
-        for setting, group in by_setting(race["rows"]).items():
+        for setting, group in settings:
             ours = f"{group['ours']['value']:,g} {group['ours']['unit']}"
             cells = [ratio_text(group[name]) if name in group else "-" for name in others]
             lines.append(f"| {what} | {setting} | {ours} | " + " | ".join(cells) + " |")
@@ -56,6 +70,11 @@ def speed_table(catalog: Catalog) -> str:
     )
     how = "Ratios are medians over the rounds of one run, quartiles in brackets; above 1, ours is ahead."
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", how])
+
+
+def speed_headlines(catalog: Catalog) -> str:
+    """README's six lines: what a reader of each paper asks first, at the largest setting that was raced."""
+    return speed_table(catalog, HEADLINES)
 
 
 def trust_lines(catalog: Catalog) -> str:
@@ -68,12 +87,16 @@ def trust_lines(catalog: Catalog) -> str:
 
 def generated(catalog: Catalog) -> dict[Path, str]:
     """{file: its text with every generated part fresh}."""
-    parts = {"table": papers_table, "speed": speed_table, "trust": trust_lines}
-    readme = catalog.root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, make in parts.items():
-        text = between_markers(readme, text, name, make(catalog))
-    wanted = {readme: text}
+    parts = {
+        "README.md": {"table": papers_table, "speed": speed_headlines, "trust": trust_lines},
+        "results/bench/README.md": {"speed": speed_table},
+    }
+    wanted = {}
+    for file, tables in parts.items():
+        path = catalog.root / file
+        wanted[path] = path.read_text(encoding="utf-8")
+        for name, make in tables.items():
+            wanted[path] = between_markers(path, wanted[path], name, make(catalog))
     for name in catalog.names():
         card = catalog.folder / name / "README.md"
         wanted[card] = between_markers(card, card.read_text(encoding="utf-8"), "table", evidence_table(catalog, name))

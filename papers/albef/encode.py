@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from papers.albef.model import Albef
+from shared.core.device import device_of
 from shared.core.errors import UserError
 from shared.metrics import rerank, reranked_hits, retrieval_hits
 from shared.tokenizers.base import Tokenizer, trim
@@ -28,10 +29,6 @@ class Texts(NamedTuple):
     features: Tensor  # (T, E), L2-normalised
     states: Tensor  # (T, L, D)
     attention_mask: Tensor  # (T, L) bool
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def tokens_of(tokenizer: Tokenizer, texts: Sequence[str], context: int, closed: bool = True) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from papers.blip.config import PROMPT, BlipConfig
 from papers.blip.model import Blip
 from papers.blip.tasks import BlipDialogue, BlipNlvr, BlipVqa
+from shared.core.device import device_of
 from shared.core.errors import UserError
 from shared.metrics import rerank
 from shared.nn.generation import GenerationSettings, generate
@@ -26,10 +27,6 @@ from shared.tokenizers.base import Tokenizer, trim
 REPETITION_PENALTY = 1.1  # of nucleus sampling (official code models/blip.py, generate)
 TOP_K = 50  # before the nucleus: what the transformers version that the official code pins adds of its own accord
 BATCH = 128
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def tokens_of(tokenizer: Tokenizer, texts: Sequence[str], config: BlipConfig) -> Tensor:

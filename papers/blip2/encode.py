@@ -16,16 +16,13 @@ from torch import Tensor
 
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.text import PromptTokenizer
+from shared.core.device import device_of
 from shared.metrics import exact_match, pope, rerank
 from shared.nn.generation import GenerationSettings, generate
 
 BATCH = 128
 PROMPTS = {"causal": "Question: {} Answer:", "seq2seq": "Question: {} Short answer:"}  # Sec. 4.1
 CAPTION = "a photo of"  # Sec. 4.2
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 # ---- retrieval

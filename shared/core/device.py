@@ -19,6 +19,11 @@ def device_for(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if recipe.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where its first parameter lies."""
+    return next(module.parameters()).device
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -2,127 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from papers.albef.config import VARIANTS
-from papers.albef.encode import Pictures, device_of, encode_pictures, encode_texts, recall, reranked, tokens_of
+from papers.albef.encode import Pictures, encode_pictures, encode_texts, reranked, tokens_of
 from papers.albef.model import Albef, AlbefPretraining
 from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import AlbefVqa, Distilled, heat_map
 from papers.albef.text import clean_caption, clean_question
 from papers.albef.weights import card_of, load_any
-from shared.core.device import on_gpu_if_any
+from shared.core.device import device_of, on_gpu_if_any
 from shared.core.errors import UserError
 from shared.core.paper_card import MetricRow
-from shared.data.images import PictureError, fitted_image
-from shared.data.readers import Record, karpathy_records
+from shared.data.readers import Record
 from shared.data.vqa import (
     VERDICTS,
+    AskedPicture,
     Box,
+    JudgedPair,
+    JudgedPicture,
+    Referred,
     answer_list,
     entailment_rows,
     nlvr2_pairs,
     referred_things,
     vqa_questions,
-    write_vqa_results,
 )
-from shared.metrics import nlvr2 as nlvr2_scores
-from shared.metrics import nlvr2_statement
+from shared.experiments.benchmarks import (
+    FOLDERS,
+    Benchmark,
+    Need,
+    Released,
+    Run,
+    Weights,
+    accuracy,
+    answers_for_server,
+    both_pictures,
+    of_split,
+    one_picture,
+    released_file,
+    retrieval,
+    run_benchmark,
+    trained_weights,
+)
 from shared.tokenizers.bert import BertTokenizer
-from shared.weights.fetch import cached
 from shared.weights.load import check_card
-from shared.weights.manifest import Entry, load_manifest
+from shared.weights.manifest import Entry
 
-FOLDERS = {  # where each benchmark lies under data_root
-    "MSCOCO": "coco",
-    "Flickr30k": "flickr30k",
-    "VQAv2": "vqav2",
-    "NLVR2": "nlvr2",
-    "SNLI-VE": "snli-ve",
-    "RefCOCO+": "refcoco+",
-}
 KINDS = {  # the model that a task takes
-    "retrieval": AlbefPretraining,
+    "retrieval": Albef,
     "vqa": AlbefVqa,
     "nlvr2": Distilled,
     "entailment": Distilled,
-    "grounding": AlbefPretraining,
+    "grounding": Albef,
 }
 CAPTION_WORDS, QUESTION_WORDS = 30, 50
 KEPT_ANSWERS = 128  # ranked by all of their words, of the candidates (configs/VQA.yaml)
 GRADCAM_LAYER = 2  # the third multimodal layer (Grounding.py, block_num 8 of the 12)
 AREA_POWER = 0.5  # by which the heat in a proposal is divided (Grounding.py)
-CHUNK = 32
-LARGEST_DROPPED = 0.001
-T = TypeVar("T")
+
+cleaned = partial(clean_caption, max_words=CAPTION_WORDS)
 
 
 def measure(row: MetricRow, recipe: AlbefRecipe) -> float:
     """The row's score in percent. UserError: what is lacking, and the command that would run it."""
-    entries = load_manifest(recipe.manifest)
-    if row.need.weights not in entries:
-        raise UserError(f"an entry '{row.need.weights}' in {recipe.manifest}")
-    entry, root = entries[row.need.weights], Path(recipe.data_root or "FOLDER")
-    folder, place = root / FOLDERS[row.dataset], weights_of(row, entry, root)
-    if recipe.scale != "paper" or not folder.exists() or not place.is_file():
-        raise UserError(lacking(row, entry, root, folder, place))
-    task, _, rest = row.metric.partition("/")
-    weights = described(row, entry, place)
-    measured: dict[str, Callable[[], float]] = {
-        "retrieval": lambda: retrieval(weights, folder, rest.partition("@")[2])[row.metric],
-        "vqa": lambda: answered_on_server(weights, row, folder),
-        "nlvr2": lambda: pairs_right(weights, folder, row.split),
-        "entailment": lambda: entailment_right(weights, folder, row.split),
-        "grounding": lambda: grounded(weights, folder, row.split),
-    }
-    return 100 * measured[task]()
+    return run_benchmark(row, recipe, BENCHMARKS, needs, load)
 
 
 # ---- weights
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A file, and how its model reads: closed, whether texts end with [SEP], which the official code leaves out."""
-
-    place: Path
-    variant: str
-    closed: bool
-
-    def tokens(self, texts: Sequence[str], context: int) -> Tensor:
-        return tokens_of(tokenizer_of(), texts, context, self.closed)
-
-
-def described(row: MetricRow, entry: Entry, place: Path) -> Weights:
-    """The file with its card, held against the model of the row's variant; sizes of pictures and texts may be those of
-    pre-training, from which the model is carried to those of the benchmark."""
-    config, closed = VARIANTS[row.variant](), entry.tokenizer.get("closed", True)
-    card = card_of(
-        replace(
-            config,
-            image_size=entry.preprocess.get("size", config.image_size),
-            context=entry.tokenizer.get("context", config.context),
-        )
-    )
-    check_card(entry, card | {"tokenizer": card["tokenizer"] | {"closed": closed}})
-    return Weights(place, row.variant, closed)
-
-
-def weights_of(row: MetricRow, entry: Entry, root: Path) -> Path:
-    """Where the row's weights lie, or would: what was fetched, else root/weights by the name of their publication, or,
-    where they have to be fine-tuned first, by one that says for what."""
-    if tuned_for := fine_tuned_for(row):
-        return root / "weights" / f"{entry.id}-{tuned_for}.safetensors"
-    local = root / "weights" / entry.name
-    return local if local.is_file() or entry.sha256 is None else cached(entry) or local
+def needs(row: MetricRow, entries: Mapping[str, Entry], root: Path) -> list[Need]:
+    entry = entries[row.need.weights]
+    if task := fine_tuned_for(row):
+        how = f"fine-tuned for {task} from {entry.name} ({entry.origin}), released pre-trained only"
+        return [trained_weights(f"{entry.id}-{task}", how, root)]
+    return [released_file("weights", entry, root)]
 
 
 def fine_tuned_for(row: MetricRow) -> str:
@@ -137,31 +98,25 @@ def fine_tuned_for(row: MetricRow) -> str:
     return f"retrieval-{FOLDERS[row.dataset]}" if task == "retrieval" else FOLDERS[row.dataset]
 
 
-def lacking(row: MetricRow, entry: Entry, root: Path, folder: Path, place: Path) -> str:
-    command = f'make reproduce PAPER=albef SCALE=paper ARGS="data_root={root}"'
-    known = f"sha256 {entry.sha256[:12]}..." if entry.sha256 else "its publisher names no sha256"
-    weights = f"{place} ({entry.origin}; {known})"
-    if tuned_for := fine_tuned_for(row):
-        weights = f"{place}, fine-tuned for {tuned_for} from {entry.name} ({entry.origin}), released pre-trained only"
-    have = [
-        f"{what} {'here' if there else 'missing'}"
-        for what, there in (("data", folder.exists()), ("weights", place.is_file()))
-    ]
-    return f"{command} with {folder}: {row.need.data}; weights {weights}; {', '.join(have)}"
-
-
-@lru_cache(maxsize=1)
-def model_of(weights: Weights, task: str) -> nn.Module:
-    """The model of a weights file, in eval mode. UserError where it is none of the task's."""
-    model = load_any(weights.place, VARIANTS[weights.variant]())
+def load(weights: Weights) -> Released:
+    """The model, held against its card; sizes of pictures and texts may be those of pre-training, from which it is
+    carried to those of the benchmark. Texts end with [SEP], unless the card says that the official code leaves it out.
+    UserError where the weights are none of the task's."""
+    entry, path, config = weights.entry, weights.places[0], VARIANTS[weights.variant]()
+    size, context = entry.preprocess.get("size", config.image_size), entry.tokenizer.get("context", config.context)
+    closed = entry.tokenizer.get("closed", True)
+    card = card_of(replace(config, image_size=size, context=context))
+    check_card(entry, card | {"tokenizer": card["tokenizer"] | {"closed": closed}})
+    model, kind = load_any(path, config), KINDS[weights.task]
     if isinstance(model, AlbefPretraining):  # retrieval's, too
         model = model.student
-    kind = Albef if KINDS[task] is AlbefPretraining else KINDS[task]
     if not isinstance(model, kind):
-        raise UserError(
-            f"{weights.place}: holds {type(model).__name__}, but {task} takes {kind.__name__}; give its weights"
-        )
-    return on_gpu_if_any(model)
+        given = type(model).__name__
+        raise UserError(f"{path}: holds {given}, but {weights.task} takes {kind.__name__}; give its weights")
+    longest = config.context if weights.task == "retrieval" else config.positions
+    return Released(
+        on_gpu_if_any(model), partial(tokens_of, tokenizer_of(), context=longest, closed=closed), config.image_size
+    )
 
 
 @lru_cache(maxsize=1)
@@ -169,128 +124,57 @@ def tokenizer_of() -> BertTokenizer:
     return BertTokenizer.uncased()
 
 
-# ---- pictures
-
-
-def in_chunks(
-    name: str, samples: Sequence[T], pictures: Callable[[T], Sequence[Record]], size: int
-) -> Iterator[tuple[list[T], Tensor]]:
-    """(samples, their pictures uint8 (N, P, 3, size, size)), each squeezed into the square. Samples with a broken
-    picture are dropped, up to a thousandth of all."""
-    dropped: dict[str, str] = {}
-    for start in range(0, len(samples), CHUNK):
-        kept, images = [], []
-        for sample in samples[start : start + CHUNK]:
-            try:
-                read = [fitted_image(one.read(), size, whole=True) for one in pictures(sample)]
-            except (PictureError, OSError) as wrong:
-                dropped[str(sample.id)] = getattr(wrong, "strerror", None) or str(wrong)
-                continue
-            kept.append(sample)
-            images.append(torch.stack([torch.from_numpy(one.copy()) for one in read]))
-        if len(dropped) > LARGEST_DROPPED * len(samples):
-            first = ", ".join(f"{id} ({why})" for id, why in list(dropped.items())[:3])
-            raise UserError(f"{name}: {len(dropped)} broken pictures of {len(samples)}: {first}; get the set anew")
-        if kept:
-            yield kept, torch.stack(images)
-
-
 # ---- the tasks (Sec. 5)
 
 
-@lru_cache(maxsize=1)
-def retrieval(weights: Weights, folder: Path, protocol: str) -> dict[str, float]:
-    """Both directions, R@1, 5, 10, on the Karpathy test split, all captions of each picture."""
-    model = model_of(weights, "retrieval")
-    parts, texts, owner, pictures = [], [], [], 0
-    records = karpathy_records(folder)["test"]
-    for kept, images in in_chunks(folder.name, records, lambda record: [record], model.config.image_size):
-        parts.append(encode_pictures(model, images[:, 0]))
-        for record in kept:
-            captions = [clean_caption(text, CAPTION_WORDS) for text in record.captions]
-            texts += captions
-            owner += [pictures] * len(captions)
-            pictures += 1
-    seen = Pictures(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    words = encode_texts(model, weights.tokens(texts, model.config.context))
-    return recall(reranked(model, seen, words, candidates_of(protocol)), torch.tensor(owner), protocol)
+def encode(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*encode_pictures(released.model, images[:, 0]), strict=True))
 
 
-def candidates_of(protocol: str) -> int:
-    """'zeroshot-itc-top128-itm' -> 128."""
-    return int(next(part for part in protocol.split("-") if part.startswith("top")).removeprefix("top"))
-
-
-def answered_on_server(weights: Weights, row: MetricRow, folder: Path) -> float:
-    """The answers to the test questions as the official server takes them: it alone has the right ones."""
-    path = Path("runs") / "albef" / "predictions" / f"{row.id}.json"
-    answers = ranked_answers(weights, folder, row.split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_vqa_results(path, answers)
-    raise UserError(f"the answers to {row.split} are written to {path}; the official server scores them")
+def rank(
+    released: Released, pictures: Sequence[Tensor], captions: Sequence[str], candidates: int
+) -> tuple[Tensor, Tensor]:
+    texts = encode_texts(released.model, released.tokenizer(captions))
+    scores = reranked(released.model, Pictures(*pictures), texts, candidates)
+    return scores.image_to_text, scores.text_to_image
 
 
 @lru_cache(maxsize=1)
-def ranked_answers(weights: Weights, folder: Path, split: str) -> dict[int, str]:
-    """{question: the best answer of answer_list.json in the folder}."""
-    answers, questions = answer_list(folder / "answer_list.json"), vqa_questions(folder, split)
-    model = model_of(weights, "vqa")
-    config, device = model.student.encoder.config, device_of(model)
-    candidates = tokens_of(tokenizer_of(), answers, config.positions).to(device)  # [SEP] ends an answer everywhere
-    found = {}
-    for kept, images in in_chunks("VQAv2", questions, lambda one: [one.picture], config.image_size):
-        asked = [clean_question(one.question, QUESTION_WORDS) for one in kept]
-        tokens = weights.tokens(asked, config.positions).to(device)
-        best = model.predict(images[:, 0].to(device), tokens, candidates, KEPT_ANSWERS)
-        found |= {one.id: answers[place] for one, place in zip(kept, best.tolist(), strict=True)}
-    return found
+def candidates(folder: Path, positions: int) -> tuple[list[str], Tensor]:
+    """The answers that questions are answered with, of answer_list.json in the folder, and their tokens (A, L)."""
+    answers = answer_list(folder / "answer_list.json")
+    return answers, tokens_of(tokenizer_of(), answers, positions)  # [SEP] ends an answer everywhere
 
 
-@lru_cache(maxsize=2)
-def pairs_right(weights: Weights, folder: Path, split: str) -> float:
-    model, pairs = model_of(weights, "nlvr2"), nlvr2_pairs(folder, split)
-    said, right, ids = [], [], []
-    config = model.student.pair.encoder.config
-    for kept, images in in_chunks("NLVR2", pairs, lambda pair: pair.pictures, config.image_size):
-        said += predicted(model, weights, images, [pair.sentence for pair in kept], config.positions)
-        right += [int(pair.label) for pair in kept]
-        ids += [nlvr2_statement(pair.id) for pair in kept]
-    return nlvr2_scores(said, right, ids)["nlvr2/acc@example"]
+def ranked_answers(run: Run, released: Released, questions: Sequence[AskedPicture], images: Tensor) -> list[str]:
+    model, device = released.model, device_of(released.model)
+    answers, listed = candidates(run.data, model.student.encoder.config.positions)
+    tokens = released.tokenizer([clean_question(question.question, QUESTION_WORDS) for question in questions])
+    best = model.predict(images[:, 0].to(device), tokens.to(device), listed.to(device), KEPT_ANSWERS)
+    return [answers[place] for place in best.tolist()]
 
 
-@lru_cache(maxsize=2)
-def entailment_right(weights: Weights, folder: Path, split: str) -> float:
-    model, rows = model_of(weights, "entailment"), entailment_rows(folder, split)
-    config, right, read = model.student.encoder.config, 0, 0
-    for kept, images in in_chunks("SNLI-VE", rows, lambda row: [row.picture], config.image_size):
-        said = predicted(model, weights, images[:, 0], [row.hypothesis for row in kept], config.positions)
-        right += sum(VERDICTS[one] == row.label for one, row in zip(said, kept, strict=True))
-        read += len(kept)
-    return right / read
+def judge_pairs(run: Run, released: Released, pairs: Sequence[JudgedPair], images: Tensor) -> list[int]:
+    return judge(released, images, [pair.sentence for pair in pairs])
 
 
-def predicted(
-    model: Distilled, weights: Weights, images: Tensor, sentences: Sequence[str], positions: int
-) -> list[int]:
-    device = device_of(model)
-    cleaned = [clean_caption(sentence, CAPTION_WORDS) for sentence in sentences]
-    tokens = weights.tokens(cleaned, positions)
-    return model.predict(images.to(device), tokens.to(device)).tolist()
+def verdicts(run: Run, released: Released, rows: Sequence[JudgedPicture], images: Tensor) -> list[str]:
+    return [VERDICTS[number] for number in judge(released, images[:, 0], [row.hypothesis for row in rows])]
 
 
-@lru_cache(maxsize=3)
-def grounded(weights: Weights, folder: Path, split: str) -> float:
-    """Share of the expressions whose best proposal overlaps the right box by half (Sec. 6.4)."""
-    model, things = model_of(weights, "grounding"), referred_things(folder, split)
-    device, right, read = device_of(model), 0, 0
-    for kept, images in in_chunks("RefCOCO+", things, lambda thing: [thing.picture], model.config.image_size):
-        said = [clean_caption(thing.expression, CAPTION_WORDS) for thing in kept]
-        tokens = weights.tokens(said, model.config.positions)
-        maps = heat_map(model, images[:, 0].to(device), tokens.to(device), GRADCAM_LAYER).cpu()
-        for thing, heat in zip(kept, maps, strict=True):
-            right += overlap(best_proposal(heat, thing.proposals, thing.size), thing.box) >= 0.5
-        read += len(kept)
-    return right / read
+def judge(released: Released, images: Tensor, sentences: Sequence[str]) -> list[int]:
+    device, tokens = device_of(released.model), released.tokenizer(list(map(cleaned, sentences)))
+    return released.model.predict(images.to(device), tokens.to(device)).tolist()
+
+
+def grounded(run: Run, released: Released, things: Sequence[Referred], images: Tensor) -> list[bool]:
+    """Whether each expression's best proposal overlaps the right box by half (Sec. 6.4)."""
+    device, tokens = device_of(released.model), released.tokenizer([cleaned(thing.expression) for thing in things])
+    maps = heat_map(released.model, images[:, 0].to(device), tokens.to(device), GRADCAM_LAYER).cpu()
+    return [
+        overlap(best_proposal(heat, thing.proposals, thing.size), thing.box) >= 0.5
+        for thing, heat in zip(things, maps, strict=True)
+    ]
 
 
 def best_proposal(heat: Tensor, proposals: Sequence[Box], size: tuple[int, int]) -> Box:
@@ -313,3 +197,12 @@ def overlap(one: Box, other: Box) -> float:
     )
     shared = wide * high if wide > 1 and high > 1 else 0.0
     return shared / (one[2] * one[3] + other[2] * other[3] - shared)
+
+
+BENCHMARKS = {
+    "retrieval": retrieval(encode, rank, cleaned),
+    "vqa": Benchmark(of_split(vqa_questions), one_picture, ranked_answers, answers_for_server),
+    "nlvr2": Benchmark(of_split(nlvr2_pairs), both_pictures, judge_pairs, accuracy(lambda pair: pair.label)),
+    "entailment": Benchmark(of_split(entailment_rows), one_picture, verdicts, accuracy(lambda row: row.label)),
+    "grounding": Benchmark(of_split(referred_things), one_picture, grounded, accuracy(lambda thing: True)),
+}

@@ -6,11 +6,9 @@ Axes: I pictures, S picture tokens, C their width.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,104 +23,64 @@ from papers.blip2.weights import config_of, holds_encoder, load_file
 from shared.backbones.vision import Encoder
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
-from shared.core.files import write_whole
 from shared.core.paper_card import MetricRow
-from shared.data.benchmarks import nocaps_records
-from shared.data.images import PictureError, fitted_image
-from shared.data.readers import karpathy_records
-from shared.data.vqa import AskedPicture, gqa_questions, okvqa_questions, vqa_questions, write_vqa_results
-from shared.metrics import caption_scores, reranked_hits, vqa_accuracy
+from shared.data.readers import Record
+from shared.data.vqa import AskedPicture, gqa_questions, okvqa_questions, vqa_questions
+from shared.experiments.benchmarks import (
+    Benchmark,
+    Need,
+    Released,
+    Run,
+    Weights,
+    answers_for_server,
+    captioning,
+    one_picture,
+    released_file,
+    retrieval,
+    run_benchmark,
+    trained_weights,
+)
+from shared.metrics import vqa_accuracy
 from shared.metrics.vqa import normalise
 from shared.tokenizers.base import Tokenizer
 from shared.tokenizers.bert import BertTokenizer
-from shared.weights.fetch import cached
-from shared.weights.manifest import Entry, load_manifest
+from shared.weights.manifest import Entry
 
-FOLDERS = {  # where each benchmark lies under data_root
-    "MSCOCO": "coco",
-    "Flickr30k": "flickr30k",
-    "NoCaps": "nocaps",
-    "VQAv2": "vqav2",
-    "OK-VQA": "okvqa",
-    "GQA": "gqa",
-}
 QUESTIONS = {"VQAv2": vqa_questions, "OK-VQA": okvqa_questions, "GQA": gqa_questions}
 PRETRAINED = ("blip2-vit-l", "blip2-vit-g")  # ids of weights that retrieval needs tuned, and no one has released so
 CHUNK = 16
-LARGEST_DROPPED = 0.001
 SPACY = "en_core_web_sm"
-T = TypeVar("T")
+NOTHING = Need("", None, "here")  # what a row does without
 
 
 def measure(row: MetricRow, recipe: Blip2Recipe) -> float:
     """The row's score in percent. UserError: what is lacking, and the command that would run it."""
-    task, _, rest = row.metric.partition("/")
-    name, _, protocol = rest.partition("@")
-    if name == "spice":
-        raise UserError("SPICE needs Java and the Stanford parser, which are not used here; score captions elsewhere")
-    if protocol == "generate-official":
+    if row.metric.endswith("@generate-official"):
         raise UserError(
             "no weights fine-tuned for VQA were released, whose Q-Former reads the question too: nothing can be scored"
         )
-    entries = load_manifest(recipe.manifest)
-    if row.need.weights not in entries:
-        raise UserError(f"an entry '{row.need.weights}' in {recipe.manifest}")
-    root = Path(recipe.data_root or "FOLDER")
-    needs = needs_of(row, entries, root)
-    if recipe.scale != "paper" or not all(need.there for need in needs):
-        raise UserError(lacking(row, needs, root))
-    places = Places(*(need.place for need in needs[:4]))
-    if task == "retrieval":
-        hits = retrieval_hits(places, row.need.weights, variant_of(row), protocol)
-        found = hits[f"retrieval/{name}@{protocol}"]
-    elif task == "caption":
-        found = caption_score(places, row.need.weights, name, protocol)
-    else:
-        found = answer_score(places, row, protocol)
-    return 100 * found
+    return run_benchmark(row, recipe, BENCHMARKS, needs, load)
 
 
 # ---- what a row needs
 
 
-class Need(NamedTuple):
-    """place: where it lies, or would; told: what it is and where it comes from."""
-
-    place: Path | None
-    told: str
-    there: bool
-
-
-class Places(NamedTuple):
-    """encoder: None where the weights hold it. language: None where the row has none."""
-
-    weights: Path
-    encoder: Path | None
-    language: Path | None
-    data: Path
-
-
-def needs_of(row: MetricRow, entries: dict[str, Entry], root: Path) -> list[Need]:
-    """Weights, frozen encoder, language model and data, in the order of Places; then spaCy."""
-    entry, folder = entries[row.need.weights], root / FOLDERS[row.dataset]
-    config = config_of(entry.id)
-    weights = weights_of(row, entry, root)
+def needs(row: MetricRow, entries: Mapping[str, Entry], root: Path) -> list[Need]:
+    """Weights, frozen encoder, language model; then spaCy."""
+    entry = entries[row.need.weights]
+    if further := trained_for(row):
+        how = f"trained further from {entry.file}, as none of this kind were released"
+        weights = trained_weights(further, how, root)
+    else:
+        weights = released_file("weights", entry, root)
+    encoder = entries[ENCODER_ENTRIES[config_of(entry.id).vision.kind]]
+    whole = weights.state == "here" and holds_encoder_too(weights.place)
     return [
-        Need(weights, told_weights(row, entry, weights), weights.exists()),
-        encoder_need(weights, entries[ENCODER_ENTRIES[config.vision.kind]], root),
+        weights,
+        NOTHING if whole else released_file("image encoder", encoder, root),
         language_need(row, root),
-        Need(folder, f"data {folder} ({row.need.data})", folder.exists()),
         spacy_need(row),
     ]
-
-
-def weights_of(row: MetricRow, entry: Entry, root: Path) -> Path:
-    """Where the row's weights lie, or would: under root/weights, by the name that they were published under, or where
-    they have to be trained further first, by one that says what for; else what was fetched."""
-    if further := trained_for(row):
-        return root / "weights" / f"{further}.safetensors"
-    local = root / "weights" / entry.file
-    return local if local.exists() or entry.sha256 is None else cached(entry) or local
 
 
 def trained_for(row: MetricRow) -> str | None:
@@ -134,23 +92,8 @@ def trained_for(row: MetricRow) -> str | None:
     return f"{row.need.weights}-retrieval-coco" if row.metric.startswith("retrieval/") else row.variant
 
 
-def told_weights(row: MetricRow, entry: Entry, place: Path) -> str:
-    if trained_for(row):
-        return f"weights {place}, trained further from {entry.file}, as none of this kind were released"
-    known = f"sha256 {entry.sha256[:12]}..." if entry.sha256 else "no sha256 was published"
-    return f"weights {place} ({entry.origin}; {known})"
-
-
-def encoder_need(weights: Path, entry: Entry, root: Path) -> Need:
-    if weights.exists() and whole(weights):
-        return Need(None, "the image encoder is in the weights", True)
-    local = root / "weights" / entry.file
-    place = local if local.is_file() or entry.sha256 is None else cached(entry) or local
-    return Need(place, f"image encoder {place} ({entry.origin})", place.is_file())
-
-
 @lru_cache(maxsize=8)
-def whole(weights: Path) -> bool:
+def holds_encoder_too(weights: Path) -> bool:
     """Asked once a file: a .pth has to be read for it."""
     return holds_encoder(weights)
 
@@ -161,59 +104,48 @@ def language_need(row: MetricRow, root: Path) -> Need:
 
     language = variant_of(row).language
     if language is None:
-        return Need(None, "no language model is needed", True)
+        return NOTHING
     place = root / "weights" / language.name
     command = f"hf download {PUBLISHED[language.name].repo} --local-dir {place}"
-    return Need(place, f"language model {place} ({command})", (place / "config.json").is_file())
+    state = "here" if (place / "config.json").is_file() else "missing"
+    return Need(f"language model {place} ({command})", place, state)
 
 
 def variant_of(row: MetricRow) -> Blip2Config:
     """The configuration of the row's model at the size of its task's pictures."""
-    further = row.need.weights in PRETRAINED and not row.metric.startswith("retrieval/")
-    id = row.variant if further else row.need.weights
-    tuned = row.metric.startswith("retrieval/") and row.need.weights in PRETRAINED
-    return config_of(f"{id}-retrieval-coco" if tuned else id)
+    pretrained, retrieves = row.need.weights in PRETRAINED, row.metric.startswith("retrieval/")
+    if pretrained and retrieves:
+        return config_of(f"{row.need.weights}-retrieval-coco")
+    return config_of(row.variant if pretrained else row.need.weights)
 
 
 def spacy_need(row: MetricRow) -> Need:
     if not row.metric.endswith("-lemmas"):
-        return Need(None, "no lemmas are needed", True)
+        return NOTHING
     from importlib.util import find_spec
 
     there = find_spec("spacy") is not None and find_spec(SPACY) is not None
-    return Need(None, f"spaCy and its model {SPACY} (pip install spacy; python -m spacy download {SPACY})", there)
-
-
-def lacking(row: MetricRow, needs: Sequence[Need], root: Path) -> str:
-    command = f'make reproduce PAPER=blip2 SCALE=paper ARGS="data_root={root}"'
-    told = [f"{need.told}: {'here' if need.there else 'missing'}" for need in needs if need.place or not need.there]
-    return f"{command} with {'; '.join(told)}"
+    text = f"spaCy and its model {SPACY} (pip install spacy; python -m spacy download {SPACY})"
+    return Need(text, None, "here" if there else "missing")
 
 
 # ---- models
 
 
-class Seeing(NamedTuple):
-    """A model of either stage and its image encoder. words: in stage 2 the language model's, else the Q-Former's."""
-
-    model: Any
-    encoder: Encoder
-    words: PromptTokenizer | Tokenizer
-
-
-@lru_cache(maxsize=1)
-def seeing(places: Places, id: str, variant: Blip2Config) -> Seeing:
-    """id: the manifest's, for messages alone. In half precision, as far as it is frozen, on a GPU: of the image encoder
-    the matrices (load_encoder)."""
+def load(weights: Weights) -> Released:
+    """The tokenizer is of stage 2 the language model's, else the Q-Former's. In half precision, as far as it is frozen,
+    on a GPU: of the image encoder the matrices (load_encoder)."""
+    path, encoder_path, folder, _ = weights.places
+    variant = variant_of(weights.row)
     half = torch.float16 if torch.cuda.is_available() else None
-    loaded = load_file(places.weights, variant)
-    model, encoder = loaded
+    model, encoder = load_file(path, variant)
     if encoder is None:
-        encoder = load_encoder(places.encoder, model.config.vision, half)
+        encoder = load_encoder(encoder_path, model.config.vision, half)
     if isinstance(model, Blip2) != (variant.language is not None):
-        raise UserError(f"{places.weights}: weights of another stage than {id}'s")
-    words = tokenizer_of(model.config) if variant.language is None else speaking(model, places.language, variant)
-    return Seeing(on_gpu_if_any(model).eval(), on_gpu_if_any(encoder), words)
+        raise UserError(f"{path}: weights of another stage than {weights.id}'s")
+    tokenizer = tokenizer_of(model.config) if variant.language is None else speaking(model, folder, variant)
+    size = model.config.vision.image_size
+    return Released(on_gpu_if_any(model).eval(), tokenizer, size, on_gpu_if_any(encoder))
 
 
 def speaking(model: Blip2, folder: Path, variant: Blip2Config) -> PromptTokenizer:
@@ -239,136 +171,57 @@ def tokenizer_of(config: Blip2Config) -> Tokenizer:
 
 @torch.inference_mode()
 def features_of(encoder: Encoder, images: Tensor) -> Tensor:
-    """(I, 3, H, W) uint8 -> (I, S, C) on the CPU."""
-    return encoder(images.to(encoder.device)).cpu()
+    """(I, 1, 3, H, W) uint8 -> (I, S, C) on the CPU."""
+    return encoder(images[:, 0].to(encoder.device)).cpu()
 
 
-def in_chunks(name: str, samples: Sequence[T], record, size: int) -> Iterator[tuple[list[T], Tensor]]:
-    """(samples, their pictures (I, 3, size, size) uint8); `record(sample)` is what the picture is read from.
-
-    Samples with a broken picture are dropped, up to a thousandth of all.
-    """
-    dropped: dict[str, str] = {}
-    for start in range(0, len(samples), CHUNK):
-        kept, images = [], []
-        for place, sample in enumerate(samples[start : start + CHUNK], start):
-            try:
-                images.append(torch.from_numpy(fitted_image(record(sample).read(), size, whole=True).copy()))
-                kept.append(sample)
-            except (PictureError, OSError) as wrong:
-                dropped[str(getattr(record(sample), "id", place))] = getattr(wrong, "strerror", None) or str(wrong)
-        if len(dropped) > LARGEST_DROPPED * len(samples):
-            first = ", ".join(f"{id} ({why})" for id, why in list(dropped.items())[:3])
-            raise UserError(f"{name}: {len(dropped)} broken pictures of {len(samples)}: {first}; get the set anew")
-        if kept:
-            yield kept, torch.stack(images)
+# ---- retrieval (Sec. 4.4), captions (Sec. 4.2)
 
 
-# ---- retrieval (Sec. 4.4)
+def encode(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    features = features_of(released.encoder, images)
+    unit = encoded(released.model, features).unit
+    return list(zip(unit, features.half() if released.encoder.dtype else features, strict=True))
 
 
-def candidates_of(protocol: str) -> int:
-    """'itc-top128-itm+itc' -> 128."""
-    return int(next(part for part in protocol.split("-") if part.startswith("top")).removeprefix("top"))
+def rank(
+    released: Released, pictures: Sequence[Tensor], texts: Sequence[str], candidates: int
+) -> tuple[Tensor, Tensor]:
+    tokens = released.tokenizer(texts, released.model.config.context)
+    return reranked(released.model, Encoded(*pictures), tokens, candidates)
 
 
-@lru_cache(maxsize=2)
-def retrieval_hits(places: Places, id: str, variant: Blip2Config, protocol: str) -> dict[str, float]:
-    """Both directions, R@1, 5, 10, of the Karpathy test split, all captions of each picture."""
-    model, encoder, tokenizer = seeing(places, id, variant)
-    parts, texts, owner = [], [], []
-    records = karpathy_records(places.data)["test"]
-    for kept, images in in_chunks(places.data.name, records, lambda one: one, model.config.vision.image_size):
-        pictures = sum(len(part.features) for part in parts)
-        features = features_of(encoder, images)
-        parts.append(Encoded(encoded(model, features).unit, features.half() if encoder.dtype else features))
-        for place, record in enumerate(kept, pictures):
-            texts += [clean_caption(text) for text in record.captions]
-            owner += [place] * len(record.captions)
-    seen = Encoded(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    tokens = tokenizer(texts, model.config.context)
-    i2t, t2i = reranked(model, seen, tokens, min(candidates_of(protocol), len(seen.features), len(texts)))
-    return reranked_hits(i2t, t2i, torch.tensor(owner), protocol=protocol)
-
-
-# ---- captions (Sec. 4.2)
-
-
-def caption_score(places: Places, id: str, name: str, protocol: str) -> float:
-    """BLEU-4 or CIDEr-D by the Treebank tokens of shared/metrics/captioning.py, whose scores on MSCOCO's captions are
-    those of the official tokenizer to the second decimal. NoCaps is scored by its server alone."""
-    if protocol == "nocaps-server":
-        path = captions_for_server(places, id)
-        raise UserError(f"the captions are written to {path}; the server of NoCaps scores them")
-    return coco_captions(places, id)[{"bleu4": "caption/bleu4@treebank", "cider": "caption/cider_d@treebank"}[name]]
-
-
-@lru_cache(maxsize=2)
-def coco_captions(places: Places, id: str) -> dict[str, float]:
-    records = karpathy_records(places.data)["test"]
-    said, kept = captions(places, id, records, lambda one: one)
-    return {name: scored.score for name, scored in caption_scores(said, [list(one.captions) for one in kept]).items()}
-
-
-@lru_cache(maxsize=2)
-def captions_for_server(places: Places, id: str) -> Path:
-    said, kept = captions(places, id, nocaps_records(places.data), lambda pair: pair[0])
-    numbers = [int(record.id) if record.id.isdigit() else record.id for record, _ in kept]
-    rows = [{"image_id": number, "caption": text} for number, text in zip(numbers, said, strict=True)]
-    return predictions(f"nocaps-{places.weights.stem}.json", json.dumps(rows))
-
-
-def captions(places: Places, id: str, samples: Sequence[T], record) -> tuple[list[str], list[T]]:
+def captions(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> list[str]:
     """Behind "a photo of", 5 beams, 8 to 30 tokens; no penalty for repetition or length, of which the paper says
     nothing (LAVIS's later defaults are 1.15 and 0)."""
-    model, encoder, words = seeing(places, id, config_of(id))
-    said, all_kept = [], []
-    for kept, images in in_chunks(places.data.name, samples, record, model.config.vision.image_size):
-        said += caption(model, words, features_of(encoder, images), CAPTIONING)
-        all_kept += kept
-    return said, all_kept
-
-
-def predictions(name: str, text: str) -> Path:
-    path = Path("runs") / "blip2" / "predictions" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
-    return path
+    return caption(released.model, released.tokenizer, features_of(released.encoder, images), CAPTIONING)
 
 
 # ---- zero-shot VQA (Sec. 4.1)
 
 
-def answer_score(places: Places, row: MetricRow, protocol: str) -> float:
-    asked, said = answers(places, row.need.weights, variant_of(row), row.dataset, row.split)
-    if protocol.endswith("-lemmas"):
-        said = lemmas(said)
-    if protocol.endswith("-exact"):  # GQA, as LAVIS: both sides by VQA's clean-up, then equal or not
-        right = [normalise(one.answers[0]) == normalise(text) for one, text in zip(asked, said, strict=True)]
-        return sum(right) / len(right)
-    if not asked[0].answers:
-        path = Path("runs") / "blip2" / "predictions" / f"vqa-{row.split}-{places.weights.stem}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_vqa_results(path, {one.id: text for one, text in zip(asked, said, strict=True)})
-        raise UserError(f"the answers to {row.split} are written to {path}; the official server scores them")
-    scored = vqa_accuracy(said, [one.answers for one in asked], "official")
-    return scored["vqa/acc@official"].score
+def asked(run: Run) -> list[AskedPicture]:
+    return QUESTIONS[run.dataset](run.data, run.split)
 
 
-@lru_cache(maxsize=2)
-def answers(
-    places: Places, id: str, variant: Blip2Config, dataset: str, split: str
-) -> tuple[list[AskedPicture], list[str]]:
-    """The questions whose pictures could be read, and what was answered: the prompt of the language model's kind, 5
-    beams, length penalty -1, at most 10 tokens."""
-    model, encoder, words = seeing(places, id, variant)
-    asked, said = [], []
-    size = model.config.vision.image_size
-    for kept, images in in_chunks(dataset, QUESTIONS[dataset](places.data, split), lambda one: one.picture, size):
-        questions = [clean_question(one.question) for one in kept]
-        said += answer(model, words, features_of(encoder, images), questions, ANSWERING)
-        asked += kept
-    return asked, said
+def answers(run: Run, released: Released, questions: Sequence[AskedPicture], images: Tensor) -> list[str]:
+    """Behind the prompt of the language model's kind, 5 beams, length penalty -1, at most 10 tokens."""
+    texts = [clean_question(question.question) for question in questions]
+    return answer(released.model, released.tokenizer, features_of(released.encoder, images), texts, ANSWERING)
+
+
+def answer_scores(
+    run: Run, released: Released, questions: Sequence[AskedPicture], texts: Sequence[str]
+) -> dict[str, float] | str:
+    if run.protocol.endswith("-lemmas"):
+        texts = lemmas(texts)
+    if run.protocol.endswith("-exact"):  # GQA, as LAVIS: both sides by VQA's clean-up, then equal or not
+        right = [normalise(one.answers[0]) == normalise(text) for one, text in zip(questions, texts, strict=True)]
+        return {"accuracy": sum(right) / len(right)}
+    if not questions[0].answers:
+        return answers_for_server(run, released, questions, texts)
+    scores = vqa_accuracy(texts, [question.answers for question in questions], "official")
+    return {"accuracy": scores["vqa/acc@official"].score}
 
 
 def lemmas(texts: Sequence[str]) -> list[str]:
@@ -380,3 +233,10 @@ def lemmas(texts: Sequence[str]) -> list[str]:
         " ".join(token.lemma_ if token.pos_ in ("NOUN", "VERB") else token.text for token in read(text))
         for text in texts
     ]
+
+
+BENCHMARKS = {
+    "retrieval": retrieval(encode, rank, clean_caption, CHUNK),
+    "caption": captioning(captions, CHUNK),
+    "vqa": Benchmark(asked, one_picture, answers, answer_scores, CHUNK),
+}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from benchmark_rows import forget_scores
 from PIL import Image
 
 from papers.albef import config as albef_config
@@ -20,6 +21,8 @@ from papers.albef.weights import FORMATS, published_of
 from shared.core.errors import UserError
 from shared.core.paper_card import MetricRow, Need
 from shared.data import vqa as vqa_sets
+from shared.data.images import fitted_image
+from shared.experiments.benchmarks import candidates_of
 from shared.tokenizers.bert import BertTokenizer
 from shared.weights.load import save_weights
 
@@ -75,8 +78,7 @@ def world(tmp_path, monkeypatch):
         monkeypatch.setitem(albef_config.VARIANTS, name, lambda: TINY)
     monkeypatch.setattr(metrics, "tokenizer_of", lambda: TOKENIZER)
     monkeypatch.chdir(tmp_path)
-    for cached in ("model_of", "retrieval", "ranked_answers", "pairs_right", "entailment_right", "grounded"):
-        getattr(metrics, cached).cache_clear()
+    forget_scores()
     (tmp_path / "weights").mkdir()
     return tmp_path
 
@@ -143,7 +145,7 @@ def test_retrieval_is_re_ranked_by_the_match_logit_and_reads_all_captions(world)
         for way in ("i2t", "t2i")
     }
     model = model_of("retrieval").student
-    images = torch.stack([torch.from_numpy(metrics.fitted_image(picture(i), 32, whole=True).copy()) for i in range(5)])
+    images = torch.stack([torch.from_numpy(fitted_image(picture(i), 32, whole=True).copy()) for i in range(5)])
     texts = [f"a caption {n} of picture {i}" for i in range(5) for n in range(3)]
     tokens = torch.tensor([[TINY.start, *TOKENIZER.encode(text)] for text in texts])  # no [SEP]
     with torch.no_grad():
@@ -158,7 +160,7 @@ def test_retrieval_is_re_ranked_by_the_match_logit_and_reads_all_captions(world)
 
 
 def test_the_candidates_are_named_by_the_protocol():
-    assert metrics.candidates_of("zeroshot-itc-top128-itm") == 128 and metrics.candidates_of("itc-top256-itm") == 256
+    assert candidates_of("zeroshot-itc-top128-itm") == 128 and candidates_of("itc-top256-itm") == 256
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_answers_to_test_questions_are_written_for_the_server_and_not_scored(wor
     wanted = row("VQAv2", "test-dev", "vqa/accuracy@official", "albef-14m-vqa")
     with pytest.raises(UserError, match=r"answers to test-dev are written to .*the official server scores them"):
         metrics.measure(wanted, given)
-    written = json.loads((world / "runs" / "albef" / "predictions" / "albef.metrics.x.json").read_text())
+    written = json.loads((world / "runs" / "albef" / "predictions" / "vqav2-test-dev-tiny.json").read_text())
     assert [one["question_id"] for one in written] == [1, 11, 21]
     assert {one["answer"] for one in written} <= {"yes", "no", "two cat"}
 
@@ -257,9 +259,7 @@ def test_nlvr2_pairs_are_read_left_and_right_and_judged(world):
     pairs = vqa_sets.nlvr2_pairs(folder, "dev")
     images = torch.stack(
         [
-            torch.stack(
-                [torch.from_numpy(metrics.fitted_image(one.read(), 32, whole=True).copy()) for one in p.pictures]
-            )
+            torch.stack([torch.from_numpy(fitted_image(one.read(), 32, whole=True).copy()) for one in p.pictures])
             for p in pairs
         ]
     )
@@ -281,7 +281,7 @@ def test_hypotheses_are_judged_in_the_official_order_of_classes(world):
     given = recipe(world, "albef-14m-snli-ve", "entailment")
     found = metrics.measure(row("SNLI-VE", "test", "entailment/accuracy@three-way", "albef-14m-snli-ve"), given)
     assert vqa_sets.VERDICTS == ("contradiction", "neutral", "entailment")
-    images = torch.stack([torch.from_numpy(metrics.fitted_image(picture(i), 32, whole=True).copy()) for i in range(3)])
+    images = torch.stack([torch.from_numpy(fitted_image(picture(i), 32, whole=True).copy()) for i in range(3)])
     tokens = torch.tensor([[TINY.start, *TOKENIZER.encode("there is a cat")]] * 3)
     said = model_of("entailment").predict(images, tokens)
     assert found == pytest.approx(100 * float((said == torch.arange(3)).float().mean()))
@@ -313,7 +313,7 @@ def test_the_proposal_with_the_most_heat_for_its_area_is_chosen(world):
     refcoco(world / "refcoco+")
     given = recipe(world, "albef-refcoco", "retrieval")
     wanted = row("RefCOCO+", "val", "grounding/accuracy@gradcam-ranked-proposals", "albef-refcoco")
-    image = torch.from_numpy(metrics.fitted_image(picture(0, (40, 60)), 32, whole=True).copy())[None]
+    image = torch.from_numpy(fitted_image(picture(0, (40, 60)), 32, whole=True).copy())[None]
     tokens = torch.tensor([[TINY.start, *TOKENIZER.encode("the red cat")]])
     seen = metrics.heat_map(model_of("retrieval").student, image, tokens, 2)[0]
     right = metrics.best_proposal(seen, [(0, 0, 20, 20), (40, 20, 20, 20)], (60, 40)) == (0, 0, 20, 20)
@@ -345,11 +345,11 @@ RETRIEVAL = ("Flickr30k", "1k test", "retrieval/i2t_r1@itc-top128-itm", "albef-1
 
 def test_what_cannot_be_run_says_the_exact_need(world):
     given = recipe(world, RETRIEVAL[3], file="flickr30k.pth")
-    told = r"SCALE=paper .*flickr30k: as published; weights .*weights/flickr30k.pth .*data missing, weights missing"
+    told = r"SCALE=paper .*flickr30k \(as published\): missing; weights .*weights/flickr30k.pth .*: missing"
     with pytest.raises(UserError, match=told):
         metrics.measure(row(*RETRIEVAL), given)
     flickr(world)
-    with pytest.raises(UserError, match="data here, weights missing"):
+    with pytest.raises(UserError, match=r"\(as published\): here; weights \S+flickr30k.pth \(.*\): missing"):
         metrics.measure(row(*RETRIEVAL), given)
     with pytest.raises(UserError, match="SCALE=paper"):
         metrics.measure(row(*RETRIEVAL), recipe(world, RETRIEVAL[3], "retrieval", scale="mini"))

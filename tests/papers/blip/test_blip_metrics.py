@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_rows import forget_scores
 from published import encoded
 from tests_common import CATALOG
 
@@ -22,6 +23,7 @@ from shared.core.errors import UserError
 from shared.data.images import fitted_image
 from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights.load import save_weights
+from shared.weights.manifest import load_manifest
 
 ROWS = {row.id: row for row in CATALOG.card("blip").metrics}
 CAPTIONS = ["a red circle", "a blue square", "a green star", "two red circles"]
@@ -37,9 +39,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "VARIANTS", {"blip-base": lambda: tiny, "blip-large": lambda: tiny})
     monkeypatch.setattr(metrics, "SIZES", dict.fromkeys(metrics.SIZES, lambda config: config))
     monkeypatch.setattr(metrics, "tokenizer_of", lambda config: words)
-    for cache in vars(metrics).values():
-        if hasattr(cache, "cache_clear") and cache.__module__ == metrics.__name__:
-            cache.cache_clear()
+    forget_scores()
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "data"
     (root / "weights").mkdir(parents=True)
@@ -56,8 +56,8 @@ def metrics_manifest():
 
 def place(home, row, model):
     """Put a model where the row looks for its weights."""
-    entry = metrics.load_manifest(home.recipe.manifest)[row.need.weights]
-    path = metrics.weights_of(row, entry, home.root)
+    [weights] = metrics.needs(row, load_manifest(home.recipe.manifest), home.root)
+    path = weights.place
     save_weights(model, path)
     return path
 
@@ -150,7 +150,7 @@ def test_captions_of_coco(home, metric):
     said = write(model, home.words, read(home.root / "coco", 4), GenerationConfig())
     karpathy(home.root / "coco", [[text or "nothing", "a red circle"] for text in said])
     own = metrics.measure(row, home.recipe)
-    metrics.coco_captions.cache_clear()
+    forget_scores()
     karpathy(home.root / "coco", [["some other words that nobody said"]] * 4)
     assert own > metrics.measure(row, home.recipe), "its own words score higher than a stranger's"
 
@@ -196,7 +196,7 @@ def test_nlvr2_counts_pairs_judged_rightly(home):
         lines.append({"identifier": f"dev-{index}-0-0", "sentence": "one is red", "label": "True"})
     (folder / "dev.json").write_text("\n".join(json.dumps(line) for line in lines))
     found = metrics.measure(row, home.recipe)
-    metrics.pair_accuracy.cache_clear()
+    forget_scores()
     (folder / "dev.json").write_text("\n".join(json.dumps(line | {"label": "False"}) for line in lines))
     assert found + metrics.measure(row, home.recipe) == 100.0 and found in (0, 25, 50, 75, 100)
 
@@ -218,7 +218,7 @@ def test_dialogue_ranks_the_humans_answer_among_the_candidates(home):
     for right in range(3):
         data = {"questions": ["is it red", "what colour"], "answers": answers, "dialogs": [talk(3, right)]}
         (folder / "visdial_1.0_val.json").write_text(json.dumps({"version": "1.0", "data": data}))
-        metrics.dialogue_scores.cache_clear()
+        forget_scores()
         shares.append(metrics.measure(row, home.recipe))
         assert metrics.measure(row_of("dialog/r5@discriminative"), home.recipe) == 100.0
     assert all(share in (0.0, 50.0, 100.0) for share in shares) and 0 < sum(shares) < 300, shares
@@ -248,14 +248,12 @@ def test_videos_are_asked_with_sixteen_frames(home):
     asked = [{"question": "what colour is it?", "answer": "zzz", "video_id": 7}]
     (folder / "test_qa.json").write_text(json.dumps(asked))
     assert metrics.measure(row, home.recipe) == 0.0
-    clip = metrics.msrvtt_questions(folder)[0].clip
-    assert [record.id for record in metrics.frame_records(clip, 16)][:3] == [
-        "video7/000.jpg", "video7/001.jpg", "video7/002.jpg"
-    ]  # fmt: skip
-    records = metrics.frame_records(clip, 16)
+    records = metrics.frames(SimpleNamespace(protocol="zeroshot-16frames"), metrics.msrvtt_questions(folder)[0])
+    assert len(records) == 16
+    assert [record.id for record in records][:3] == ["video7/000.jpg", "video7/001.jpg", "video7/002.jpg"]
     frames = torch.stack([torch.from_numpy(fitted_image(one.read(), 32, whole=True).copy()) for one in records])[None]
     said = metrics.write_answers(model, home.words, frames, ["what colour is it?"])
-    metrics.clip_answers.cache_clear()
+    forget_scores()
     (folder / "test_qa.json").write_text(json.dumps([asked[0] | {"answer": said[0] or " "}]))
     assert metrics.measure(row, home.recipe) == (100.0 if said[0] else 0.0)
 
@@ -270,7 +268,7 @@ def test_every_row_that_cannot_run_names_what_it_needs(home):
         if "spice" in row.metric:
             assert "Java" in str(told.value)
         else:
-            assert row.need.data in str(told.value) and "data missing, weights missing" in str(told.value), row.id
+            assert row.need.data in str(told.value) and str(told.value).count(": missing") == 2, row.id
             assert str(home.root / "weights") in str(told.value) and "SCALE=paper" in str(told.value)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_rows import forget_scores
 from published import encoded
 from tests_common import CATALOG
 
@@ -26,6 +27,7 @@ from shared.data.images import fitted_image
 from shared.data.vqa import gqa_questions, okvqa_questions
 from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights.load import save_weights
+from shared.weights.manifest import load_manifest
 
 transformers = pytest.importorskip("transformers")
 
@@ -57,9 +59,7 @@ def home(tmp_path, monkeypatch):
     words = SmallTokenizer.train(CAPTIONS * 3, 310, SPECIALS)
     monkeypatch.setattr(metrics, "config_of", lambda id: tiny(id, words))
     monkeypatch.setattr(metrics, "tokenizer_of", lambda config: words)
-    for cache in vars(metrics).values():
-        if hasattr(cache, "cache_clear") and cache.__module__ == metrics.__name__:
-            cache.cache_clear()
+    forget_scores()
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "data"
     (root / "weights").mkdir(parents=True)
@@ -83,8 +83,8 @@ def place(home, row):
     """Put everything that a row needs but its data in the published form; (model, encoder, language model's words)."""
     config = metrics.variant_of(row)
     vit = rough(vision_encoder(config.vision))
-    entries = metrics.load_manifest(home.recipe.manifest)
-    weights = metrics.weights_of(row, entries[row.need.weights], home.root)
+    entries = load_manifest(home.recipe.manifest)
+    weights = metrics.needs(row, entries, home.root)[0].place
     if config.language is None:
         model, format = rough(Blip2Qformer(config)), "lavis-stage1"
     else:
@@ -215,7 +215,7 @@ def test_captions_of_coco(home, metric, variant):
     assert len(set(said)) > 1 and all(said)
     karpathy(home.root / "coco", [[text, "a red circle"] for text in said])
     own = metrics.measure(row, home.recipe)
-    metrics.coco_captions.cache_clear()
+    forget_scores()
     karpathy(home.root / "coco", [["some other words that nobody said"]] * 4)
     assert own > metrics.measure(row, home.recipe), "its own words score higher than a stranger's"
 
@@ -259,7 +259,7 @@ def test_zero_shot_answers_to_vqav2_are_scored_by_the_official_rule(home, varian
     said = answer(here.model, here.words, features, [metrics.clean_question(one) for one in ASKED])
     assert metrics.clean_question(ASKED[2]) == "is it a square? yes"
     assert metrics.measure(row, home.recipe) == 0.0
-    metrics.answers.cache_clear()
+    forget_scores()
     vqa(folder, "val2014", "val2014", ASKED, [[said[0]] * 10, [said[1]] * 2 + ["else"] * 8, ["else"] * 10])
     assert metrics.measure(row, home.recipe) == pytest.approx(100 * (1 + 0.6) / 3)
 
@@ -293,10 +293,10 @@ def test_okvqa_is_scored_by_lemmas_and_says_who_makes_them(home, monkeypatch):
     row = row_of("vqa/accuracy@zeroshot-short-answer-beam5-lp-1-lemmas", variant="blip2-vit-g-flan-t5-xl")
     place(home, row)
     vqa(home.root / "okvqa", "val2014", "val2014", ASKED, [["circle"] * 10] * 3)
-    if not metrics.spacy_need(row).there:
+    if metrics.spacy_need(row).state == "missing":
         with pytest.raises(UserError, match=r"spaCy and its model en_core_web_sm .*: missing"):
             metrics.measure(row, home.recipe)
-    monkeypatch.setattr(metrics, "spacy_need", lambda row: metrics.Need(None, "", True))
+    monkeypatch.setattr(metrics, "spacy_need", lambda row: metrics.NOTHING)
     monkeypatch.setattr(metrics, "answer", lambda *given: ["circles", "squares", "circle"])
     monkeypatch.setattr(metrics, "lemmas", lambda texts: [text.removesuffix("s") for text in texts])
     assert metrics.measure(row, home.recipe) == pytest.approx(200 / 3)

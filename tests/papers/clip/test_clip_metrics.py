@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from benchmark_rows import forget_scores
 from PIL import Image
 
 from papers.clip import config as clip_config
@@ -40,8 +41,7 @@ def released(tmp_path, monkeypatch):
     save_weights(to_published(model.state_dict(), OPENAI_VIT), path)
     manifest = tmp_path / "manifest.yaml"
     manifest.write_text(yaml.safe_dump({"clip-vit-b-32": entry(path)}))
-    for cache in (metrics.model_of, metrics.class_scores, metrics.retrieval, metrics.probe_score):
-        cache.cache_clear()
+    forget_scores()
     return model, manifest
 
 

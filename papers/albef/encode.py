@@ -14,7 +14,7 @@ from torch import Tensor
 from papers.albef.model import Albef
 from shared.core.device import device_of
 from shared.core.errors import UserError
-from shared.metrics import rerank, reranked_hits, retrieval_hits
+from shared.metrics import rerank_both, reranked_hits, retrieval_hits
 from shared.tokenizers.base import Tokenizer, trim
 
 BATCH = 256
@@ -99,20 +99,13 @@ def reranked(model: Albef, pictures: Pictures, texts: Texts, candidates: int) ->
     pairs = chosen.nonzero()  # a pair that both sides chose is asked for once
     logits = torch.full_like(itc, float("nan"))
     logits[pairs[:, 0], pairs[:, 1]] = matched(model, pictures, texts, pairs)[:, 1]
-    forth = rerank(itc, lambda picture, text: logits[picture, text], candidates, "itm")
-    back = rerank(itc.T, lambda text, picture: logits[picture, text], candidates, "itm")
-    return Reranked(itc, forth, back)
+    return Reranked(itc, *rerank_both(itc, lambda picture, text: logits[picture, text], candidates, "itm"))
 
 
 def best(scores: Tensor, count: int) -> Tensor:
     """(N, M) bool: the `count` highest of each row."""
     chosen = scores.topk(min(count, scores.shape[1]), dim=1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
-
-
-def recall(scores: Reranked, owner: Tensor, protocol: str, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """{`retrieval/i2t_r1@<protocol>`: share, ...} of the re-ranked scores; owner (T,): each text's picture."""
-    return reranked_hits(scores.image_to_text, scores.text_to_image, owner, ks, protocol)
 
 
 class PoolScore(NamedTuple):
@@ -127,8 +120,10 @@ def pools_score(model: Albef, pictures: Pictures, texts: Texts, pools: Sequence[
     sums, rows = [0.0, 0.0], 0
     for pool in pools:
         own = torch.arange(len(pool))
-        found = reranked(model, Pictures(*(p[pool] for p in pictures)), Texts(*(t[pool] for t in texts)), candidates)
-        for place, hits in enumerate((retrieval_hits(found.itc, own, (1,), "itc"), recall(found, own, "itm", (1,)))):
+        scores = reranked(model, Pictures(*(p[pool] for p in pictures)), Texts(*(t[pool] for t in texts)), candidates)
+        by_itc = retrieval_hits(scores.itc, own, (1,), "itc")
+        by_itm = reranked_hits(scores.image_to_text, scores.text_to_image, own, (1,), "itm")
+        for place, hits in enumerate((by_itc, by_itm)):
             sums[place] += 50 * sum(hits.values()) * len(pool)
         rows += len(pool)
     return PoolScore(*(total / rows for total in sums))

@@ -20,7 +20,7 @@ from papers.blip.model import Blip
 from papers.blip.tasks import BlipDialogue, BlipNlvr, BlipVqa
 from shared.core.device import device_of
 from shared.core.errors import UserError
-from shared.metrics import rerank
+from shared.metrics import rerank_both
 from shared.nn.generation import GenerationSettings, generate
 from shared.tokenizers.base import Tokenizer, trim
 
@@ -77,16 +77,11 @@ def reranked(model: Blip, pictures: Encoded, tokens: Tensor, candidates: int) ->
     texts = text_features(model, tokens)
     cosines = pictures.features @ texts.T  # (I, T)
 
-    def texts_of(picture: Tensor, chosen: Tensor) -> Tensor:
-        return logit(tokens[chosen], pictures.tokens[picture[:1]])
+    def logits(picture: Tensor, text: Tensor) -> Tensor:
+        image_tokens = pictures.tokens[picture.unique_consecutive()]  # a picture with many texts is looked at once
+        return model.match(tokens[text].to(device), image_tokens.to(device))[:, 1].float().cpu()
 
-    def pictures_of(text: Tensor, chosen: Tensor) -> Tensor:
-        return logit(tokens[text], pictures.tokens[chosen])
-
-    def logit(some: Tensor, seen: Tensor) -> Tensor:
-        return model.match(some.to(device), seen.to(device))[:, 1].float().cpu()
-
-    return rerank(cosines, texts_of, candidates, "itm+itc"), rerank(cosines.T, pictures_of, candidates, "itm+itc")
+    return rerank_both(cosines, logits, candidates, "itm+itc")
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from torch import Tensor
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.text import PromptTokenizer
 from shared.core.device import device_of
-from shared.metrics import exact_match, pope, rerank
+from shared.metrics import exact_match, pope, rerank_both
 from shared.nn.generation import GenerationSettings, generate
 
 BATCH = 128
@@ -62,16 +62,10 @@ def reranked(model: Blip2Qformer, pictures: Encoded, tokens: Tensor, candidates:
     device = device_of(model)
     near = cosines(pictures, text_features(model, tokens))  # (I, T)
 
-    def texts_of(picture: Tensor, chosen: Tensor) -> Tensor:
-        return logit(pictures.features[picture], tokens[chosen])
+    def logits(picture: Tensor, text: Tensor) -> Tensor:
+        return model.match(pictures.features[picture].to(device), tokens[text].to(device))[:, 1].float().cpu()
 
-    def pictures_of(text: Tensor, chosen: Tensor) -> Tensor:
-        return logit(pictures.features[chosen], tokens[text])
-
-    def logit(seen: Tensor, some: Tensor) -> Tensor:
-        return model.match(seen.to(device), some.to(device))[:, 1].float().cpu()
-
-    return rerank(near, texts_of, candidates, "itm+itc"), rerank(near.T, pictures_of, candidates, "itm+itc")
+    return rerank_both(near, logits, candidates, "itm+itc")
 
 
 # ---- answers and captions
@@ -102,51 +96,52 @@ CAPTIONING = GenerationConfig(longest=30, shortest=8)  # LAVIS, caption_coco_opt
 @torch.inference_mode()
 def write(
     model: Blip2,
-    words: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     features: Tensor | None,
     prompts: Sequence[str],
-    how: GenerationConfig,
+    config: GenerationConfig,
     batch: int = BATCH,
+    before: Tensor | None = None,
 ) -> list[str]:
     """What the language model says of each picture behind its prompt; behind the prompt alone where features is None.
+    before (1, L, W): what stands in front of every picture.
 
     Prompts of different lengths are padded on the left.
     """
-    said = []
+    texts, language = [], model.language_model
+    settings = config.settings(tokenizer.stop, language.kind)
     for start in range(0, len(prompts), batch):
-        chosen = slice(start, start + batch)
-        tokens, attention_mask = words.prompts(prompts[chosen], device_of(model))
-        if features is None:
-            decoding = model.language_model.decoding(no_prefix(model, len(tokens)))
-        else:
-            decoding = model.decoding(features[chosen].to(tokens.device))
-        found = generate(
-            decoding, tokens, how.settings(words.stop, model.language_model.kind), attention_mask=attention_mask
-        )
-        said += [words.decode(one) for one in found.tokens]
-    return said
+        part = slice(start, start + batch)
+        tokens, attention_mask = tokenizer.prompts(prompts[part], device_of(model))
+        prefix = prefix_of(model, None if features is None else features[part], len(tokens))
+        if before is not None:
+            prefix = torch.cat([before.expand(len(prefix), -1, -1), prefix.float()], 1)
+        written = generate(language.decoding(prefix), tokens, settings, attention_mask=attention_mask)
+        texts += [tokenizer.decode(ids) for ids in written.tokens]
+    return texts
 
 
-def no_prefix(model: Blip2, rows: int) -> Tensor:
-    """(B, 0, W): what a blind language model sees of a picture."""
-    return torch.zeros(rows, 0, model.language_model.width, device=device_of(model))
+def prefix_of(model: Blip2, features: Tensor | None, rows: int) -> Tensor:
+    """Features (B, S, C) -> the visual words (B, Q, W); none (rows, 0, W) for a blind language model."""
+    if features is None:
+        return torch.zeros(rows, 0, model.language_model.width, device=device_of(model))
+    return model.prefix(features.to(device_of(model)))
 
 
-def asked(model: Blip2, questions: Sequence[str]) -> list[str]:
+def prompts_of(model: Blip2, questions: Sequence[str]) -> list[str]:
     """The questions as the paper puts them to this kind of language model."""
     return [PROMPTS[model.language_model.kind].format(question) for question in questions]
 
 
 def answer(
     model: Blip2,
-    words: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     features: Tensor | None,
     questions: Sequence[str],
-    how: GenerationConfig = ANSWERING,
+    config: GenerationConfig = ANSWERING,
 ) -> list[str]:
     """Zero-shot VQA: an answer in the language model's own words, its first line without the final period."""
-    said = write(model, words, features, asked(model, questions), how)
-    return [tidy(one) for one in said]
+    return list(map(tidy, write(model, tokenizer, features, prompts_of(model, questions), config)))
 
 
 def tidy(text: str) -> str:
@@ -155,24 +150,25 @@ def tidy(text: str) -> str:
 
 
 def caption(
-    model: Blip2, words: PromptTokenizer, features: Tensor, how: GenerationConfig = CAPTIONING, prompt: str = CAPTION
+    model: Blip2,
+    tokenizer: PromptTokenizer,
+    features: Tensor,
+    config: GenerationConfig = CAPTIONING,
+    prompt: str = CAPTION,
 ) -> list[str]:
     """A caption of each picture, without the prompt."""
-    return [tidy(one) for one in write(model, words, features, [prompt] * len(features), how)]
+    return list(map(tidy, write(model, tokenizer, features, [prompt] * len(features), config)))
 
 
 @torch.inference_mode()
 def chosen(
-    model: Blip2, words: PromptTokenizer, features: Tensor | None, questions: Sequence[str], answers: Sequence[str]
+    model: Blip2, tokenizer: PromptTokenizer, features: Tensor | None, questions: Sequence[str], answers: Sequence[str]
 ) -> list[str]:
     """Of the answers the one whose first token is likeliest: what a model that cannot know the form of the answers is
     scored by, so that a blind one is not called wrong for its manners alone."""
-    first = [words.encode(f" {one}")[0] for one in answers]
-    tokens, attention_mask = words.prompts(asked(model, questions), device_of(model))
-    if features is None:
-        decoding = model.language_model.decoding(no_prefix(model, len(tokens)))
-    else:
-        decoding = model.decoding(features.to(tokens.device))
+    first = [tokenizer.encode(f" {text}")[0] for text in answers]
+    tokens, attention_mask = tokenizer.prompts(prompts_of(model, questions), device_of(model))
+    decoding = model.language_model.decoding(prefix_of(model, features, len(tokens)))
     logits = decoding.prefill(tokens, attention_mask)[:, torch.tensor(first, device=tokens.device)]  # (B, A)
     return [answers[place] for place in logits.argmax(1).tolist()]
 
@@ -180,49 +176,39 @@ def chosen(
 @torch.inference_mode()
 def answer_in_context(
     model: Blip2,
-    words: PromptTokenizer,
+    tokenizer: PromptTokenizer,
     features: Tensor,
     questions: Sequence[str],
     examples: Sequence[tuple[Tensor, str, str]],
-    how: GenerationConfig = ANSWERING,
+    config: GenerationConfig = ANSWERING,
 ) -> list[str]:
     """The same questions behind answered ones (features (S, C), question, answer), each with its own picture before it:
     [picture, question, answer] ..., picture, question (Sec. 5). The examples are the same for all questions."""
-    device, language = device_of(model), model.language_model
     shown = []
-    for seen, question, said in examples:
-        told = f"{PROMPTS[language.kind].format(question)} {said}"
-        ids = torch.tensor([words.begun(told)], device=device)
-        shown += [model.prefix(seen[None].to(device)), language.embed(ids)]
+    for seen, question, text in examples:
+        ids = tokenizer.begun(f"{prompts_of(model, [question])[0]} {text}")
+        tokens = torch.tensor([ids], device=device_of(model))
+        shown += [prefix_of(model, seen[None], 1), model.language_model.embed(tokens)]
     before = torch.cat([part.float() for part in shown], 1)  # (1, L, W)
-    found: list[str] = []
-    for start in range(0, len(questions), BATCH):
-        part = slice(start, start + BATCH)
-        own = model.prefix(features[part].to(device)).float()  # (B, Q, W)
-        prefix = torch.cat([before.expand(len(own), -1, -1), own], 1)
-        tokens, attention_mask = words.prompts(asked(model, questions[part]), device)
-        said = generate(
-            language.decoding(prefix), tokens, how.settings(words.stop, language.kind), attention_mask=attention_mask
-        )
-        found += [tidy(words.decode(one)) for one in said.tokens]
-    return found
+    prompts = prompts_of(model, questions)
+    return list(map(tidy, write(model, tokenizer, features, prompts, config, before=before)))
 
 
 # ---- scores
 
 
-def accuracy(said: Sequence[str], right: Sequence[str]) -> float:
+def accuracy(predictions: Sequence[str], right: Sequence[str]) -> float:
     """Exact match in percent."""
-    [scored] = exact_match(said, [[one] for one in right]).values()
+    [scored] = exact_match(predictions, [[text] for text in right]).values()
     return 100 * scored.score
 
 
-def pope_scores(said: Sequence[str], right: Sequence[str]) -> dict[str, float]:
+def pope_scores(predictions: Sequence[str], right: Sequence[str]) -> dict[str, float]:
     """POPE by the strict reader in percent: accuracy, F1, and beside them always the shares of yes and of replies that
     cannot be read."""
-    found = pope(said, right, "strict")
+    scores = pope(predictions, right, "strict")
     names = ("acc", "f1", "yes_ratio", "parse_failures")
-    return {f"pope_{name}": 100 * found[f"pope/{name}@strict"] for name in names}
+    return {f"pope_{name}": 100 * scores[f"pope/{name}@strict"] for name in names}
 
 
 def flat(features: Tensor) -> Tensor:

@@ -240,10 +240,11 @@ def karpathy_test(run: Run) -> list[Record]:
     return karpathy_records(run.data)["test"]
 
 
-def captions_of(records: Sequence[Record], clean: Callable[[str], str]) -> tuple[list[str], Tensor]:
+def captions_of(samples: Sequence[T], captions: Callable[[T], Sequence[str]]) -> tuple[list[str], Tensor]:
     """All captions, and of each the row of its picture (T,)."""
-    texts = [clean(text) for record in records for text in record.captions]
-    return texts, torch.tensor([place for place, record in enumerate(records) for _ in record.captions])
+    of_each = [captions(sample) for sample in samples]
+    owner = [row for row, texts in enumerate(of_each) for _ in texts]
+    return [text for texts in of_each for text in texts], torch.tensor(owner)
 
 
 def by_measure(scores: Mapping[str, float]) -> dict[str, float]:
@@ -256,34 +257,30 @@ def candidates_of(protocol: str) -> int:
     return int(next(part for part in protocol.split("-") if part.startswith("top")).removeprefix("top"))
 
 
-Ranking = Callable[[Released, Sequence[Tensor], Sequence[str], int], tuple[Tensor, Tensor]]
+def retrieval(
+    encode: Callable[[Released, Tensor], Sequence[Tensor]],
+    rank: Callable[[Released, Sequence[Tensor], list[str], int], tuple[Tensor, Tensor]],
+    captions: Callable[[Any], Sequence[str]],
+    samples: Callable[[Run], Sequence[Any]] = karpathy_test,
+    pictures: Callable[[Run, Any], Sequence[Record]] = itself,
+    chunk: int = 32,
+) -> Benchmark:
+    """Both directions, R@1, 5, 10, re-ranked, with all captions(sample) of each picture.
 
-
-def reranked_scores(
-    rank: Ranking,
-    run: Run,
-    released: Released,
-    encoded: Sequence[Sequence[Tensor]],
-    texts: Sequence[str],
-    owner: Tensor,
-) -> dict[str, float]:
-    """encoded: of each picture its tensors; owner (T,): of each text its picture."""
-    pictures = [torch.stack(part) for part in zip(*encoded, strict=True)]
-    i2t, t2i = rank(released, pictures, texts, candidates_of(run.protocol))
-    return by_measure(reranked_hits(i2t, t2i, owner, protocol=run.protocol))
-
-
-def retrieval(encode: Callable, rank: Ranking, clean: Callable[[str], str], chunk: int = 32) -> Benchmark:
-    """Both directions, R@1, 5, 10, of the Karpathy test split, all captions of each picture.
-
-    encode, as `predict`: of each picture its tensors; rank(released, these tensors (I, ...), texts, candidates) ->
-    scores (I, T) and (T, I).
+    encode(released, images (I, P, 3, S, S)) -> tensors (I, ...) that a ranking takes; rank(released, these of all
+    pictures, texts, candidates) -> scores (I, T) and (T, I).
     """
 
-    def score(run: Run, released: Released, records: Sequence[Record], encoded: Sequence) -> dict[str, float]:
-        return reranked_scores(rank, run, released, encoded, *captions_of(records, clean))
+    def predict(run: Run, released: Released, records: Sequence[Any], images: Tensor) -> list[tuple[Tensor, ...]]:
+        return list(zip(*encode(released, images), strict=True))
 
-    return Benchmark(karpathy_test, itself, encode, score, chunk)
+    def score(run: Run, released: Released, records: Sequence[Any], encoded: Sequence) -> dict[str, float]:
+        texts, owner = captions_of(records, captions)
+        tensors = [torch.stack(part) for part in zip(*encoded, strict=True)]
+        i2t, t2i = rank(released, tensors, texts, candidates_of(run.protocol))
+        return by_measure(reranked_hits(i2t, t2i, owner, protocol=run.protocol))
+
+    return Benchmark(samples, pictures, predict, score, chunk)
 
 
 def captioning(write: Callable, chunk: int = 32) -> Benchmark:

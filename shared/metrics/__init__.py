@@ -9,7 +9,7 @@ from shared.metrics.classification import (
     zero_shot_classifier,
 )
 from shared.metrics.names import Scored, metric_name
-from shared.metrics.pairs import dialogue_ranking, nlvr2, nlvr2_statement, rerank, reranked_hits
+from shared.metrics.pairs import dialogue_ranking, nlvr2, nlvr2_statement, rerank, rerank_both, reranked_hits
 from shared.metrics.pope import pope
 from shared.metrics.probe import Probe, few_shot, linear_probe
 from shared.metrics.retrieval import RetrievalHits, retrieval_hits, retrieval_hits_from_features
@@ -32,6 +32,7 @@ __all__ = [
     "nlvr2_statement",
     "pope",
     "rerank",
+    "rerank_both",
     "reranked_hits",
     "retrieval_hits",
     "retrieval_hits_from_features",

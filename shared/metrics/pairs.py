@@ -74,6 +74,12 @@ def rerank(itc: Tensor, itm: Callable[[Tensor, Tensor], Tensor], k: int, rule: s
     return scores
 
 
+def rerank_both(itc: Tensor, itm: Callable[[Tensor, Tensor], Tensor], k: int, rule: str) -> tuple[Tensor, Tensor]:
+    """`rerank` in both directions: itc (I, T), itm(images (k,), texts (k,)) -> scores (I, T) and (T, I)."""
+    forth = rerank(itc, itm, k, rule)
+    return forth, rerank(itc.T, lambda texts, images: itm(images, texts), k, rule)
+
+
 def reranked_hits(
     i2t: Tensor, t2i: Tensor, text_to_image: Tensor, ks: Sequence[int] = (1, 5, 10), protocol: str = "itm"
 ) -> dict[str, float]:

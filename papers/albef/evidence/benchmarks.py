@@ -20,12 +20,10 @@ from papers.albef.weights import card_of, load_any
 from shared.core.device import device_of, on_gpu_if_any
 from shared.core.errors import UserError
 from shared.core.paper_card import MetricRow
-from shared.data.readers import Record
 from shared.data.vqa import (
     VERDICTS,
     AskedPicture,
     Box,
-    JudgedPair,
     JudgedPicture,
     Referred,
     answer_list,
@@ -127,10 +125,6 @@ def tokenizer_of() -> BertTokenizer:
 # ---- the tasks (Sec. 5)
 
 
-def encode(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(*encode_pictures(released.model, images[:, 0]), strict=True))
-
-
 def rank(
     released: Released, pictures: Sequence[Tensor], captions: Sequence[str], candidates: int
 ) -> tuple[Tensor, Tensor]:
@@ -152,10 +146,6 @@ def ranked_answers(run: Run, released: Released, questions: Sequence[AskedPictur
     tokens = released.tokenizer([clean_question(question.question, QUESTION_WORDS) for question in questions])
     best = model.predict(images[:, 0].to(device), tokens.to(device), listed.to(device), KEPT_ANSWERS)
     return [answers[place] for place in best.tolist()]
-
-
-def judge_pairs(run: Run, released: Released, pairs: Sequence[JudgedPair], images: Tensor) -> list[int]:
-    return judge(released, images, [pair.sentence for pair in pairs])
 
 
 def verdicts(run: Run, released: Released, rows: Sequence[JudgedPicture], images: Tensor) -> list[str]:
@@ -200,9 +190,18 @@ def overlap(one: Box, other: Box) -> float:
 
 
 BENCHMARKS = {
-    "retrieval": retrieval(encode, rank, cleaned),
+    "retrieval": retrieval(
+        lambda released, images: encode_pictures(released.model, images[:, 0]),
+        rank,
+        lambda record: list(map(cleaned, record.captions)),
+    ),
     "vqa": Benchmark(of_split(vqa_questions), one_picture, ranked_answers, answers_for_server),
-    "nlvr2": Benchmark(of_split(nlvr2_pairs), both_pictures, judge_pairs, accuracy(lambda pair: pair.label)),
+    "nlvr2": Benchmark(
+        of_split(nlvr2_pairs),
+        both_pictures,
+        lambda run, released, pairs, images: judge(released, images, [pair.sentence for pair in pairs]),
+        accuracy(lambda pair: pair.label),
+    ),
     "entailment": Benchmark(of_split(entailment_rows), one_picture, verdicts, accuracy(lambda row: row.label)),
     "grounding": Benchmark(of_split(referred_things), one_picture, grounded, accuracy(lambda thing: True)),
 }

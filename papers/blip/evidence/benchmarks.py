@@ -6,8 +6,10 @@ Where the authors released pre-trained weights alone, a row takes fine-tuned one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +53,6 @@ from shared.experiments.benchmarks import (
     of_split,
     one_picture,
     released_file,
-    reranked_scores,
     retrieval,
     run_benchmark,
     trained_weights,
@@ -116,19 +117,11 @@ def tokenizer_of(config: BlipConfig) -> Tokenizer:
 # ---- retrieval (Sec. 5.1), captions (Sec. 5.2)
 
 
-def encode(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(*encoded(released.model, images[:, 0]), strict=True))
-
-
 def rank(
     released: Released, pictures: Sequence[Tensor], texts: Sequence[str], candidates: int
 ) -> tuple[Tensor, Tensor]:
     tokens = tokens_of(released.tokenizer, texts, released.model.config)
     return reranked(released.model, Encoded(*pictures), tokens, candidates)
-
-
-def captions(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> list[str]:
-    return write(released.model, released.tokenizer, images[:, 0], GenerationConfig())
 
 
 # ---- VQA (Sec. 5.3), NLVR2 (Sec. 5.4), VisDial (Sec. 5.5)
@@ -186,14 +179,8 @@ def frames(run: Run, sample: Clip | AskedClip) -> list[Record]:
     return [Record(f"{clip.id}/{path.name}", path.read_bytes) for path in chosen]
 
 
-def encode_videos(run: Run, released: Released, clips: Sequence[Clip], images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(*encoded_video(released.model, images), strict=True))
-
-
-def video_hits(run: Run, released: Released, clips: Sequence[Clip], encodings: Sequence) -> dict[str, float]:
-    texts = [clean_caption(clip.caption, LONG_WORDS) for clip in clips]
-    hits = reranked_scores(rank, run, released, encodings, texts, torch.arange(len(texts)))
-    return {name.replace("t2i", "t2v"): share for name, share in hits.items()}
+def video_hits(*given: Any) -> dict[str, float]:
+    return {name.replace("t2i", "t2v"): share for name, share in VIDEOS.score(*given).items()}
 
 
 def video_answers(run: Run, released: Released, questions: Sequence[AskedClip], images: Tensor) -> list[str]:
@@ -206,12 +193,28 @@ def exact_answers(run: Run, released: Released, questions: Sequence[AskedClip], 
     return {"top1": exact_match(answers, [[question.answer] for question in questions])["vqa/acc@exact"].score}
 
 
+VIDEOS = retrieval(
+    lambda released, frames: encoded_video(released.model, frames),
+    rank,
+    lambda clip: [clean_caption(clip.caption, LONG_WORDS)],
+    lambda run: msrvtt_clips(run.data),
+    frames,
+    chunk=4,
+)
 BENCHMARKS = {
-    "retrieval": retrieval(encode, rank, cleaned),
-    "caption": captioning(captions),
+    "retrieval": retrieval(
+        lambda released, images: encoded(released.model, images[:, 0]),
+        rank,
+        lambda record: list(map(cleaned, record.captions)),
+    ),
+    "caption": captioning(
+        lambda run, released, records, images: write(
+            released.model, released.tokenizer, images[:, 0], GenerationConfig()
+        )
+    ),
     "vqa": Benchmark(of_split(vqa_questions), one_picture, ranked_answers, answers_for_server),
     "nlvr2": Benchmark(of_split(nlvr2_pairs), both_pictures, judged, accuracy(lambda pair: pair.label)),
     "dialog": Benchmark(of_split(visdial_talks), one_picture, candidate_scores, dialogue_scores),
-    "video-retrieval": Benchmark(lambda run: msrvtt_clips(run.data), frames, encode_videos, video_hits, chunk=4),
+    "video-retrieval": replace(VIDEOS, score=video_hits),
     "video-qa": Benchmark(lambda run: msrvtt_questions(run.data), frames, video_answers, exact_answers, chunk=2),
 }

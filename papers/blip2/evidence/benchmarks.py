@@ -178,10 +178,10 @@ def features_of(encoder: Encoder, images: Tensor) -> Tensor:
 # ---- retrieval (Sec. 4.4), captions (Sec. 4.2)
 
 
-def encode(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> list[tuple[Tensor, Tensor]]:
+def encode(released: Released, images: Tensor) -> tuple[Tensor, Tensor]:
     features = features_of(released.encoder, images)
     unit = encoded(released.model, features).unit
-    return list(zip(unit, features.half() if released.encoder.dtype else features, strict=True))
+    return unit, features.half() if released.encoder.dtype else features
 
 
 def rank(
@@ -198,10 +198,6 @@ def captions(run: Run, released: Released, records: Sequence[Record], images: Te
 
 
 # ---- zero-shot VQA (Sec. 4.1)
-
-
-def asked(run: Run) -> list[AskedPicture]:
-    return QUESTIONS[run.dataset](run.data, run.split)
 
 
 def answers(run: Run, released: Released, questions: Sequence[AskedPicture], images: Tensor) -> list[str]:
@@ -236,7 +232,9 @@ def lemmas(texts: Sequence[str]) -> list[str]:
 
 
 BENCHMARKS = {
-    "retrieval": retrieval(encode, rank, clean_caption, CHUNK),
+    "retrieval": retrieval(encode, rank, lambda record: list(map(clean_caption, record.captions)), chunk=CHUNK),
     "caption": captioning(captions, CHUNK),
-    "vqa": Benchmark(asked, one_picture, answers, answer_scores, CHUNK),
+    "vqa": Benchmark(
+        lambda run: QUESTIONS[run.dataset](run.data, run.split), one_picture, answers, answer_scores, CHUNK
+    ),
 }

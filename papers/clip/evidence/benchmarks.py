@@ -66,8 +66,12 @@ def labels_of(records: Sequence[Record]) -> Tensor:
     return torch.tensor([int(record.label) for record in records])
 
 
-def features_of(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> Tensor:
+def joint_features(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> Tensor:
     return image_features(released.model, images[:, 0])
+
+
+def encoder_features(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> Tensor:
+    return probe_features(released.model, images[:, 0])
 
 
 # ---- zero-shot classification (Sec. 3.1)
@@ -112,13 +116,9 @@ def class_accuracy(run: Run, released: Released, records: Sequence[Record], feat
 # ---- retrieval (App. E.1), and a linear probe on the features before the projection (App. A.3)
 
 
-def captioned(run: Run) -> list[Record]:
-    return [replace(record, captions=record.captions[:5]) for record in karpathy_test(run)]
-
-
 def hits(run: Run, released: Released, records: Sequence[Record], features: Sequence[Tensor]) -> dict[str, float]:
     """Both directions, R@1, 5, 10; five captions a picture, each behind 'a photo of'."""
-    texts, owner = captions_of(records, "a photo of {}".format)
+    texts, owner = captions_of(records, lambda record: [f"a photo of {text}" for text in record.captions[:5]])
     captions = text_features(released.model, released.tokenizer, texts)
     return by_measure(retrieval_hits_from_features(torch.stack(features), captions, owner))
 
@@ -128,18 +128,15 @@ def split_records(run: Run, split: str) -> list[Record]:
     return numbered(records, {label: n for n, label in enumerate(sorted({record.label for record in records}))})
 
 
-def probed(run: Run, released: Released, records: Sequence[Record], images: Tensor) -> Tensor:
-    return probe_features(released.model, images[:, 0])
-
-
 def probe_accuracy(run: Run, released: Released, records: Sequence[Record], features: Sequence[Tensor]) -> dict:
     train, train_features = predicted(run, released, BENCHMARKS["probe"], split_records(run, "train"))
     probe = linear_probe(torch.stack(train_features), labels_of(train), torch.stack(features), labels_of(records))
     return {"top1": probe.accuracy}
 
 
+CROPPED = {"chunk": CHUNK, "whole": False}
 BENCHMARKS = {
-    "zeroshot": Benchmark(classified, itself, features_of, class_accuracy, CHUNK, whole=False),
-    "retrieval": Benchmark(captioned, itself, features_of, hits, CHUNK, whole=False),
-    "probe": Benchmark(lambda run: split_records(run, "test"), itself, probed, probe_accuracy, CHUNK, whole=False),
+    "zeroshot": Benchmark(classified, itself, joint_features, class_accuracy, **CROPPED),
+    "retrieval": Benchmark(karpathy_test, itself, joint_features, hits, **CROPPED),
+    "probe": Benchmark(lambda run: split_records(run, "test"), itself, encoder_features, probe_accuracy, **CROPPED),
 }

@@ -1,5 +1,12 @@
-"""What the tests of all papers' metrics rung need."""
+"""What the tests of the papers' metrics rung share: tiny sets in their published layouts, and rows of a card."""
 
+import json
+from pathlib import Path
+
+import torch
+from published import encoded
+
+from shared.data.images import fitted_image
 from shared.experiments import benchmarks
 
 
@@ -7,3 +14,46 @@ def forget_scores():
     """A run measures a set once; a test changes what lies there."""
     benchmarks.scores_of.cache_clear()
     benchmarks.released_of.cache_clear()
+
+
+def row_of(card, metric, **more):
+    """The first row of the card with this metric and these fields."""
+    return next(
+        row for row in card.metrics
+        if row.metric == metric and all(getattr(row, name) == value for name, value in more.items())
+    )  # fmt: skip
+
+
+def picture(path, index):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded((60 * index % 250, 90, 40 * index % 250), (30 + index, 24)))
+
+
+def karpathy(folder, captions, split="test"):
+    rows = []
+    for index, several in enumerate(captions):
+        picture(folder / f"{index}.jpg", index)
+        rows.append({"filename": f"{index}.jpg", "split": split, "sentences": [{"raw": text} for text in several]})
+    (folder / "dataset_toy.json").write_text(json.dumps({"dataset": "toy", "images": rows}))
+
+
+def nocaps(folder, count=2):
+    """Pictures 7, 8, ... of the validation split."""
+    for index in range(count):
+        picture(folder / "val" / f"{index}.jpg", index)
+    images = [{"id": 7 + i, "file_name": f"{i}.jpg", "domain": "near-domain"} for i in range(count)]
+    (folder / "nocaps_val.json").write_text(json.dumps({"images": images}))
+
+
+def read_files(paths, size=32):
+    return read_pictures([path.read_bytes() for path in paths], size)
+
+
+def read_pictures(contents, size=32):
+    """Bytes of picture files as the models take them, (I, 3, size, size)."""
+    return torch.stack([torch.from_numpy(fitted_image(content, size, whole=True).copy()) for content in contents])
+
+
+def written(message):
+    """What the file holds that an error says was written."""
+    return json.loads(Path(str(message.value).split("written to ")[1].split(";")[0]).read_text())

@@ -128,16 +128,6 @@ def test_the_linear_probe_reads_train_and_test(released, tmp_path):
     assert 0 <= found <= 100
 
 
-@pytest.mark.parametrize(("scale", "root"), [("mini", "."), ("paper", ""), ("paper", "nowhere")])
-def test_what_cannot_be_run_says_the_exact_need(released, tmp_path, scale, root):
-    _, manifest = released
-    with pytest.raises(UserError, match=r"SCALE=paper .*data_root.*cifar10.*tiny.safetensors"):
-        metrics.measure(
-            row("CIFAR-10", "zeroshot/top1@openai-ensemble18"),
-            ClipRecipe(paper="clip", scale=scale, data_root=root, manifest=str(manifest)),
-        )
-
-
 def test_a_checkpoint_of_another_activation_is_refused_before_it_is_loaded(released, tmp_path):
     _, manifest = released
     cifar10(tmp_path / "cifar10")

@@ -97,8 +97,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("paper", nargs="?")
     sub.add_argument("--scale", default="mini", help=f"one of {', '.join(SCALES)} (default: mini)")
     sub.add_argument("--verify", action="store_true", help="hash large cached files too")
-    sub = verb("deliver", deliver, "send what tracking kept while its server was away")
-    sub.add_argument("files", nargs="*", type=Path, help="default: tracking-*.jsonl here")
+    sub = verb("deliver", deliver, "send to MLflow what it lacks of a run because its server was away")
+    sub.add_argument("folders", nargs="*", type=Path, help="of runs; default: all in runs/ that were not sent whole")
     sub = verb("compare", compare, "one table over all papers and scales, from results/")
     sub.add_argument("paths", nargs="*", type=Path, help="report.json files (default: results/*/*.json)")
     sub = verb("report", report, "print the newest report of a paper, keep it, or write the generated tables")
@@ -268,14 +268,13 @@ def doctor(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def deliver(catalog: Catalog, options: argparse.Namespace) -> None:
-    from shared.training.tracking import deliver as send
-    from shared.training.tracking import kept_files
+    from shared.training import tracking
 
-    files = options.files or kept_files(catalog.root)
-    for path in files:
-        print(f"{path}: {send(path)} records delivered")
-    if not files:
-        print("nothing is kept: all that was tracked has arrived")
+    folders = options.folders or tracking.undelivered(catalog.root)
+    for folder in folders:
+        print(f"{folder}: delivered; MLflow lacked {tracking.deliver(folder, catalog.root)} arms of it")
+    if not folders:
+        print("nothing is missing: all that was tracked has arrived")
 
 
 def compare(catalog: Catalog, options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from shared.core.catalog import Catalog
 from shared.core.console import Console
 from shared.core.errors import UserError
+from shared.core.files import write_whole
 from shared.core.paper_card import UNITS, ClaimRow, PaperCard
 from shared.core.provenance import commit_and_dirty, environment_text, machine_description
 from shared.core.recipe import Recipe, to_yaml
@@ -90,8 +91,7 @@ def reproduce(catalog: Catalog, recipe: Recipe, command: str, console: Console, 
     )
     path = write(report, folder)
     if tracker:
-        for name in ("report.html", "report.json"):
-            tracker.log_artifact(folder / name)
+        tracker.update(again=True)
     return path
 
 
@@ -221,34 +221,28 @@ def run_claims(
     total = len(arms) * recipe.seeds * recipe.steps * recipe.batch
     outcomes: dict[int, dict[str, dict]] = defaultdict(dict)
     folder, waited = run.path, []
+    write_whole(folder / "recipe.yaml", to_yaml(recipe))
     tracker = Tracker(
+        folder,
+        catalog.root,
         experiment=recipe.paper,
         name=f"{recipe.scale} {data['name']}",
-        folder=catalog.root,
-        root=catalog.root,
         data=data["name"],
         data_digest=data["digest"],
         command=command,
         about=card.paper.title,
         tags={"scale": recipe.scale, "seeds": recipe.seeds},
         params=dataclasses.asdict(recipe),
-        resume=run.get("tracking"),
     )
-    run.keep(tracking=tracker.key)
     package = catalog.package(recipe.paper).name
     with tracker, console.progress(total, f"{len(arms)} arms x {recipe.seeds} seeds", "samples") as bar:
-        tracker.log_text(to_yaml(recipe), "recipe.yaml")
         for outcome in run_arms(package, recipe, arms, folder / "arms", bar.advance):
             outcomes[outcome.seed][outcome.arm] = outcome.measured
             waited += [outcome.measured["waited"]] if "waited" in outcome.measured else []
             run.keep()
             bar.note(f"{sum(map(len, outcomes.values()))}/{len(arms) * recipe.seeds} trained")
-            with tracker.child(f"{outcome.arm} {outcome.seed}", {"arm": outcome.arm}, {"seed": outcome.seed}) as child:
-                numbers = {k: v for k, v in outcome.measured.items() if isinstance(v, (int, float))}
-                child.log_metrics(numbers | {"seconds": outcome.seconds}, step=recipe.steps)
-                child.log_curves(outcome.measured.get("curves", {}))
+            tracker.update()
         rows = [claim_row(row, claims[row.id], recipe, outcomes) for row in wanted]
-        tracker.log_metrics({row.id: row.reproduced for row in rows if isinstance(row.reproduced, float)})
     if waited:
         data["run"] = [f"waited for data {100 * sum(waited) / len(waited):.2g} % of the training time"]
     seeds = seeds_of(recipe)

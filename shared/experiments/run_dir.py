@@ -34,9 +34,6 @@ class RunFolder:
     def started(self) -> str:
         return self._state["started"]
 
-    def get(self, key: str) -> Any:
-        return self._state.get(key)
-
     def keep(self, **values: Any) -> None:
         """Remember values, and the seconds so far, for a resume."""
         self._state |= values | {"seconds": round(self.seconds, 1)}

@@ -81,12 +81,11 @@ def train(catalog: Catalog, recipe: Recipe, folder: Path | None, console: Consol
         consolidate_to(folder / "checkpoints" / f"step-{recipe.steps:08d}", folder / "model.safetensors")
         name = f"train {recipe.model} {recipe.scale}"
         tracker = Tracker(
-            experiment=recipe.paper, name=name, folder=catalog.root, root=catalog.root,
+            folder, catalog.root, experiment=recipe.paper, name=name,
             about=catalog.card(recipe.paper).paper.title, data_digest=trainable.digest,
             tags={"scale": recipe.scale, "data": recipe.data}, params=asdict(recipe),
+            curves=curves.values | {"waited": [(recipe.steps, waited)]},
         )  # fmt: skip
-        with tracker:
-            tracker.log_curves(curves.values)
-            tracker.log_metrics({"waited": waited}, step=recipe.steps)
+        tracker.finish()
         console.say(f"waited for data {100 * waited:.2g} % of the time")
     return folder

@@ -33,7 +33,11 @@ def test_the_same_command_goes_on_with_the_newest_unfinished_run(root):
     first.keep(mlflow="abc")
     close(first)
     again = open_run(root, recipe())
-    assert again.path == first.path and again.sessions == 2 and again.get("mlflow") == "abc"
+    assert (
+        again.path == first.path
+        and again.sessions == 2
+        and json.loads((again.path / "run.json").read_text())["mlflow"] == "abc"
+    )
     assert again.started == first.started and again.seconds >= first.before
 
 

@@ -4,9 +4,10 @@ import contextlib
 import io
 import json
 import os
-import shutil
+import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from shared.cli import main
 from shared.core.errors import UserError
 from shared.core.provenance import commit_and_dirty, environment_text, machine_description
 from shared.training import tracking
-from shared.training.tracking import Tracker, deliver, kept_files
+from shared.training.tracking import Tracker, deliver, read_record, undelivered
 
 
 @pytest.fixture(autouse=True)
@@ -27,155 +29,171 @@ def no_server_of_the_environment(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-_PRINTED = io.StringIO()
+def leave_outcome(folder, arm, seed=0, **measured):
+    """What a finished arm leaves in the run's folder."""
+    path = folder / "arms" / f"{arm}-{seed}" / "outcome.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outcome = {"arm": arm, "seed": seed, "seconds": 12.5, "measured": measured}
+    path.write_text(json.dumps({"recipe": "abc", "outcome": outcome}))
+
+
+def leave_report(folder):
+    rows = [
+        {"rung": "structure", "id": "clip.size", "reproduced": 12.5},
+        {"rung": "claims", "id": "clip.effect", "reproduced": 0.25},
+        {"rung": "claims", "id": "clip.not_run", "reproduced": None},
+    ]
+    (folder / "report.html").write_text("<html>")
+    (folder / "report.json").write_text(json.dumps({"rows": rows}))
+
+
+def client_and_runs(uri, experiment):
+    """-> (client, its active runs by name), none of them doubled."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    by_name = {run.info.run_name: run for run in runs}
+    assert len(by_name) == len(runs), "a run was doubled"
+    return client, by_name
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """One reproduction in a folder with spaces, its database new: (folder, client, parent, children by name)."""
-    folder = tmp_path_factory.mktemp("a place with spaces") / "deeper one"
-    (source := folder.parent / "curve.csv").write_text("step,loss\n0,1\n")
+    """One reproduction in a folder with spaces, its database new: (root, client, runs by name, what was printed)."""
+    root, printed = tmp_path_factory.mktemp("a place with spaces") / "deeper one", io.StringIO()
+    folder = root / "runs" / "clip" / "mini" / "1"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("steps: 8")
     patch = pytest.MonkeyPatch()
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with (
-        contextlib.redirect_stdout(_PRINTED),
-        contextlib.redirect_stderr(_PRINTED),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
         Tracker(
+            folder,
+            root,
             experiment="clip",
             name="mini emoji",
-            folder=folder,
             data="emoji",
             data_digest="abc123" * 10,
             command="make reproduce PAPER=clip",
             about="Radford et al. 2021",
             tags={"scale": "mini"},
-            params={"scale": "mini"},
+            params={"scale": "mini", "steps": 8, "long": "x" * 7000},
         ) as t,
     ):
         for arm in ("baseline", "treatment"):
-            with t.child(f"{arm}, seed 0", tags={"arm": arm}, params={"seed": 0, "long": "x" * 7000}) as run:
-                run.log_curves({"train/loss": [(i, 1 / (i + 1)) for i in range(2500)], "lr": [(0, 0.1)]})
-                run.log_metrics({"retrieval/i2t_r1@hit-pessimistic": 0.5, "textvqa/acc@m4c+ocr": 0.25})
-        t.log_metrics({"effect": 0.25})
-        t.log_artifact(source)
-        t.describe("**7 reproduced**")
+            curves = {"train/loss": [(i, 1 / (i + 1)) for i in range(2500)], "lr": [(0, 0.1)]}
+            numbers = {"retrieval/i2t_r1@hit-pessimistic": 0.5, "textvqa/acc@m4c+ocr": 0.25, "answers": ["a"]}
+            leave_outcome(folder, arm, curves=curves, **numbers)
+            t.update()
+    leave_report(folder)
+    t.update(again=True)
     patch.undo()
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=t.uri)
-    runs = client.search_runs([client.get_experiment_by_name("clip").experiment_id])
-    children = {run.info.run_name: run for run in runs if run.info.run_id != t.run_id}
-    return folder, client, client.get_run(t.run_id), children
+    return root, *client_and_runs(f"sqlite:///{root / 'mlflow.db'}", "clip"), printed.getvalue()
 
 
-@pytest.fixture
-def printed_by_the_first_run(recorded):
-    return _PRINTED.getvalue()
-
-
-def test_a_child_per_arm_hangs_under_one_parent(recorded):
-    _, _, parent, children = recorded
-    assert sorted(children) == ["baseline, seed 0", "treatment, seed 0"]
-    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
+def test_a_child_per_arm_and_seed_hangs_under_one_parent(recorded):
+    _, _, runs, _ = recorded
+    assert sorted(runs) == ["baseline 0", "mini emoji", "treatment 0"]
+    parent, child = runs["mini emoji"], runs["treatment 0"]
+    children = [run for run in runs.values() if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert "mlflow.parentRunId" not in parent.data.tags
-    assert children["treatment, seed 0"].data.tags["arm"] == "treatment"
-    assert {run.info.status for run in [parent, *children.values()]} == {"FINISHED"}
+    assert child.data.tags["arm"] == "treatment" and child.data.params == {"seed": "0"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {(run.data.tags["paper"], run.data.tags["data"], run.data.tags["scale"]) for run in runs.values()} == {
+        ("clip", "emoji", "mini")
+    }
 
 
 def test_a_whole_curve_longer_than_a_batch_comes_back(recorded):
-    _, client, _, children = recorded
-    history = client.get_metric_history(children["baseline, seed 0"].info.run_id, "train/loss")
+    _, client, runs, _ = recorded
+    history = client.get_metric_history(runs["baseline 0"].info.run_id, "train/loss")
     assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(i, 1 / (i + 1)) for i in range(2500)]
 
 
 def test_metric_names_with_a_protocol_are_spelled_as_mlflow_allows(recorded):
-    _, _, _, children = recorded
-    found = children["baseline, seed 0"].data.metrics
-    assert found["retrieval/i2t_r1:hit-pessimistic"] == 0.5
-    assert found["textvqa/acc:m4c-ocr"] == 0.25
+    _, client, runs, _ = recorded
+    run = runs["baseline 0"]
+    last = {"retrieval/i2t_r1:hit-pessimistic": 0.5, "textvqa/acc:m4c-ocr": 0.25, "seconds": 12.5}
+    assert run.data.metrics == last | {"lr": 0.1, "train/loss": 1 / 2500}
+    for name in last:
+        assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == [8]
 
 
 def test_a_long_parameter_is_cut_to_the_limit_and_shows_it(recorded):
-    _, _, _, children = recorded
-    kept = children["baseline, seed 0"].data.params
-    assert kept["long"] == "x" * 5999 + "…"
-    assert kept["seed"] == "0"
+    params = recorded[2]["mini emoji"].data.params
+    assert params["long"] == "x" * 5999 + "…" and params["steps"] == "8"
 
 
-def test_the_parent_says_on_what_it_ran(recorded):
-    _, client, parent, _ = recorded
+def test_the_parent_says_on_what_it_ran_and_holds_the_effects_and_the_report(recorded):
+    _, client, runs, _ = recorded
+    parent = runs["mini emoji"]
     tags = parent.data.tags
     assert tags["data_digest"] == "abc123" * 10
     assert tags["commit"] and tags["dirty"] in ("true", "false", "unknown")
     assert f"torch {machine_description()['torch']}" in tags["machine"]
-    names = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    assert names == {"environment.txt", "curve.csv"}
-
-
-def test_the_page_shows_a_description_a_dataset_and_a_source(recorded):
-    _, client, parent, children = recorded
-    assert parent.data.tags["mlflow.note.content"] == "**7 reproduced**"
-    assert parent.data.tags["mlflow.source.name"] == "make reproduce PAPER=clip"
+    assert tags["mlflow.source.name"] == "make reproduce PAPER=clip"
+    assert parent.data.metrics == {"clip.effect": 0.25}
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"environment.txt", "recipe.yaml", "report.html", "report.json"}
     (read,) = parent.inputs.dataset_inputs
     assert (read.dataset.name, read.dataset.digest) == ("emoji", "abc123abc123")
-    assert {(run.data.tags["paper"], run.data.tags["data"], run.data.tags["scale"]) for run in children.values()} == {
-        ("clip", "emoji", "mini")
-    }
     assert client.get_experiment_by_name("clip").tags["mlflow.note.content"] == "Radford et al. 2021"
 
 
-def test_the_database_and_its_artifacts_lie_in_the_folder_and_nothing_else(recorded):
-    folder, _, parent, _ = recorded
-    assert {item.name for item in folder.iterdir()} == {"mlflow.db", "mlartifacts"}
-    place = Path(urllib.parse.unquote(urllib.parse.urlparse(parent.info.artifact_uri).path))
-    assert "torch==" in (place / "environment.txt").read_text() and folder in place.parents
-
-
-def test_a_first_run_prints_nothing_at_all(printed_by_the_first_run):
-    assert printed_by_the_first_run == ""
+def test_the_database_and_its_artifacts_lie_in_the_root_and_nothing_else_and_nothing_is_printed(recorded):
+    root, _, runs, printed = recorded
+    assert {item.name for item in root.iterdir()} == {"mlflow.db", "mlartifacts", "runs"}
+    place = Path(urllib.parse.unquote(urllib.parse.urlparse(runs["mini emoji"].info.artifact_uri).path))
+    assert "torch==" in (place / "environment.txt").read_text() and root in place.parents
+    assert printed == "" and undelivered(root) == []
 
 
 def test_the_environment_variable_names_the_store(recorded, tmp_path, monkeypatch):
-    folder, client, _, _ = recorded
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    with Tracker(experiment="elsewhere", folder=tmp_path) as t:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{recorded[0] / 'mlflow.db'}")
+    with Tracker(tmp_path, tmp_path, experiment="elsewhere", name="run"):
         pass
-    experiment = client.get_experiment_by_name("elsewhere")
-    assert client.get_run(t.run_id).info.experiment_id == experiment.experiment_id
-    assert list(tmp_path.iterdir()) == []
+    client, runs = client_and_runs(uri, "elsewhere")
+    assert list(runs) == ["run"] and not (tmp_path / "mlflow.db").exists()
     # the artifacts stay beside that database, wherever the run's own folder is
-    assert experiment.artifact_location == (folder / "mlartifacts").as_uri()
+    assert client.get_experiment_by_name("elsewhere").artifact_location == (recorded[0] / "mlartifacts").as_uri()
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(None, "FINISHED"), (RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")]
-)
-def test_a_run_that_breaks_off_is_marked_and_its_error_passes(error, status, recorded):
-    folder, client, _, _ = recorded
-    tracker = Tracker(experiment="broken", folder=folder)
-    if error is None:
-        with tracker:
-            pass
-    else:
-        with pytest.raises(error), tracker:
-            raise error("stop")
-    assert client.get_run(tracker.run_id).info.status == status
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_a_run_that_breaks_off_is_marked_and_its_error_passes(error, status, place):
+    with pytest.raises(error), place.tracker():
+        raise error("stop")
+    assert client_and_runs(place.uri, place.experiment)[1]["mini"].info.status == status
+
+
+@pytest.mark.parametrize("name", ["a%20b", "what? 50%"])
+def test_a_folder_whose_name_means_something_in_a_uri_is_tracked_right(name, tmp_path, capfd):
+    root = tmp_path / name / "deeper"
+    (root / "run").mkdir(parents=True)
+    with Tracker(root / "run", root, experiment="odd", name="mini"):
+        pass
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert sorted(path.name for path in root.iterdir()) == ["mlartifacts", "mlflow.db", "run"]
+    assert len(list((root / "mlartifacts").glob("*/artifacts/environment.txt"))) == 1
+    with sqlite3.connect(root / "mlflow.db") as database:
+        assert database.execute("select name, status from runs").fetchall() == [("mini", "FINISHED")]
 
 
 # ---- a store that goes away
 
 
 class Weather:
-    """Stands between a tracker and its store: `away` fails every call, `loses_answers` after it was carried out,
-    `fails_after` n more calls that write."""
+    """Stands between a tracker and its store: call number `at` (and all after it, where `for_good`) fails, before it is
+    carried out or, where it `loses_answers`, after that."""
 
     def __init__(self, connect):
-        self.connect, self.away, self.loses_answers, self.fails_after, self.asked = connect, False, False, None, []
+        self.connect, self.calls, self.at, self.for_good, self.loses_answers = connect, 0, None, True, False
 
     def client(self, uri):
-        self.asked.append("connect")
-        if self.away:
-            raise ConnectionError("the store went away\nwith a long story")
         return Shaky(self, self.connect(uri))
 
 
@@ -186,16 +204,12 @@ class Shaky:
     def __getattr__(self, name):
         def call(*arguments, **options):
             weather = self.weather
-            weather.asked.append(name)
-            if weather.fails_after is not None and name in ("create_run", "log_batch", "set_terminated", "log_text"):
-                weather.fails_after -= 1
-                if weather.fails_after < 0:
-                    weather.away = True
-            if weather.away:
+            weather.calls += 1
+            late = weather.calls - weather.at - 1 if weather.at is not None else -1  # 0 at the call that fails first
+            fails = late >= 0 if weather.for_good else late == 0
+            answer = None if fails and not weather.loses_answers else getattr(self.inner, name)(*arguments, **options)
+            if fails:
                 raise ConnectionError("the store went away\nwith a long story")
-            answer = getattr(self.inner, name)(*arguments, **options)
-            if weather.loses_answers:
-                raise TimeoutError("no answer")
             return answer
 
         return call
@@ -208,78 +222,74 @@ def weather(monkeypatch):
     return weather
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Seconds that pass only where a test says so: clock[0] += 30."""
-    seconds = [1000.0]
-    monkeypatch.setattr(tracking, "_now", lambda: seconds[0])
-    return seconds
+class Place:
+    """A run's folder with the module's database as its store, and an experiment of its own."""
 
+    def __init__(self, uri, experiment, root):
+        self.uri, self.experiment, self.root, self.folder = uri, experiment, root, root / "runs/clip/mini/1"
 
-@pytest.fixture
-def place(recorded, tmp_path, request):
-    """Options of a tracker in the module's database, with an experiment and a folder of its own."""
-    uri = f"sqlite:///{recorded[0] / 'mlflow.db'}"
-    return {"uri": uri, "experiment": request.node.name, "folder": tmp_path, "name": "mini"}
-
-
-def logged(uri, experiment):
-    """{run name: (status, params, its curves with every point, its parent's name, its artifacts)}."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri)
-    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    names = {run.info.run_id: run.info.run_name for run in runs}
-    assert len(set(names.values())) == len(runs), "a run was doubled"
-    return {
-        run.info.run_name: (
-            run.info.status,
-            run.data.params,
-            {
-                name: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name))
-                for name in run.data.metrics
-            },
-            names.get(run.data.tags.get("mlflow.parentRunId")),
-            sorted(item.path for item in client.list_artifacts(run.info.run_id)),
+    def tracker(self, **options):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Tracker(
+            self.folder,
+            self.root,
+            experiment=self.experiment,
+            name="mini",
+            params={"steps": 1, "scale": "mini"},
+            **options,
         )
-        for run in runs
-    }
+
+    def leave(self, arm):
+        leave_outcome(self.folder, arm, acc=0.5, curves={"loss": [(0, 2.0), (1, 1.0)]})
+
+    def reproduce(self, before=lambda event: None):
+        """A small run; before(event) is called ahead of what is sent."""
+        before("begin")
+        with self.tracker() as t:
+            for arm in ("first", "second"):
+                self.leave(arm)
+                before(arm)
+                t.update()
+        leave_report(self.folder)
+        before("report")
+        t.update(again=True)
+
+    def logged(self):
+        """{run name: (status, params, its curves with every point, its parent's name, its artifacts)}."""
+        client, runs = client_and_runs(self.uri, self.experiment)
+        names = {run.info.run_id: name for name, run in runs.items()}
+        return {
+            name: (
+                run.info.status,
+                run.data.params,
+                {
+                    metric: sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, metric))
+                    for metric in run.data.metrics
+                },
+                names.get(run.data.tags.get("mlflow.parentRunId")),
+                sorted(item.path for item in client.list_artifacts(run.info.run_id)),
+            )
+            for name, run in runs.items()
+        }
 
 
+CHILD = {"loss": [(0, 2.0), (1, 1.0)], "acc": [(1, 0.5)], "seconds": [(1, 12.5)]}
 WHOLE = {
-    "mini": ("FINISHED", {"scale": "mini"}, {"effect": [(0, 0.25)]}, None, ["environment.txt", "recipe.yaml"]),
-    **{
-        f"{arm} seed 0": ("FINISHED", {"seed": "0"}, {"loss": [(0, 2.0), (1, 1.0)], "acc": [(1, 0.5)]}, "mini", [])
-        for arm in ("first", "second")
-    },
+    "mini": (
+        "FINISHED",
+        {"scale": "mini", "steps": "1"},
+        {"clip.effect": [(0, 0.25)]},
+        None,
+        ["environment.txt", "report.html", "report.json"],
+    ),
+    **{f"{arm} 0": ("FINISHED", {"seed": "0"}, CHILD, "mini", []) for arm in ("first", "second")},
 }
 
 
-def reproduction(before=lambda event: None, **options):
-    """A small run; before(event) is called ahead of each thing that it logs. -> its tracker."""
-    before("tracker")
-    with Tracker(params={"scale": "mini"}, **options) as t:
-        for arm in ("first", "second"):
-            before(arm)
-            with t.child(f"{arm} seed 0", params={"seed": 0}) as run:
-                before(f"{arm} curves")
-                run.log_curves({"loss": [(0, 2.0), (1, 1.0)]})
-                before(f"{arm} metrics")
-                run.log_metrics({"acc": 0.5}, step=1)
-                before(f"{arm} end")
-        before("recipe")
-        t.log_text("steps: 1", "recipe.yaml")
-        before("effect")
-        t.log_metrics({"effect": 0.25})
-        before("end")
-    return t
-
-
-EVENTS = ["tracker", "first", "first curves", "first metrics", "first end", "second", "second curves", "recipe", "end"]
-
-
-def records(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture
+def place(recorded, tmp_path, request, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"sqlite:///{recorded[0] / 'mlflow.db'}")
+    return Place(uri, request.node.name, tmp_path)
 
 
 def unused_port():
@@ -288,279 +298,211 @@ def unused_port():
         return s.getsockname()[1]
 
 
-def test_a_server_that_is_away_costs_one_warning_and_no_data(recorded, tmp_path, capfd):
-    uri = f"http://someone:secret@127.0.0.1:{unused_port()}"
-    started = time.monotonic()
-    t = reproduction(uri=uri, experiment="away all the time", name="mini", folder=tmp_path)
-    assert time.monotonic() - started < 60  # MLflow's own client would take minutes
+@pytest.mark.parametrize("answers", ["refuses", "hangs"])
+def test_a_server_that_is_away_costs_seconds_one_warning_and_no_data(answers, place, monkeypatch, capfd):
+    store = place.uri
+    import mlflow  # noqa: F401  its import is not what is timed
+
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it takes connections and never answers
+        port = server.getsockname()[1] if answers == "hangs" else unused_port()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:se@cret@127.0.0.1:{port}")
+        started = time.monotonic()
+        place.reproduce()
+        assert time.monotonic() - started < 20  # MLflow's own client would take minutes
     printed = capfd.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1, printed.err
-    assert "the run goes on" in printed.err and str(t.local_file) in printed.err
-    assert not t.working and t.run_id is None
-    assert kept_files(tmp_path) == [t.local_file]
-    kept = records(t.local_file)
-    assert kept[0] == {"uri": uri.replace("someone:secret@", ""), "experiment": "away all the time"}
-    assert "secret" not in printed.err + t.local_file.read_text()
-    assert [r["name"] for r in kept if "create" in r] == ["mini", "first seed 0", "second seed 0"]
+    assert "the run goes on" in printed.err and f"papers deliver {place.folder}" in printed.err
+    assert "cret" not in printed.err + (place.folder / "tracking.json").read_text()
+    assert read_record(place.folder)["uri"] == f"http://127.0.0.1:{port}"
+    assert undelivered(place.root) == [place.folder]
+    with pytest.raises(UserError, match=r"mini/1: http://127.* failed \(.*\); give the same command again") as raised:
+        deliver(place.folder, place.root)
+    assert "cret" not in str(raised.value)
 
-    store = f"sqlite:///{recorded[0] / 'mlflow.db'}"
-    assert deliver(t.local_file, store) == len(kept) - 1
-    assert logged(store, "away all the time") == WHOLE
-    assert kept_files(tmp_path) == []
-    assert deliver(t.local_file, store) == 0 == deliver(f"{t.local_file}.delivered", store)
-    os.replace(f"{t.local_file}.delivered", t.local_file)  # even a file whose renaming was lost
-    deliver(t.local_file, store)
-    assert logged(store, "away all the time") == WHOLE
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert deliver(place.folder, place.root) == 2
+    assert place.logged() == WHOLE and undelivered(place.root) == []
+    assert deliver(place.folder / "tracking.json", place.root) == 0
+    assert place.logged() == WHOLE
 
 
-@pytest.mark.parametrize("back", ["at the end", "two records later", "never"])
-@pytest.mark.parametrize("event", EVENTS)
-def test_a_store_that_goes_away_at_any_moment_loses_and_doubles_nothing(event, back, place, weather, clock, capfd):
-    passed = []
-
-    def before(now):
-        clock[0] += 31
-        passed.append(now)
-        if now == event:
-            weather.away = True
-        if (back == "two records later" and passed[-3:-2] == [event]) or (back == "at the end" and now == "end"):
-            weather.away = False
-
-    t = reproduction(before, **place)
-    said = capfd.readouterr()
-    if weather.away:
-        assert len(said.err.splitlines()) == 1 and "ConnectionError: the store went away)" in said.err
-        weather.away = False
-        assert deliver(t.local_file) > 0
-    elif not (event == back == "end" or (back == "at the end" and event == "end")):
-        assert len(said.err.splitlines()) == 2 and "kept records were delivered" in said.err
-        assert t.working
-    assert said.out == ""
-    assert logged(place["uri"], place["experiment"]) == WHOLE
-    assert kept_files(place["folder"]) == []
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        (None, "not a database"),
+        ("sqlite:///{root}/mlflow.db/mlflow.db", "Error"),
+        ("{root}/mlruns", "Error|Exception"),  # the plain file store, which MLflow gave up
+    ],
+)
+def test_a_broken_store_costs_seconds_and_one_warning(uri, reason, place, monkeypatch, capfd):
+    (place.root / "mlflow.db").write_bytes(b"no database at all, but long enough to be taken for one " * 100)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(root=place.root))
+    started = time.monotonic()
+    place.reproduce()
+    assert time.monotonic() - started < 20
+    printed = capfd.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1 and re.search(reason, printed.err)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place.uri)
+    assert deliver(place.folder, place.root) == 2 and place.logged() == WHOLE
 
 
-@pytest.mark.parametrize("event", EVENTS)
-def test_an_answer_that_is_lost_doubles_nothing(event, place, weather, clock):
-    def before(now):
-        clock[0] += 31
-        weather.loses_answers = now == event
-
-    t = reproduction(before, **place)
-    weather.loses_answers = False
-    if kept_files(place["folder"]):
-        deliver(t.local_file)
-    assert logged(place["uri"], place["experiment"]) == WHOLE
+CALLS = 23  # of one small run
 
 
-def test_a_store_that_is_away_is_asked_ever_more_seldom(place, weather, clock):
-    with Tracker(**place) as t:
-        weather.away = True
-        t.log_metrics({"x": 0.0})
-        weather.asked.clear()
-        asked_at = []
-        for second in range(3600):
-            clock[0] += 1
-            t.log_metrics({"x": 1.0}, step=second)
-            if weather.asked:
-                asked_at.append(second + 1)
-                weather.asked.clear()
-        assert asked_at == [30, 30 + 60, 90 + 120, 210 + 240, 450 + 480, 930 + 600, 1530 + 600, 2130 + 600, 2730 + 600]
+@pytest.mark.parametrize("loses_answers", [False, True], ids=["fails", "loses its answer"])
+@pytest.mark.parametrize("call", range(CALLS))
+def test_a_store_that_goes_away_at_any_call_loses_and_doubles_nothing(call, loses_answers, place, weather, capfd):
+    weather.at, weather.loses_answers = call, loses_answers
+    place.reproduce()
+    printed = capfd.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert "ConnectionError: the store went away)" in printed.err
+    assert undelivered(place.root) == [place.folder]
+    weather.at = None
+    deliver(place.folder, place.root)
+    assert place.logged() == WHOLE and undelivered(place.root) == []
 
 
-def test_a_long_backlog_is_delivered_over_several_calls_so_that_none_waits_long(place, weather, clock, monkeypatch):
-    with Tracker(**place) as t:
-        weather.away = True
-        for step in range(40):
-            t.log_metrics({"x": 1.0}, step=step)
-        weather.away = False
-        real = tracking._send_curves
-        monkeypatch.setitem(tracking._SENDERS, "curves", lambda *a: (real(*a), clock.__setitem__(0, clock[0] + 0.25)))
-        clock[0] += 31
-        for step in (40, 41):
-            before = clock[0]
-            t.log_metrics({"x": 1.0}, step=step)
-            assert 0.9 <= clock[0] - before <= 1.3
-        assert not t.working
-    points = logged(place["uri"], place["experiment"])["mini"][2]["x"]
-    assert [step for step, _ in points] == list(range(42))
+def test_the_calls_above_are_all_that_there_are(place, weather):
+    place.reproduce()
+    assert weather.calls == CALLS and place.logged() == WHOLE
 
 
-def test_a_delivery_that_breaks_off_goes_on_where_it_stopped(place, weather):
-    weather.away = True
-    t = reproduction(**place)
-    total = len(records(t.local_file)) - 1
-    weather.away, weather.fails_after = False, 5
-    with pytest.raises(UserError, match=r"went away\); \d records were delivered, \d+ are still kept; give the same"):
-        deliver(t.local_file)
-    first = records(t.local_file)[-1]["delivered"]
-    assert 0 < first < total
-    weather.away, weather.fails_after = False, None
-    weather.asked.clear()
-    assert deliver(t.local_file) == total - first
-    assert weather.asked.count("create_run") < 3  # some stood there already
-    assert logged(place["uri"], place["experiment"]) == WHOLE
+@pytest.mark.parametrize("call", [0, 2, 9, 12])
+def test_what_a_store_missed_is_sent_at_the_end_where_it_is_back(call, place, weather, capfd):
+    weather.at, weather.for_good = call, False
+    place.reproduce()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and "the run goes on" in lines[0] and "is back and has the whole run" in lines[1]
+    assert place.logged() == WHOLE and undelivered(place.root) == []
 
 
-def test_a_record_that_the_store_refuses_does_not_stop_those_behind_it(place, weather, clock, capfd):
-    with Tracker(params={"jobs": 1}, **place) as t:
-        t.log_params({"jobs": 2})  # MLflow takes a parameter once
-        t.log_params({"jobs": 3})
-        weather.away = True
-        (gone := place["folder"] / "figure.png").write_text("x")
-        t.log_artifact(gone)
-        gone.unlink()
-        t.log_metrics({"x": 1.0})
-        weather.away = False
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 3 and "refused a record" in said[0] and "went away" in said[1] and "delivered" in said[2]
-    assert logged(place["uri"], place["experiment"])["mini"][2] == {"x": [(0, 1.0)]}
-    refused = records(Path(f"{t.local_file}.refused"))
-    assert [r["params"]["jobs"] for r in refused[:2]] == ["2", "3"] and refused[2]["artifact"][0] == str(gone)
+def test_a_store_that_failed_is_left_alone_until_the_end(place, weather):
+    weather.at, calls = 0, []
+    place.reproduce(lambda event: calls.append((event, weather.calls)))
+    assert calls == [("begin", 0), ("first", 1), ("second", 1), ("report", 1)] and weather.calls == 2
 
 
-def test_while_a_run_writes_to_its_file_nobody_else_delivers_it(place, weather):
-    weather.away = True
-    with Tracker(**place) as t, pytest.raises(UserError, match="a run still writes to it"):
-        deliver(t.local_file)
-    weather.away = False
-    assert deliver(t.local_file) > 0
-
-
-def test_what_cannot_be_delivered_is_said_in_one_line(place, weather, tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
-        deliver(tmp_path / "nothing.jsonl")
-    (other := tmp_path / "other.jsonl").write_text('{"a": 1}\nnot json\n')
-    with pytest.raises(UserError, match="not a file that a tracker kept"):
-        deliver(other)
-    assert other.read_text() == '{"a": 1}\nnot json\n'
-
-
-def test_a_line_that_a_full_disk_cut_off_costs_only_itself(place, weather):
-    weather.away = True
-    t = reproduction(**place)
-    whole = t.local_file.read_bytes().splitlines(keepends=True)
-    (cut := [line for line in whole if b"effect" in line])[0]
-    t.local_file.write_bytes(b"".join(whole[: whole.index(cut[0])]) + cut[0][:20])
-    weather.away = False
-    deliver(t.local_file)
-    found = logged(place["uri"], place["experiment"])
-    assert found["first seed 0"] == WHOLE["first seed 0"] and found["mini"][2] == {}
-
-
-def test_without_a_disk_the_records_wait_in_memory_and_are_delivered(place, weather, clock, capfd, monkeypatch):
-    from shared.training import outbox as kept
-
-    class Full:
-        def readall(self):
-            return b""
-
-        def write(self, data):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(kept, "claim", lambda path: (Full(), True))
-    monkeypatch.setattr(kept, "release", lambda file: None)
-    weather.away = True
-    reproduction(lambda event: setattr(weather, "away", event != "end"), **place)
-    said = capfd.readouterr().err
-    assert said.count("No space left on device") == 1
-    assert logged(place["uri"], place["experiment"]) == WHOLE
-
-
-def test_without_mlflow_the_run_goes_on(tmp_path, monkeypatch, capfd):
+def test_without_mlflow_the_run_goes_on(place, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with Tracker(experiment="clip", folder=tmp_path) as t:
-        t.log_metrics({"acc": 0.5})
+    place.reproduce()
     assert len(capfd.readouterr().err.splitlines()) == 1
-    assert [r["curves"] for r in records(t.local_file) if "curves" in r] == [{"acc": [[0, 0.5]]}]
-
-
-def test_a_missing_artifact_is_the_callers_mistake_and_not_the_stores(place):
-    with pytest.raises(FileNotFoundError), Tracker(**place) as t:
-        t.log_artifact(place["folder"] / "nothing.txt")
-    assert t.working
+    monkeypatch.undo()
+    deliver(place.folder, place.root)
 
 
 def test_ctrl_c_in_the_middle_of_a_call_loses_nothing(place, monkeypatch):
-    real = tracking._send_curves
+    with pytest.raises(KeyboardInterrupt), place.tracker() as t:
+        place.leave("first")
 
-    def interrupted(*arguments):
-        monkeypatch.setitem(tracking._SENDERS, "curves", real)
-        raise KeyboardInterrupt
+        def interrupted(*arguments):
+            monkeypatch.setattr(tracking._Store, "_log", real)
+            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), Tracker(**place) as t:
-        monkeypatch.setitem(tracking._SENDERS, "curves", interrupted)
-        t.log_metrics({"x": 1.0})
-    assert logged(place["uri"], place["experiment"])["mini"][:3] == ("KILLED", {}, {"x": [(0, 1.0)]})
-
-
-# ---- going on
+        real = tracking._Store._log
+        monkeypatch.setattr(tracking._Store, "_log", interrupted)
+        t.update()
+    assert place.logged()["first 0"] == WHOLE["first 0"] and place.logged()["mini"][0] == "KILLED"
 
 
-def interrupted_run(place):
-    """A run that is killed in its second arm: nothing of it is closed. -> its tracker."""
-    t = Tracker(params={"scale": "mini"}, **place)
-    with t.child("first seed 0", params={"seed": 0}) as run:
-        run.log_curves({"loss": [(0, 2.0), (1, 1.0)]})
-        run.log_metrics({"acc": 0.5}, step=1)
-    t.child("second seed 0", params={"seed": 0})
-    t._store.kept.close()  # as the end of its process does
-    return t
+# ---- going on, and delivering by hand
 
 
-def test_a_run_that_is_gone_on_with_is_the_same_run_in_mlflow(place, recorded):
-    first = interrupted_run(place)
-    client = recorded[1]
-    client.set_terminated(first.run_id, "KILLED")
-    t = Tracker(resume=first.key, **place)
-    assert t.run_id == first.run_id
-    assert client.get_run(t.run_id).info.status == "RUNNING"
-    assert list(t.children()) == ["first seed 0"]
-    assert client.get_run(t.children()["first seed 0"]).data.tags["mlflow.parentRunId"] == t.run_id
-    t.finish()
-    reproduction(resume=first.key, **place)  # all of it again: as a run does that does not ask
-    assert logged(place["uri"], place["experiment"]) == WHOLE
+def test_a_run_that_is_gone_on_with_is_the_same_run_in_mlflow(place):
+    first = place.tracker()
+    place.leave("first")
+    first.update()  # and then its process is killed
+    client, runs = client_and_runs(place.uri, place.experiment)
+    client.set_terminated(runs["mini"].info.run_id, "KILLED")
+    place.tracker()
+    assert client.get_run(runs["mini"].info.run_id).info.status == "RUNNING"
+    place.reproduce()
+    assert place.logged() == WHOLE
+    assert client.get_run(runs["mini"].info.run_id).data.metrics == {"clip.effect": 0.25}
 
 
-def test_a_run_that_the_store_does_not_have_is_begun_anew(place, recorded):
-    gone = interrupted_run(place)
-    recorded[1].delete_run(gone.run_id)
-    for resume in (gone.key, "20200101-000000-abcdef"):
-        t = Tracker(resume=resume, **place)
-        assert t.run_id and t.run_id != gone.run_id and t.children() == {}
-        t.finish()
-    for no_key in ("it's", gone.run_id):
-        with pytest.raises(ValueError, match="resume is the key of a tracker, not"):
-            Tracker(resume=no_key, **place)
+def test_a_run_that_the_store_does_not_have_is_begun_anew(place):
+    place.tracker()
+    client, runs = client_and_runs(place.uri, place.experiment)
+    client.delete_run(runs["mini"].info.run_id)
+    place.reproduce()
+    assert place.logged() == WHOLE
 
 
-@pytest.mark.parametrize("delivered_by", ["the run that goes on", "hand, afterwards"])
-def test_what_an_interrupted_run_kept_joins_the_run_that_goes_on(delivered_by, place, weather, clock):
-    weather.away = True
-    first = interrupted_run(place)
-    kept = first.local_file.read_bytes()
-    if delivered_by == "the run that goes on":
-        weather.away = False
-        t = reproduction(resume=first.key, **place)
-        assert t.children().keys() == {"first seed 0", "second seed 0"}
-    else:
-        t = Tracker(resume=first.key, **place)
-        assert t.children() == {"first seed 0": t._key_of("first seed 0")}
-        t._store.kept.close()
-        reproduction(resume=first.key, **place)
-        assert t.local_file.read_bytes().startswith(kept)
-        weather.away = False
-        deliver(t.local_file)
-    assert logged(place["uri"], place["experiment"]) == WHOLE
+def test_a_broken_record_of_an_earlier_session_costs_nothing_but_its_key(place):
+    place.folder.mkdir(parents=True)
+    (place.folder / "tracking.json").write_text("{")
+    place.reproduce()
+    assert place.logged() == WHOLE
+
+
+def test_what_an_interrupted_run_could_not_send_joins_the_run_that_goes_on(place, weather):
+    weather.at = 0
+    place.tracker()
+    place.leave("first")
+    assert undelivered(place.root) == [place.folder]
+    weather.at = None
+    place.reproduce()
+    assert place.logged() == WHOLE and undelivered(place.root) == []
+
+
+def test_curves_of_a_training_without_arms_are_kept_and_sent(place, weather):
+    weather.at = 0
+    place.tracker(curves={"loss": [(32, 2.0), (64, 1.0)], "waited": [(2, 0.25)]}).finish()
+    weather.at = None
+    assert deliver(place.folder, place.root) == 0
+    assert place.logged()["mini"][2] == {"loss": [(32, 2.0), (64, 1.0)], "waited": [(2, 0.25)]}
+
+
+def test_while_a_run_writes_to_its_folder_nobody_else_delivers_it(place, weather):
+    import fcntl
+
+    weather.at = 0
+    place.reproduce()
+    with (place.folder / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="mini/1: a run still writes to it; wait for its end"):
+            deliver(place.folder, place.root)
+        assert undelivered(place.root) == []
+    assert undelivered(place.root) == [place.folder]
+
+
+def test_what_cannot_be_delivered_is_said_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"nothing: no tracking\.json there; name a run's folder"):
+        deliver(tmp_path / "nothing", tmp_path)
+    for content in ('{"a": 1}', "[]", "not json", "\xff"):
+        (tmp_path / "tracking.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(UserError, match=r"tracking\.json: not what a tracked run leaves"):
+            deliver(tmp_path, tmp_path)
+
+
+def test_the_verb_delivers_what_is_named_or_all_that_is_missing(place, weather, capsys):
+    def verb(*words):
+        with pytest.raises(SystemExit) as ended:
+            main(place.root / "papers", "papers", ["deliver", *words])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    (place.root / "papers").mkdir()
+    weather.at = 0
+    place.reproduce()
+    weather.at = None
+    assert verb() == f"{place.folder}: delivered; MLflow lacked 2 arms of it\n"
+    assert place.logged() == WHOLE
+    assert verb() == "nothing is missing: all that was tracked has arrived\n"
+    assert "lacked 0 arms" in verb(str(place.folder))
 
 
 # ---- a real server
 
 
 @pytest.fixture
-def server(recorded, tmp_path):
+def server(tmp_path):
     """start() and kill() of an `mlflow server` on loopback, always on the same port and database."""
-    shutil.copy(recorded[0] / "mlflow.db", tmp_path / "server.db")
     port, running = unused_port(), []
 
     def start():
@@ -568,6 +510,7 @@ def server(recorded, tmp_path):
         command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--workers", "1"]
         command += ["--artifacts-destination", str(tmp_path / "artifacts")]
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment.pop("MLFLOW_TRACKING_URI", None)
         with (tmp_path / "server.log").open("ab") as log:
             running.append(
                 subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
@@ -592,21 +535,14 @@ def server(recorded, tmp_path):
 
 def test_a_real_server_is_killed_in_the_middle_and_comes_back(server, tmp_path, capfd, monkeypatch):
     uri, start, kill = server
-    monkeypatch.setattr(tracking, "_FIRST_PAUSE", 0.0)
-
-    def before(event):
-        if event == "first curves":
-            kill()
-        if event == "effect":
-            start()
-
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    place = Place(uri, "a real server", tmp_path)
     start()
-    t = reproduction(before, uri=uri, experiment="a real server", name="mini", folder=tmp_path)
+    place.reproduce(lambda event: {"second": kill, "report": start}.get(event, lambda: None)())
     printed = capfd.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 2, printed.err
-    assert "the run goes on" in printed.err and "kept records were delivered" in printed.err
-    assert t.working and kept_files(tmp_path) == []
-    assert logged(uri, "a real server") == WHOLE
+    assert "the run goes on" in printed.err and "is back and has the whole run" in printed.err
+    assert place.logged() == WHOLE and undelivered(tmp_path) == []
 
 
 # ---- what is recorded of code and machine

@@ -15,6 +15,7 @@ from papers.clip.weights import load_model
 from shared.cli import main
 from shared.core.console import Console
 from shared.core.errors import UserError
+from shared.core.paper_package import PaperPackage
 from shared.core.recipe import to_yaml
 from shared.training.checkpointing import newest_valid
 from shared.training.train import train
@@ -41,8 +42,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with mock.patch("shared.training.tracking.Tracker", mock.create_autospec(shared.training.tracking.Tracker)) as made:
         run(folder)
-    (curves,) = made.return_value.log_curves.call_args.args
-    return SimpleNamespace(folder=folder, curves=curves, tracked=made.call_args.kwargs)
+    return SimpleNamespace(folder=folder, tracked=made.call_args.kwargs)
 
 
 def test_it_ends_in_weights_that_load_by_themselves_with_recipe_and_tokenizer(whole):
@@ -51,7 +51,8 @@ def test_it_ends_in_weights_that_load_by_themselves_with_recipe_and_tokenizer(wh
     model, words = load_model("clip-tiny", weights, whole.folder / "tokenizer.json", ROOT / "checkpoints_manifest.yaml")
     assert words.vocab_size == model.config.vocabulary and model.config.image_size == recipe.image_size
     assert (whole.folder / "recipe.yaml").read_text() == to_yaml(recipe)
-    assert [samples for samples, _ in whole.curves["loss"]] == [5 * 32, 8 * 32]
+    assert [samples for samples, _ in whole.tracked["curves"]["loss"]] == [5 * 32, 8 * 32]
+    assert [step for step, _ in whole.tracked["curves"]["waited"]] == [8]
     assert whole.tracked["experiment"] == "clip" and whole.tracked["params"]["steps"] == 8
     fresh = training.prepare(recipe, 7).module.model.state_dict()
     assert any(not torch.equal(value, fresh[key]) for key, value in model.state_dict().items())
@@ -106,8 +107,7 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
 
 
 def test_a_paper_that_trains_in_its_claims_alone_is_told(tmp_path):
-    (tmp_path / "papers" / "clip").mkdir(parents=True)
-    catalog = SimpleNamespace(folder=tmp_path / "papers", root=tmp_path)
+    catalog = SimpleNamespace(root=tmp_path, package=lambda name: PaperPackage("shared.core"))  # it has no train.py
     with pytest.raises(UserError, match=r"papers/clip has no train.py, .*make reproduce$"):
         train(catalog, CATALOG.recipe("clip", "smoke", WORDS), tmp_path / "run", Console())
 

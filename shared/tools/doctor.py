@@ -1,6 +1,7 @@
 """`doctor`: is this machine fit to reproduce a paper? One line a finding, with the way out; a block for an issue last.
 
-No connection is opened, and nothing is changed but the cache's own stamps of verified files.
+No connection is opened, and nothing is changed but the cache's own stamps of verified files. torch.utils.collect_env is
+not used: it adds a page of raw facts and seconds of subprocesses, and no finding with a way out.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import platform
 import re
 import shutil
 import socket
@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from shared.core.catalog import Catalog
-from shared.core.device import cores
 from shared.core.errors import UserError
-from shared.core.provenance import commit_and_dirty
+from shared.core.files import cache_root, is_offline
+from shared.core.provenance import commit_and_dirty, machine_description, machine_line
 from shared.tools.hardware import bf16_slowdown
 
 QUICK = 200e6  # bytes: larger files are hashed with --verify alone
@@ -61,9 +62,8 @@ def examine(catalog: Catalog, paper: str | None, scale: str, verify: bool) -> It
     parts = [
         code(root),
         versions(root),
-        device(),
-        machine(root),
-        cache(),
+        machine(),
+        disks(root),
         network(),
         weights(catalog, verify),
         *(recipe(catalog, name, scale, estimated=paper is not None) for name in names),
@@ -90,32 +90,27 @@ def code(root: Path) -> Iterator[Finding]:
 
 
 def versions(root: Path) -> Iterator[Finding]:
-    """Python, and the libraries that pyproject.toml asks for: there, new enough, and as tested (constraints.txt)."""
-    yield Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    required, tested = requirements(root), pins(root)
-    differ, same = [], 0
+    """The libraries that pyproject.toml asks for: there, new enough, and as tested (constraints.txt)."""
+    required, tested, differ = requirements(root), pins(root), []
     for name, least in required.items():
         try:
-            found = metadata.version(name)
+            version = metadata.version(name)
         except metadata.PackageNotFoundError:
             yield Finding("problem", f"{name} is not installed", "make install")
             continue
-        if least and _numbers(found) < _numbers(least):
-            yield Finding("problem", f"{name} {found} is older than {least}", "make install")
-        elif name not in tested:
-            differ.append(f"{name} {found} (no version of it in constraints.txt)")
-        elif tested[name] != found.split("+")[0]:
-            differ.append(f"{name} {found} (tested: {tested[name]})")
-        else:
-            same += 1
+        if least and _numbers(version) < _numbers(least):
+            yield Finding("problem", f"{name} {version} is older than {least}", "make install")
+        elif tested.get(name) != version.split("+")[0]:
+            pin = f"tested: {tested[name]}" if name in tested else "no version of it in constraints.txt"
+            differ.append(f"{name} {version} ({pin})")
     if differ:
         way_out = "make install takes the tested ones; others often work, but a difference may come from them"
         yield Finding("note", f"{len(differ)} of {len(required)} libraries not as tested, {', '.join(differ)}", way_out)
-    elif same and same == len(required):
-        yield Finding("ok", f"{same} libraries, all as tested (constraints.txt)")
+    elif required:
+        yield Finding("ok", f"{len(required)} libraries, those installed all as tested (constraints.txt)")
     if not required:
         yield Finding("note", "no pyproject.toml with dependencies", "run in a checkout of the repository")
-    if lacking := [name for name in ("pytest", "transformers") if not _installed(name)]:
+    if lacking := [name for name in ("pytest", "transformers") if not find_spec(name)]:
         yield Finding("note", f"{' and '.join(lacking)} not installed", "the parity rung would not run; make install")
 
 
@@ -141,43 +136,26 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
-def _installed(name: str) -> bool:
-    with suppress(metadata.PackageNotFoundError):
-        return bool(metadata.version(name))
-    return False
-
-
 # ---- the machine
 
 
-def device() -> Iterator[Finding]:
+def machine() -> Iterator[Finding]:
+    """Devices, cores and memory as a report would describe them, and whether bf16 pays."""
     try:
-        import torch
-
-        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        described = machine_description()
     except Exception as error:  # a broken install raises anything: OSError, ImportError, RuntimeError of a driver
         yield Finding("problem", f"torch does not start ({type(error).__name__}: {error})", "make install")
         return
-    if gpus:
-        yield Finding("ok", ", ".join(f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus))
-    else:
-        yield Finding("ok", f"no GPU seen by torch {torch.__version__}, so the CPU computes; scale gpu needs one")
-    where, slower = "GPU" if gpus else "CPU", bf16_slowdown("cuda" if gpus else "cpu")
-    if slower > 2:
-        yield Finding("note", f"bf16 takes {slower:.0f} times as long as fp32 on this {where}", "precision=32-true")
-    else:
-        yield Finding("ok", f"bf16 takes {slower:.2f} times as long as fp32 on this {where} (a small product)")
-
-
-def machine(root: Path) -> Iterator[Finding]:
-    there, ours = os.cpu_count() or 1, cores()
     free = available_memory()
-    memory = f"{free / 1e9:.1f} GB of memory free" if free else "free memory unknown"
-    if ours < there:
-        yield Finding("note", f"{ours} of {there} cores for this process, {memory}", "taskset or a container says so")
-    else:
-        yield Finding("ok", f"{ours} cores, {memory}")
-    yield _writable("runs", root / "runs", "run in a folder of your own")
+    yield Finding("ok", machine_line(described) + (f"; {free / 1e9:.1f} GB of memory free" if free else ""))
+    if described["cores"] < (there := os.cpu_count() or 1):
+        yield Finding(
+            "note", f"{described['cores']} of {there} cores for this process", "taskset or a container says so"
+        )
+    where = "cuda" if described["gpus"] else "cpu"
+    slower = bf16_slowdown(where)
+    what = f"bf16 takes {slower:.{0 if slower > 2 else 2}f} times as long as fp32 on this {where} (a small product)"
+    yield Finding("note", what, "precision=32-true") if slower > 2 else Finding("ok", what)
 
 
 def available_memory() -> float | None:
@@ -190,9 +168,8 @@ def available_memory() -> float | None:
     return None
 
 
-def cache() -> Iterator[Finding]:
-    from shared.core.files import cache_root
-
+def disks(root: Path) -> Iterator[Finding]:
+    yield _writable("runs", root / "runs", "run in a folder of your own")
     yield _writable("cache", cache_root(), "set PAPERS_CACHE to a folder of your own")
 
 
@@ -214,8 +191,6 @@ def _writable(name: str, folder: Path, way_out: str) -> Finding:
 
 def network() -> Iterator[Finding]:
     """What the environment says of the network; nothing is asked of it."""
-    from shared.core.files import is_offline
-
     names = [name for name in ("PAPERS_OFFLINE", "HF_HUB_OFFLINE") if os.environ.get(name)]
     if is_offline():
         yield Finding("note", f"offline by {' and '.join(names)}", "what is not in the cache cannot be fetched; unset")
@@ -231,7 +206,6 @@ def network() -> Iterator[Finding]:
 
 def weights(catalog: Catalog, verify: bool) -> Iterator[Finding]:
     """Every entry of the manifest that the cache has: the right size and hash, or named as a problem."""
-    from shared.core.files import cache_root
     from shared.weights.fetch import cached
     from shared.weights.manifest import load_manifest
 
@@ -239,21 +213,21 @@ def weights(catalog: Catalog, verify: bool) -> Iterator[Finding]:
     entries = [entry for entry in manifest.values() if entry.source["type"] != "path"]
     whole, sized = [], []
     for entry in entries:
+        path = root / entry.id / entry.name
         try:
-            path = root / entry.id / entry.name
             if not path.exists():
                 continue
-            right_size = entry.size in (None, path.stat().st_size)
-            if right_size and path.stat().st_size > QUICK and not verify:
+            size = path.stat().st_size
+            right_size = entry.size in (None, size)
+            if right_size and size > QUICK and not verify:
                 sized.append(entry.id)
             elif entry.sha256 is None:
                 yield Finding("note", f"{entry.id}: in the cache, but its hash is not in the manifest", "pin it")
             elif right_size and cached(entry, verify=True):
                 whole.append(entry.id)
             else:
-                yield Finding(
-                    "problem", f"{entry.id}: damaged in the cache", f"python -m papers fetch {entry.id} --verify"
-                )
+                way_out = f"python -m papers fetch {entry.id} --verify"
+                yield Finding("problem", f"{entry.id}: damaged in the cache", way_out)
         except (UserError, OSError) as error:
             yield Finding("problem", f"{entry.id}: {error}", "see what lies there, and remove it")
     checked = f"{len(whole)} of {len(entries)} files of the manifest in the cache by size and hash"
@@ -274,16 +248,15 @@ def recipe(catalog: Catalog, name: str, scale: str, estimated: bool) -> Iterator
     committed = sorted((catalog.root / "results" / name).glob(f"{scale}-*.json"))
     for path in [*reversed(here), *committed]:
         try:
-            found = json.loads(path.read_text())
-            on = (
-                ", ".join(found["machine"]["gpus"]) or f"{found['machine']['cores']} cores of {found['machine']['cpu']}"
-            )
-            took, command = f"{found['seconds'] / 60:.1f} minutes on {on}", found["command"]
+            report = json.loads(path.read_text())
+            described, minutes, command = report["machine"], report["seconds"] / 60, report["command"]
+            on = ", ".join(described["gpus"]) or f"{described['cores']} cores of {described['cpu']}"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             yield Finding("note", f"{path}: not a report", "make reproduce writes another")
             continue
         which = "newest run here" if path in here else "committed run"
-        yield Finding("ok", f"{name} {scale}, measured: {took}, its memory not recorded ({which}: {command})")
+        measured = f"{minutes:.1f} minutes on {on}, its memory not recorded ({which}: {command})"
+        yield Finding("ok", f"{name} {scale}, measured: {measured}")
         return
     yield Finding("note", f"{name} {scale}: never measured", f"make reproduce PAPER={name} SCALE={scale}")
 

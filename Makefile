@@ -54,8 +54,8 @@ parity: env  ## our outputs, losses and gradients against independent implementa
 test: env  ## all tests: no network, no GPU, under 10 minutes on 2 cores
 	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile tests $(ARGS)  # a thread each: four that spin on two cores are slow
 
-lint: env  ## format, lint, direction of imports, recipes against their schema, generated tables
-	@"$(PYTHON)" -m ruff format --check . && "$(PYTHON)" -m ruff check . && "$(PYTHON)" -c 'from importlinter.cli import lint_imports_command as main; main()' && $(RUN) check
+lint: env  ## format, lint, types, direction of imports, recipes against their schema, generated tables
+	@"$(PYTHON)" -m ruff format --check . && "$(PYTHON)" -m ruff check . && "$(PYTHON)" -c 'from importlinter.cli import lint_imports_command as main; main()' && "$(PYTHON)" -m mypy && $(RUN) check
 
 bench: env  ## ours against other libraries: same weights, same bytes, in turns, in one run
 	@$(RUN) bench $(if $(PAPER),$(PAPER),clip) $(ARGS)
@@ -80,4 +80,4 @@ mlflow: env  ## browse the tracked runs on this machine's own address, 127.0.0.1
 	@"$(PYTHON)" -m mlflow server --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port 5000
 
 clean:  ## remove runs and caches (not the environment, not results/)
-	@rm -rf runs .pytest_cache .ruff_cache .import_linter_cache *.egg-info && find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@rm -rf runs .pytest_cache .ruff_cache .import_linter_cache .mypy_cache *.egg-info && find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

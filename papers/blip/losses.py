@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from papers.blip.model import PretrainingOutput
-from shared.losses.image_text import contrastive_to_targets, language_loss, matching_loss
+from shared.losses.image_text import contrastive_to_targets, language_loss, matching_loss, total_of
 
 
 class BlipLosses(NamedTuple):
@@ -19,13 +19,16 @@ class BlipLosses(NamedTuple):
 
     def total(self) -> Tensor:
         """Scalar."""
-        return sum(loss for loss in self if loss is not None)
+        return total_of(self)
 
 
 def blip_losses(output: PretrainingOutput, label_smoothing: float) -> BlipLosses:
     """The losses whose objectives were computed (Sec. 3.2); label_smoothing is LM's (0.1 in the official code)."""
-    return BlipLosses(
-        itc=None if output.student is None else contrastive_to_targets(output.student, output.targets),
-        itm=None if output.matches is None else matching_loss(output.matches, output.mismatches),
-        lm=None if output.logits is None else language_loss(output.logits, output.next_tokens, label_smoothing),
-    )
+    itc = itm = lm = None
+    if output.student is not None and output.targets is not None:
+        itc = contrastive_to_targets(output.student, output.targets)
+    if output.matches is not None and output.mismatches is not None:
+        itm = matching_loss(output.matches, output.mismatches)
+    if output.logits is not None and output.next_tokens is not None:
+        lm = language_loss(output.logits, output.next_tokens, label_smoothing)
+    return BlipLosses(itc, itm, lm)

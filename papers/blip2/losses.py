@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from papers.blip2.model import Stage1Output, Stage2Output
-from shared.losses.image_text import Similarities, contrastive_to_targets, language_loss, matching_loss
+from shared.losses.image_text import Similarities, contrastive_to_targets, language_loss, matching_loss, total_of
 
 
 class Stage1Losses(NamedTuple):
@@ -20,20 +20,20 @@ class Stage1Losses(NamedTuple):
 
     def total(self) -> Tensor:
         """Scalar."""
-        return sum(loss for loss in self if loss is not None)
+        return total_of(self)
 
 
 def stage1_losses(output: Stage1Output, smoothing: float = 0.1) -> Stage1Losses:
     """The losses whose objectives were computed. smoothing is that of ITC and ITG; ITM has none (official code)."""
-    itc = None
-    if output.similarities is not None:
+    itc = itm = itg = None
+    if output.similarities is not None and output.targets is not None:
         targets = (1 - smoothing) * output.targets + smoothing / output.targets.shape[1]
         itc = contrastive_to_targets(output.similarities, Similarities(targets, targets))
-    return Stage1Losses(
-        itc=itc,
-        itm=None if output.matches is None else matching_loss(output.matches, output.mismatches),
-        itg=None if output.logits is None else language_loss(output.logits, output.next_tokens, smoothing),
-    )
+    if output.matches is not None and output.mismatches is not None:
+        itm = matching_loss(output.matches, output.mismatches)
+    if output.logits is not None and output.next_tokens is not None:
+        itg = language_loss(output.logits, output.next_tokens, smoothing)
+    return Stage1Losses(itc, itm, itg)
 
 
 def stage2_loss(output: Stage2Output) -> Tensor:

@@ -6,6 +6,7 @@ Axes: B batch, M keys to compare with, E width of the joint space, T text tokens
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,12 @@ def contrastive_to_targets(student: Similarities, targets: Similarities) -> Tens
         -(wanted * side.log_softmax(1)).sum(1).mean() for side, wanted in zip(student, targets, strict=True)
     )
     return (to_text + to_image) / 2
+
+
+def total_of(losses: Iterable[Tensor | None]) -> Tensor:
+    """The sum of the scalars that were computed, each with weight 1; at least one was."""
+    first, *others = (loss for loss in losses if loss is not None)
+    return sum(others, start=first)
 
 
 class Negatives(NamedTuple):

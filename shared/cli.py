@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("bench", bench, "ours against other libraries: same weights, same bytes, in turns, in one run")
     sub.add_argument("paper", nargs="?", default="clip")
     sub.add_argument("overrides", nargs="*", metavar="key=value")
-    verb("check", check, "recipes against their schema, generated tables fresh")
+    verb("check", check, "recipes against their schema, generated tables fresh, files short; the size of the house")
     return top
 
 
@@ -437,20 +437,12 @@ def bench(catalog: Catalog, options: argparse.Namespace) -> None:
 
 
 def check(catalog: Catalog, options: argparse.Namespace) -> int:
-    """Everything a reader relies on without running it: recipes parse, cards parse, generated tables are fresh."""
-    from shared.tools.readme_tables import stale_tables
+    """Everything a reader relies on without running it."""
+    from shared.tools.house import problems, sizes
 
-    problems = []
-    for name in catalog.names():
-        for path in sorted((catalog.root / "recipes" / name).glob("*.yaml")):
-            try:
-                catalog.recipe(name, path.stem, [])
-            except UserError as error:
-                problems.append(str(error))
-    problems += [
-        f"{path}: generated table is stale; python -m papers report --tables" for path in stale_tables(catalog)
-    ]
-    for problem in problems:
+    found = problems(catalog)
+    for problem in found:
         print(problem, file=sys.stderr)
-    print(f"checked: {len(catalog.names())} papers, {len(problems)} problems")
-    return 1 if problems else 0
+    print(sizes(catalog))
+    print(f"checked: {len(catalog.names())} papers, {len(found)} problems")
+    return 1 if found else 0

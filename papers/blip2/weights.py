@@ -361,6 +361,8 @@ def hf_config(config: Blip2Config) -> dict[str, Any]:
             "max_position_embeddings": config.positions,
             "cross_attention_frequency": config.cross_every,
             "encoder_hidden_size": vision.width,
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": config.dropout,
             "hidden_act": "gelu",
             "layer_norm_eps": 1e-12,
             "pad_token_id": config.pad_token,

@@ -19,7 +19,7 @@ from papers.blip.config import VARIANTS, BlipConfig, caption, retrieval
 from papers.blip.losses import blip_losses
 from papers.blip.model import Blip, BlipPretraining, copied, starting_with
 from papers.blip.module import trim_padding
-from papers.blip.weights import FORMATS, published_of
+from papers.blip.weights import FORMATS, hf_config, published_of
 from shared.losses.image_text import Negatives, next_token_targets
 from shared.nn.generation import GenerationSettings, generate
 from shared.nn.momentum import FeatureQueue, follow, momentum_copy
@@ -55,30 +55,7 @@ def theirs_of(blip: Blip, kind: str) -> nn.Module:
     """transformers' model of KINDS with the weights of ours."""
     import transformers
 
-    config = blip.config
-    text = {
-        "vocab_size": config.vocabulary,
-        "hidden_size": config.text_width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": config.positions,
-        "pad_token_id": config.pad_token,
-        "bos_token_id": config.decode_token,
-        "eos_token_id": config.end_token,
-        "sep_token_id": config.end_token,
-        "label_smoothing": config.label_smoothing,
-    }
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": config.vision_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch,
-        "layer_norm_eps": 1e-6,
-    }
-    sizes = transformers.BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=config.embed_width)
+    sizes = transformers.BlipConfig.from_dict(hf_config(blip.config))
     theirs = getattr(transformers, KINDS[kind])(sizes)
     theirs.load_state_dict(published_of(blip.state_dict(), f"transformers-{kind}"))
     return theirs

@@ -23,6 +23,7 @@ from papers.blip2.formats import VISION, published_of, transformers_qformer, wit
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, vision_encoder
 from papers.blip2.module import trim_padding
+from papers.blip2.weights import hf_config
 from shared.backbones.hf_lm import CausalAdapter
 from shared.backbones.vision import Encoder, vit_encoder
 from shared.core.errors import UserError
@@ -98,28 +99,7 @@ def their_config(config: Blip2Config) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
-    vision, language = config.vision, config.language
-    sizes = {
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "cross_attention_frequency": config.cross_every,
-        "encoder_hidden_size": vision.width,
-        "vocab_size": config.vocabulary,
-        "max_position_embeddings": config.positions,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
-    }
-    seen = {
-        "hidden_size": vision.width,
-        "intermediate_size": int(vision.width * vision.mlp_ratio),
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch,
-        "layer_norm_eps": vision.eps,
-    }
+    language = config.language
     text = {
         "model_type": "opt",
         "vocab_size": language.vocabulary,
@@ -131,10 +111,8 @@ def their_config(config: Blip2Config) -> Any:
         "max_position_embeddings": language.context,
         "dropout": 0.0,
     }
-    return transformers.Blip2Config(
-        vision_config=seen, qformer_config=sizes, text_config=text, num_query_tokens=config.queries,
-        image_text_hidden_size=config.embed_width, image_token_index=language.vocabulary - 1,
-    )  # fmt: skip
+    more = {"text_config": text, "image_token_index": language.vocabulary - 1}
+    return transformers.Blip2Config.from_dict(hf_config(config) | more)
 
 
 def pair(config: Blip2Config, device: str) -> tuple[Encoder, Blip2, nn.Module]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from papers.clip.config import VARIANTS, ClipConfig
 from papers.clip.losses import clip_loss
 from papers.clip.model import Clip
-from papers.clip.weights import OPENAI_VIT, TRANSFORMERS
+from papers.clip.weights import OPENAI_VIT, TRANSFORMERS, hf_config, open_clip_config
 from shared.core.console import quiet
 from shared.core.errors import UserError
 from shared.tools.bench import NATURAL, Setup, compiled, longest, normaliser, pick, pictures_and_texts, stepper
@@ -67,46 +67,10 @@ def build(name: str, config: ClipConfig) -> nn.Module:
     if name == "open_clip":
         import open_clip.model
 
-        vision = {
-            "image_size": config.image_size,
-            "patch_size": config.patch,
-            "width": config.vision_width,
-            "layers": config.vision_layers,
-            "head_width": config.vision_width // config.vision_heads,
-        }
-        text = {
-            "context_length": config.context,
-            "vocab_size": config.vocabulary,
-            "width": config.text_width,
-            "layers": config.text_layers,
-            "heads": config.text_heads,
-        }
-        return open_clip.model.CLIP(config.embed_width, vision, text, quick_gelu=config.activation == "quick_gelu")
+        return open_clip.model.CLIP(**open_clip_config(config))
     from transformers import CLIPConfig, CLIPModel
 
-    def tower(width: int, layers: int, heads: int) -> dict:
-        return {
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "projection_dim": config.embed_width,
-            "hidden_act": config.activation,
-            "layer_norm_eps": config.eps,
-        }
-
-    text = tower(config.text_width, config.text_layers, config.text_heads) | {
-        "vocab_size": config.vocabulary,
-        "max_position_embeddings": config.context,
-        "bos_token_id": config.end_token - 1,
-        "eos_token_id": config.end_token,
-        "pad_token_id": 0,
-    }
-    vision = tower(config.vision_width, config.vision_layers, config.vision_heads) | {
-        "image_size": config.image_size,
-        "patch_size": config.patch,
-    }
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.embed_width))
+    return CLIPModel(CLIPConfig.from_dict(hf_config(config)))
 
 
 def contestant(name: str, model: nn.Module, config: ClipConfig) -> Contestant:

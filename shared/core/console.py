@@ -1,4 +1,7 @@
-"""What a person sees while it runs: numbered stages, one bar with rate and remaining time, plain lines elsewhere."""
+"""What a person sees while it runs: numbered stages, one bar with rate and remaining time, plain lines elsewhere.
+
+Of tqdm, not of rich, whose live display has no rate and takes over standard output, where the verbs' own lines go.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A report as text: terminal table, Markdown, comparison of runs."""
+"""A report as text: terminal table, Markdown, comparison of runs.
+
+The terminal table is not one of rich: what a row needs is a command, to be copied, and none of its cells can be as wide
+as the table.
+"""
 
 from __future__ import annotations
 

@@ -340,5 +340,5 @@ MUTANTS = (
     ),
     _objectives("language-model-loss-smoothed", "smoothing=0.0)", "smoothing=0.1)"),
     # the report
-    _page("html-not-escaped", "return escape(_clean(str(value)))", "return _clean(str(value))"),
+    _page("html-not-escaped", "autoescape=True", "autoescape=False"),
 )

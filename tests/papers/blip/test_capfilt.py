@@ -81,7 +81,7 @@ def test_the_page_is_whole_escaped_and_asks_the_network_for_nothing(tmp_path):
     assert "<script" not in text and "&lt;script&gt;" in text and "What &lt;b&gt;it" in text and "a &amp; b" in text
     assert "\x1b" not in text and "\u202e" not in text and "\u2028" not in text and "\\x1b[31mred" in text
     assert not re.search(r'(src|href)="(?!data:image/png;base64,)', text) and text.count("<img") == 2
-    assert "web&#x27;s text dropped, the written one kept: 1 pictures" in text
+    assert "web&#39;s text dropped, the written one kept: 1 pictures" in text
     assert "kept, wrongly, match 0.50" in text and "dropped, rightly, match 0.20" in text
     for tag in ("details", "article", "div", "main"):
         assert text.count(f"<{tag}") == text.count(f"</{tag}>")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,7 +15,6 @@ from shared.metrics import stats
 from shared.report import plots as figures
 from shared.report import rows
 from shared.report import text as as_text
-from shared.report import write as writing
 from shared.report.rows import Figure, Ranked, Report, Row, Sample
 from shared.report.text import terminal_table
 from shared.report.write import compare, read_report, write
@@ -116,7 +116,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(writing.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
         write(example(title="Another"), tmp_path)
     assert (tmp_path / "report.json").read_bytes() == before

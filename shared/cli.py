@@ -358,6 +358,8 @@ def fetch(catalog: Catalog, options: argparse.Namespace) -> None:
 
 
 def zeroshot(catalog: Catalog, options: argparse.Namespace) -> None:
+    from shared.inference import predict
+
     paper = options.model.split("-")[0]
     catalog.variant(paper, options.model)
     labels = [label.strip() for label in options.labels.split(",") if label.strip()]
@@ -365,61 +367,62 @@ def zeroshot(catalog: Catalog, options: argparse.Namespace) -> None:
         raise UserError("--labels needs at least two labels, separated by commas: --labels 'a cat,a dog'")
     if "{}" not in options.template:
         raise UserError(f"--template {options.template!r} has no {{}} where the label goes")
-    run = catalog.package(paper).inference.classify
-    for line in run(options.pictures, options.model, labels, options.template, options.weights, options.tokenizer):
+    package = catalog.package(paper)
+    if "zeroshot" not in package.uses():
+        raise UserError(f"{options.model}: papers/{paper} scores no labels; give a model of CLIP")
+    files = predict.picture_files(options.pictures)  # before weights are fetched: a wrong path should cost nothing
+    model = package.inference.load_for_inference(options.model, options.weights, options.tokenizer, "zeroshot")
+    for line in predict.zeroshot(files, model, labels, options.template):
         print(line, flush=True)
 
 
 def caption(catalog: Catalog, options: argparse.Namespace) -> int:
+    from shared.inference.predict import caption_task
+
     if options.nucleus is not None and not 0 < options.nucleus <= 1:
         raise UserError(f"--nucleus {options.nucleus}: give a share above 0 and up to 1, as 0.9")
-    given = {key: getattr(options, key) for key in ("nucleus", "seed", "prompt")}
-    return spoken(catalog, options, "captioner", (), given)
+    chosen = options.prompt, options.beams, options.nucleus, options.seed
+    return over_pictures(catalog, options, "caption", lambda model: caption_task(model, *chosen))
 
 
 def ask(catalog: Catalog, options: argparse.Namespace) -> int:
-    answers = None
-    if options.answers:
-        from shared.data.vqa import answer_list
+    from shared.data.vqa import answer_list
+    from shared.inference.predict import ask_task
 
-        answers = answer_list(options.answers)
-    return spoken(catalog, options, "answerer", (options.question,), {"answers": answers})
+    if not options.question.strip():
+        raise UserError("the question is empty; ask something, in quotes")
+    chosen = options.question, answer_list(options.answers) if options.answers else None, options.beams
+    return over_pictures(catalog, options, "ask", lambda model: ask_task(model, *chosen))
 
 
 def chat(catalog: Catalog, options: argparse.Namespace) -> int:
     from shared.core.text import shown
-    from shared.inference.predict import talk
+    from shared.inference.predict import chat_task, talk
 
     if not options.picture.is_file():
         raise UserError(f"{shown(options.picture)}: no such file; give one picture")
-    return talk(options.picture, speaker(catalog, options, "chatter", (), {}, Console()), sys.stdin)
+    task = chat_task(model_that_speaks(catalog, options, "chat"), options.beams)
+    return talk(options.picture, task, sys.stdin)
 
 
-def spoken(catalog: Catalog, options: argparse.Namespace, name: str, first: tuple, given: dict) -> int:
-    """Ask the model's paper for a task (papers/<name>/inference.py), and run it over the pictures."""
+def over_pictures(catalog: Catalog, options: argparse.Namespace, use: str, task: Callable[[Any], Any]) -> int:
     from shared.inference.predict import look, picture_files
 
     if options.batch < 1:
         raise UserError(f"--batch {options.batch}: give at least 1")
     files = picture_files(options.pictures)  # before weights are fetched: a wrong path should cost nothing
-    console = Console()
-    return look(files, speaker(catalog, options, name, first, given, console), options.batch, console)
+    return look(files, task(model_that_speaks(catalog, options, use)), options.batch, Console())
 
 
-def speaker(
-    catalog: Catalog, options: argparse.Namespace, name: str, first: tuple, given: dict, console: Console
-) -> Any:
-    """What the function `name` of the model's paper's inference.py gives."""
-    if options.beams is not None:
-        if options.beams < 1:
-            raise UserError(f"--beams {options.beams}: give at least 1")
-        given = {**given, "beams": options.beams}
+def model_that_speaks(catalog: Catalog, options: argparse.Namespace, use: str) -> Any:
+    if options.beams is not None and options.beams < 1:
+        raise UserError(f"--beams {options.beams}: give at least 1")
     paper = catalog.paper_that_answers(options.model)
-    with console.waiting("loading the model"):
-        make = getattr(catalog.package(paper).inference, name, None)
-        if make is None:
+    with Console().waiting("loading the model"):
+        package = catalog.package(paper)
+        if use not in package.uses():
             raise UserError(f"{options.model}: papers/{paper} holds no dialogue; `ask` puts one question to it")
-        return make(options.model, *first, options.weights, options.tokenizer, **given)
+        return package.inference.load_for_inference(options.model, options.weights, options.tokenizer, use)
 
 
 def rescore(catalog: Catalog, options: argparse.Namespace) -> None:

@@ -3,74 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from papers.blip.config import PROMPT
-from papers.blip.encode import GenerationConfig, rank_answers, tokens_of, write, write_answers
+from papers.blip.encode import GenerationConfig, device_of, tokens_of
+from papers.blip.model import Blip
+from papers.blip.tasks import BlipVqa
 from papers.blip.text import clean_question
 from papers.blip.weights import load_model
 from shared.core.device import on_gpu_if_any
-from shared.core.errors import UserError
-from shared.inference.predict import Task
+from shared.inference.predict import GenerationOptions
+from shared.nn.generation import GenerationSettings, generate
+from shared.tokenizers.base import Tokenizer
 from shared.weights.manifest import MANIFEST
 
+USES = ("caption", "ask")
 LONGEST_QUESTION = 50  # words, as the release keeps
 LONGEST_CAPTION = 16  # tokens behind the prompt: 20 with "[DEC] a picture of", as the release
+LONGEST_ANSWER = 9  # tokens: 10 with [DEC], as the official code counts (models/blip_vqa.py)
+BEAMS = 3
 
 
-def captioner(
-    variant: str,
-    weights: Path | None = None,
-    tokenizer: Path | None = None,
-    *,
-    beams: int = 3,
-    nucleus: float | None = None,
-    seed: int = 0,
-    prompt: str | None = None,
-    manifest: Path = MANIFEST,
-) -> Task:
+def load_for_inference(
+    variant: str, weights: Path | None, tokenizer: Path | None, use: str, manifest: Path = MANIFEST
+) -> Captioner | Answerer:
+    model, pieces = load_model(variant, weights, tokenizer, manifest, use)
+    return (Captioner if use == "caption" else Answerer)(on_gpu_if_any(model), pieces)
+
+
+class Captioner:
     """Captions behind the prompt, by beam search or sampled from the nucleus."""
-    model, words = load_model(variant, weights, tokenizer, manifest, "caption")
-    model = on_gpu_if_any(model)
-    how = GenerationConfig(PROMPT if prompt is None else prompt, beams, nucleus, seed=seed)
-    given = len(how.prompt_tokens(words))
-    how = replace(how, longest=min(given + LONGEST_CAPTION, model.config.positions))
-    how.settings(words)  # what cannot be is told before a picture is read
-    generator = torch.Generator().manual_seed(seed)
 
-    def answer(images: Tensor) -> list[str]:
-        return write(model, words, images, how, generator=generator)
+    def __init__(self, model: Blip, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.image_size = model, tokenizer, model.config.image_size
 
-    return Task(answer, model.config.image_size, whole=True)
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> (B, 1 + N, D)."""
+        return self.model.encode_image(images.to(device_of(self.model)))
+
+    def prompt(self, text: str | None) -> str:
+        text = PROMPT if text is None else text
+        self._config(text).settings(self.tokenizer)  # what cannot be is told before a picture is read
+        return text
+
+    def generate(self, prefix: Tensor, prompts: Sequence[str], options: GenerationOptions) -> list[str]:
+        """The prompt is the same for all pictures."""
+        config = self._config(prompts[0], options.beams, options.nucleus)
+        start = torch.tensor(config.prompt_tokens(self.tokenizer), device=prefix.device).expand(len(prefix), -1)
+        with torch.inference_mode():
+            decoding = self.model.decoding(prefix)
+        settings = config.settings(self.tokenizer)
+        texts = generate(decoding, start, settings, generator=options.generator).tokens
+        return [self.tokenizer.decode(tokens) for tokens in texts]
+
+    def _config(self, prompt: str, beams: int | None = None, nucleus: float | None = None) -> GenerationConfig:
+        prompt_length = len(GenerationConfig(prompt).prompt_tokens(self.tokenizer))
+        longest = min(prompt_length + LONGEST_CAPTION, self.model.config.positions)
+        return GenerationConfig(prompt, beams or BEAMS, nucleus, longest=longest)
 
 
-def answerer(
-    variant: str,
-    question: str,
-    weights: Path | None = None,
-    tokenizer: Path | None = None,
-    *,
-    answers: Sequence[str] | None = None,
-    beams: int = 3,
-    manifest: Path = MANIFEST,
-) -> Task:
-    """Answers to one question about every picture: in the model's own words, or the likeliest of `answers`."""
-    if not question.strip():
-        raise UserError("the question is empty; ask something, in quotes")
-    model, words = load_model(variant, weights, tokenizer, manifest, "ask")
-    model = on_gpu_if_any(model)
-    asked = clean_question(question, LONGEST_QUESTION)
-    words([asked], model.config.context, truncate=False)  # a cut question is another question
-    ranked = tokens_of(words, answers, model.config) if answers else None
+class Answerer:
+    """Answers to one question about every picture: in the model's own words, or the likeliest of a list."""
 
-    def answer(images: Tensor) -> list[str]:
-        asks = [asked] * len(images)
-        if ranked is None:
-            return write_answers(model, words, images, asks, beams)
-        return [answers[place] for place in rank_answers(model, words, images, asks, ranked)]
+    def __init__(self, model: BlipVqa, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.image_size = model, tokenizer, model.config.image_size
+        self.answer_tokens = lru_cache(maxsize=1)(lambda answers: tokens_of(tokenizer, answers, model.config))  # (A, L)
 
-    return Task(answer, model.config.image_size, whole=True)
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> (B, 1 + N, D)."""
+        return self.model.encode_image(images.to(device_of(self.model)))
+
+    def prompt(self, text: str | None) -> str:
+        question = clean_question(text or "", LONGEST_QUESTION)
+        self.tokenizer([question], self.model.config.context, truncate=False)  # a cut question is another question
+        return question
+
+    @torch.inference_mode()
+    def generate(self, prefix: Tensor, prompts: Sequence[str], options: GenerationOptions) -> list[str]:
+        questions = self._questions(prefix, prompts)
+        decoding = self.model.decoding(self.model.ask(questions, prefix), questions)
+        start = torch.full_like(questions[:, :1], self.tokenizer.decode_start)
+        settings = GenerationSettings((self.tokenizer.end,), LONGEST_ANSWER, beams=options.beams or BEAMS)
+        return [self.tokenizer.decode(tokens) for tokens in generate(decoding, start, settings).tokens]
+
+    @torch.inference_mode()
+    def score(self, prefix: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """1 for the likeliest answer and 0 for the others (B, A): the ranking compares only a few of them as wholes."""
+        questions = self._questions(prefix, prompts)
+        ranked = self.answer_tokens(tuple(answers)).to(prefix.device)
+        best = self.model.rank(self.model.ask(questions, prefix), questions, ranked)
+        return F.one_hot(best, len(answers))
+
+    def _questions(self, prefix: Tensor, prompts: Sequence[str]) -> Tensor:
+        return tokens_of(self.tokenizer, prompts, self.model.config).to(prefix.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,197 +14,148 @@ from papers.blip2.bundle import InferenceModel, load_inference_model
 from papers.blip2.encode import ANSWERING, CAPTION, CAPTIONING, PROMPTS, GenerationConfig, device_of, tidy
 from shared.core.errors import UserError
 from shared.data.padding import pad_rows
-from shared.inference.predict import Reply, Talk, Task
+from shared.inference.predict import GenerationOptions
 from shared.nn.generation import GenerationSettings, generate
 from shared.weights.manifest import MANIFEST
 
+USES = ("caption", "ask", "chat")
 TURN = "Question: {} Answer: {}."  # an answered question, before the next one (LAVIS, blip2_instructed_generation)
 TALKING = GenerationConfig(longest=30)  # as LAVIS generates where nothing else is said
-ASKED = re.compile(r"\s*question:.*answer:\s*", re.IGNORECASE | re.DOTALL)
+WRITTEN_OUT = re.compile(r"\s*question:.*answer:\s*", re.IGNORECASE | re.DOTALL)
 
 
-def captioner(
+def load_for_inference(
     variant: str,
     weights: Path | None = None,
     tokenizer: Path | None = None,
-    *,
-    beams: int = CAPTIONING.beams,
-    nucleus: float | None = None,
-    seed: int = 0,
-    prompt: str | None = None,
+    use: str = "ask",
     manifest: Path = MANIFEST,
-) -> Task:
-    """Captions behind the prompt, by beam search or sampled from the nucleus. Weights trained here learned captions
-    behind no prompt, and shorter ones."""
-    talker = load_inference_model(variant, weights, tokenizer, manifest, "caption")
-    how = replace(CAPTIONING, beams=beams, shortest=1 if talker.trained_here else CAPTIONING.shortest)
-    prompt = prompt if prompt is not None else "" if talker.trained_here else CAPTION
-    settings = how.settings(talker.words.stop, talker.model.language_model.kind)
-    if nucleus is not None:
-        settings = replace(settings, beams=1, sample=True, top_p=nucleus)
-    asked = begun(talker, prompt)
-    check_room(talker, asked, settings)
-    generator = torch.Generator().manual_seed(seed)
-
-    def answer(images: Tensor) -> list[str]:
-        return [tidy(one) for one in written(talker, prefix_of(talker, images), asked, settings, generator)]
-
-    return Task(answer, talker.model.config.vision.image_size, whole=True)
+) -> Blip2Inference:
+    kind = "caption" if use == "caption" else "ask"
+    return Blip2Inference(load_inference_model(variant, weights, tokenizer, manifest, kind), use)
 
 
-def answerer(
-    variant: str,
-    question: str,
-    weights: Path | None = None,
-    tokenizer: Path | None = None,
-    *,
-    answers: Sequence[str] | None = None,
-    beams: int = ANSWERING.beams,
-    manifest: Path = MANIFEST,
-) -> Task:
-    """Answers to one question about every picture: in the language model's own words, or the likeliest of `answers`.
-    The question stands in the paper's prompt, unless it is written out as one: "Question: ... Answer:"."""
-    if not question.strip():
-        raise UserError("the question is empty; ask something, in quotes")
-    talker = load_inference_model(variant, weights, tokenizer, manifest)
-    asked = begun(talker, prompt_of(talker, question))
-    settings = replace(ANSWERING, beams=beams).settings(talker.words.stop, talker.model.language_model.kind)
-    check_room(talker, asked, settings)
+class Blip2Inference:
+    """Captions, by beam search or sampled from the nucleus; answers in the language model's own words, or the likeliest
+    of a list; a dialogue, written out by the language model's own template where the weights are released ones and it
+    has one, else as the paper asks. Weights trained here learned captions behind no prompt, and short answers."""
 
-    def answer(images: Tensor) -> list[str]:
-        prefix = prefix_of(talker, images)
-        if answers is None:
-            return [tidy(one) for one in written(talker, prefix, asked, settings)]
-        return [answers[place] for place in likelihoods(talker, prefix, asked, answers).argmax(1).tolist()]
+    def __init__(self, parts: InferenceModel, use: str):
+        self.parts, self.use = parts, use
+        self.language, self.image_size = parts.model.language_model, parts.model.config.vision.image_size
+        self.template = parts.chat if use == "chat" else None
+        self.config = {
+            "caption": replace(CAPTIONING, shortest=1) if parts.trained_here else CAPTIONING,
+            "ask": ANSWERING,
+            "chat": ANSWERING if parts.trained_here else TALKING,
+        }[use]
 
-    return Task(answer, talker.model.config.vision.image_size, whole=True)
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 -> the visual words (B, Q, W)."""
+        features = self.parts.encoder(images.to(self.parts.encoder.device))
+        return self.parts.model.prefix(features.to(device_of(self.parts.model)))
 
+    # ---- prompts
 
-def chatter(
-    variant: str,
-    weights: Path | None = None,
-    tokenizer: Path | None = None,
-    *,
-    beams: int = TALKING.beams,
-    manifest: Path = MANIFEST,
-) -> Talk:
-    """A dialogue about one picture. What was said stands before each question, by the language model's own template
-    where the weights are released ones and it has one, else as the paper asks; its oldest turns go where the context is
-    full."""
-    talker = load_inference_model(variant, weights, tokenizer, manifest)
-    how = ANSWERING if talker.trained_here else TALKING  # what was trained here learned short answers
-    settings = replace(how, beams=beams).settings(talker.words.stop, talker.model.language_model.kind)
+    def prompt(self, text: str | None) -> str:
+        """What a caption begins with; a question in the paper's prompt, unless it is written out as one: "Question: ...
+        Answer:". UserError where it is too long."""
+        if self.use == "caption":
+            prompt = text if text is not None else "" if self.parts.trained_here else CAPTION
+        elif WRITTEN_OUT.fullmatch(text):
+            prompt = text.strip()
+        else:
+            prompt = PROMPTS[self.language.kind].format(text.strip())
+        self._check_room(self.tokens(prompt))
+        return prompt
 
-    def begin(image: Tensor) -> Callable[[str], Reply]:
-        prefix = prefix_of(talker, image)  # (1, Q, W)
-        said: list[tuple[str, str]] = []
+    def dialogue(self, turns: Sequence[tuple[str, str]], question: str) -> str:
+        """Answered questions and the one that is asked."""
+        if self.template is None:
+            before = [TURN.format(bare(asked), answer) for asked, answer in turns]
+            return " ".join([*before, PROMPTS["causal"].format(bare(question))])
+        messages = []
+        for asked, answer in turns:
+            messages += [{"role": "user", "content": bare(asked)}, {"role": "assistant", "content": answer}]
+        return self.template([*messages, {"role": "user", "content": bare(question)}])
 
-        def reply(question: str) -> Reply:
-            question = bare(question)
-            turns = list(said)
-            while len(asked := dialogue(talker, turns, question)) > room(talker, settings) and turns:
-                turns.pop(0)
-            check_room(talker, asked, settings)  # a question that is too long by itself ends nothing
-            [text] = written(talker, prefix, asked, settings)
-            if talker.trained_here:  # it never saw an answer behind another, as TURN writes them: the first is its own
-                text = text.split(". ")[0]
-            dropped = len(said) - len(turns)
-            said[:] = [*turns, (question, tidy(text))]
-            return Reply(said[-1][1], dropped)
+    def tokens(self, prompt: str) -> list[int]:
+        """A template writes out what stands before and behind a prompt itself."""
+        tokenizer = self.parts.words
+        return tokenizer.encode(prompt) if self.template else [*tokenizer.begun(prompt), *tokenizer.behind]
 
-        return reply
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt may have: of a causal model's context, what the queries and the answer leave."""
+        answer = self.config.longest if self.language.kind == "causal" else 0
+        return self.language.context - self.parts.model.config.queries - answer
 
-    return Talk(begin, talker.model.config.vision.image_size, whole=True)
+    def fits(self, prompt: str) -> bool:
+        return len(self.tokens(prompt)) <= self.room
 
+    def _check_room(self, tokens: Sequence[int]) -> None:
+        if len(tokens) > self.room:
+            raise UserError(
+                f"a prompt of {len(tokens)} tokens: beside the picture and an answer the language model's context has "
+                f"room for {self.room}: shorten it"
+            )
 
-# ---- prompts as tokens
+    # ---- what the model says
 
+    def generate(self, prefix: Tensor, prompts: Sequence[str], options: GenerationOptions) -> list[str]:
+        """What follows each prompt behind its prefix (B, Q, W). UserError where one is too long."""
+        rows = [self.tokens(prompt) for prompt in prompts]
+        self._check_room(max(rows, key=len))
+        config = replace(self.config, beams=options.beams or self.config.beams)
+        settings = config.settings(self.parts.words.stop, self.language.kind)
+        if options.nucleus is not None:
+            settings = replace(settings, beams=1, sample=True, top_p=options.nucleus)
+        texts = written(self.parts, prefix, rows, settings, options.generator)
+        if self.use == "chat" and self.parts.trained_here:
+            # it never saw an answer behind another, as TURN writes them: the first is its own
+            texts = [text.split(". ")[0] for text in texts]
+        return [tidy(text) for text in texts]
 
-def prompt_of(talker: InferenceModel, question: str) -> str:
-    if ASKED.fullmatch(question):
-        return question.strip()
-    return PROMPTS[talker.model.language_model.kind].format(question.strip())
+    @torch.inference_mode()
+    def score(self, prefix: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """The log-probability of each answer behind the prompt, its end token included. prefix (B, Q, W) -> (B, A)."""
+        language, tokenizer, device = self.language, self.parts.words, prefix.device
+        causal = language.kind == "causal"
+        rows = [[*tokenizer.encode(f" {text}" if causal else text), tokenizer.stop[0]] for text in answers]
+        targets, mask = (part.to(device) for part in pad_rows(rows, tokenizer.stop[0]))  # (A, U)
+        scores = []
+        for image, text in zip(prefix, prompts, strict=True):
+            prompt = torch.tensor([self.tokens(text)] * len(rows), dtype=torch.long, device=device)  # (A, T)
+            seen = torch.ones(len(rows), len(image) + prompt.shape[1], dtype=torch.bool, device=device)
+            x = torch.cat([image.expand(len(rows), -1, -1), language.embed(prompt).to(image.dtype)], dim=1)
+            if causal:  # the slot before says each token of the answer
+                longer = torch.cat([x, language.embed(targets[:, :-1]).to(image.dtype)], dim=1)
+                states = language.states(longer, torch.cat([seen, mask[:, :-1]], dim=1))[:, x.shape[1] - 1 :]
+            else:
+                states = language.states(x, seen, targets)
+            logits = language.logits(states[mask])  # (P, V)
+            log_probabilities = logits.gather(1, targets[mask][:, None])[:, 0] - logits.logsumexp(1)
+            every = torch.zeros(targets.shape, device=device).masked_scatter(mask, log_probabilities)
+            scores.append(every.sum(1))
+        return torch.stack(scores)
 
 
 def bare(question: str) -> str:
     """A question without the paper's prompt around it."""
-    found = re.fullmatch(r"\s*question:(.*?)(?:short )?answer:\s*", question, re.IGNORECASE | re.DOTALL)
-    return (found[1] if found else question).strip()
-
-
-def begun(talker: InferenceModel, prompt: str) -> list[int]:
-    [tokens], _ = talker.words.prompts([prompt])
-    return tokens.tolist()
-
-
-def dialogue(talker: InferenceModel, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
-    """Answered questions and the one that is asked, as tokens."""
-    if talker.chat is None:
-        before = [TURN.format(asked, told) for asked, told in turns]
-        return begun(talker, " ".join([*before, PROMPTS["causal"].format(question)]))
-    messages = []
-    for asked, told in turns:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-    return talker.words.encode(talker.chat([*messages, {"role": "user", "content": question}]))
-
-
-def room(talker: InferenceModel, settings: GenerationSettings) -> int:
-    """Tokens that a prompt may have: of a causal model's context, what the queries and the answer leave."""
-    language = talker.model.language_model
-    answer = settings.max_new_tokens if language.kind == "causal" else 0
-    return language.context - talker.model.config.queries - answer
-
-
-def check_room(talker: InferenceModel, asked: Sequence[int], settings: GenerationSettings) -> None:
-    if len(asked) > (most := room(talker, settings)):
-        raise UserError(
-            f"a prompt of {len(asked)} tokens: beside the picture and an answer the language model's context has room "
-            f"for {most}: shorten it"
-        )
-
-
-# ---- what the model says
-
-
-@torch.inference_mode()
-def prefix_of(talker: InferenceModel, images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) uint8 -> the visual words (B, Q, W)."""
-    features = talker.encoder(images.to(talker.encoder.device))
-    return talker.model.prefix(features.to(device_of(talker.model)))
+    match = re.fullmatch(r"\s*question:(.*?)(?:short )?answer:\s*", question, re.IGNORECASE | re.DOTALL)
+    return (match[1] if match else question).strip()
 
 
 @torch.inference_mode()
 def written(
-    talker: InferenceModel,
+    parts: InferenceModel,
     prefix: Tensor,
-    asked: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None,
 ) -> list[str]:
-    """What follows the same prompt behind each prefix (B, Q, W)."""
-    tokens = torch.tensor([list(asked)] * len(prefix), dtype=torch.long, device=prefix.device)
-    found = generate(talker.model.language_model.decoding(prefix), tokens, settings, generator=generator)
-    return [talker.words.decode(one) for one in found.tokens]
-
-
-@torch.inference_mode()
-def likelihoods(talker: InferenceModel, prefix: Tensor, asked: Sequence[int], answers: Sequence[str]) -> Tensor:
-    """The log-probability of each answer behind the prompt, its end token included. prefix (B, Q, W) -> (B, A)."""
-    language, words, device = talker.model.language_model, talker.words, prefix.device
-    causal = language.kind == "causal"
-    rows = [[*words.encode(f" {one}" if causal else one), words.stop[0]] for one in answers]
-    targets, said = (part.to(device) for part in pad_rows(rows, words.stop[0]))  # (A, U)
-    prompt = torch.tensor([list(asked)] * len(rows), dtype=torch.long, device=device)  # (A, T)
-    seen = torch.ones(len(rows), prefix.shape[1] + len(asked), dtype=torch.bool, device=device)
-    found = []
-    for one in prefix:
-        x = torch.cat([one.expand(len(rows), -1, -1), language.embed(prompt).to(one.dtype)], dim=1)
-        if causal:  # the slot before says each token of the answer
-            longer = torch.cat([x, language.embed(targets[:, :-1]).to(one.dtype)], dim=1)
-            states = language.states(longer, torch.cat([seen, said[:, :-1]], dim=1))[:, x.shape[1] - 1 :]
-        else:
-            states = language.states(x, seen, targets)
-        logits = language.logits(states[said])  # (P, V)
-        gained = logits.gather(1, targets[said][:, None])[:, 0] - logits.logsumexp(1)
-        found.append(torch.zeros(targets.shape, device=device).masked_scatter(said, gained).sum(1))
-    return torch.stack(found)
+    tokens, mask = (part.to(prefix.device) for part in pad_rows(prompts, parts.words.pad, left=True))
+    decoding = parts.model.language_model.decoding(prefix)
+    texts = generate(decoding, tokens, settings, attention_mask=None if mask.all() else mask, generator=generator)
+    return [parts.words.decode(text) for text in texts.tokens]

@@ -1,53 +1,48 @@
-"""`python -m papers zeroshot`: a user's own pictures, classified by labels written on the command line."""
+"""What `python -m papers zeroshot` needs of CLIP: a user's own pictures, scored against labels (Sec. 3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from papers.clip.encode import classifier, image_features
+from papers.clip.model import Clip
 from papers.clip.weights import load_model
-from shared.core.errors import UserError
-from shared.data.readers import Record, read_pictures
+from shared.tokenizers.base import Tokenizer
 from shared.weights.manifest import MANIFEST
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
-CHUNK = 64
+USES = ("zeroshot",)
 
 
-def classify(
-    pictures: Sequence[Path],
+def load_for_inference(
     variant: str,
-    labels: Sequence[str],
-    template: str,
     weights: Path | None = None,
     tokenizer: Path | None = None,
+    use: str = "zeroshot",
     manifest: Path = MANIFEST,
-) -> Iterator[str]:
-    """One line a picture: its path, the labels by falling probability. Folders are searched."""
-    files = list(found(pictures))  # before the weights are fetched: a wrong path should cost nothing
-    model, words = load_model(variant, weights, tokenizer, manifest)
-    head = classifier(model, words, labels, [template])  # (labels, E)
-    for start in range(0, len(files), CHUNK):
-        records = [Record(str(path), path.read_bytes) for path in files[start : start + CHUNK]]
-        kept, images, _ = read_pictures("pictures", records, model.config.image_size, max_dropped=0.0)
-        with torch.no_grad():
-            logits = model.logit_scale.exp() * image_features(model, torch.from_numpy(images)) @ head.T
-        for record, row in zip(kept, logits.softmax(-1), strict=True):
-            order = row.argsort(descending=True).tolist()
-            yield f"{record.id}: " + ", ".join(f"{labels[i]} {100 * row[i]:.1f} %" for i in order)
+) -> ZeroShot:
+    return ZeroShot(*load_model(variant, weights, tokenizer, manifest))
 
 
-def found(pictures: Sequence[Path]) -> Iterator[Path]:
-    for path in pictures:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
-            yield from inside
-        elif path.is_file():
-            yield path
-        else:
-            raise UserError(f"{path}: no such file or folder; give pictures, or folders of them")
+class ZeroShot:
+    def __init__(self, model: Clip, tokenizer: Tokenizer):
+        self.model, self.image_size = model, model.config.image_size
+
+        @lru_cache(maxsize=1)
+        def head(labels: tuple[str, ...], template: str) -> Tensor:  # (A, E)
+            return classifier(model, tokenizer, labels, [template])
+
+        self.head = head
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> (B, E)."""
+        return image_features(self.model, images)
+
+    @torch.no_grad()
+    def score(self, prefix: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """The logit of each label in the prompt, which has one {} for it and is the same for all pictures. (B, A)"""
+        return self.model.logit_scale.exp() * prefix @ self.head(tuple(answers), prompts[0]).T

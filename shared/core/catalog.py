@@ -69,8 +69,8 @@ class Catalog:
         return recipe
 
     def paper_that_answers(self, variant: str) -> str:
-        """The paper of a variant whose inference.py has a captioner, or a UserError with the nearest variant."""
-        names = [name for name in self.names() if self.package(name).offers("inference", "captioner")]
+        """The paper of a variant that writes captions, or a UserError with the nearest variant."""
+        names = [name for name in self.names() if "caption" in self.package(name).uses()]
         paper_of = {known: name for name in names for known in self.variants(name)}
         if variant not in paper_of:
             near = difflib.get_close_matches(variant, paper_of, n=1)

@@ -79,13 +79,13 @@ class Weights(Protocol):
 
 
 class Inference(Protocol):
-    """papers/<name>/inference.py; tasks for a user's own pictures (inference/predict.py).
-    What the paper has no task for is missing."""
+    """papers/<name>/inference.py. USES: which verbs it serves: caption, ask, chat, zeroshot."""
 
-    captioner: Callable[..., Any]
-    answerer: Callable[..., Any]
-    chatter: Callable[..., Any]
-    classify: Callable[..., Any]
+    USES: Sequence[str]
+
+    def load_for_inference(self, variant: str, weights: Path | None, tokenizer: Path | None, use: str) -> Any:
+        """A VisionLanguageModel (inference/predict.py): a local file's with the tokenizer.json that it was trained
+        with, or the manifest's released weights for that use."""
 
 
 class Train(Protocol):
@@ -216,6 +216,10 @@ class PaperPackage:
     @property
     def bench(self) -> Bench:
         return cast(Bench, self._part("evidence.bench"))
+
+    def uses(self) -> Sequence[str]:
+        """The verbs that its inference.py serves, none where it has none."""
+        return self.inference.USES if self.offers("inference", "USES") else ()
 
     def offers(self, part: str, function: str) -> bool:
         """Whether the paper has that part, and the part that function."""

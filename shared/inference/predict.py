@@ -1,20 +1,58 @@
-"""A user's own pictures, shown to a model that answers in words: files in batches, a line a picture, bad ones named."""
+"""A user's own pictures, shown to a model: captions, answers, a dialogue, labels; a line a picture, bad ones named."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO
 
 from shared.core.console import Console
 from shared.core.errors import UserError
-from shared.core.text import shown
+from shared.core.text import one_line, shown
 from shared.data.images import SUFFIXES, PictureError, fitted_image
+from shared.data.readers import Record, read_pictures
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
-from shared.core.text import one_line
+
+CHUNK = 64  # pictures that `zeroshot` reads at once
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What a user wants of how texts are written; None: as the model's paper has it. nucleus: sample from the likeliest
+    words that hold this share, by the generator."""
+
+    beams: int | None = None
+    nucleus: float | None = None
+    generator: torch.Generator | None = None
+
+
+class VisionLanguageModel(Protocol):
+    """What a paper's inference.py loads for a use; it has the methods that the use needs.
+
+    encode: uint8 (B, 3, image_size, image_size) -> what the others take as prefix, a row a picture. prompt: what a user
+    wrote, or None, in the paper's words; UserError where it leaves no room. generate: a text behind each prefix and
+    prompt. score: (B, A), higher for likelier answers, or labels. dialogue: answered questions and the next one as a
+    prompt, which `fits` the model's context or not.
+    """
+
+    image_size: int
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def prompt(self, text: str | None) -> str: ...
+
+    def generate(self, prefix: Tensor, prompts: Sequence[str], options: GenerationOptions) -> list[str]: ...
+
+    def score(self, prefix: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Tensor: ...
+
+    def dialogue(self, turns: Sequence[tuple[str, str]], question: str) -> str: ...
+
+    def fits(self, prompt: str) -> bool: ...
 
 
 class Reply(NamedTuple):
@@ -25,7 +63,7 @@ class Reply(NamedTuple):
 
 
 class Talk(NamedTuple):
-    """What a paper's inference.py gives for a dialogue. begin: a picture (1, 3, size, size) uint8 -> a function of each
+    """A dialogue about a picture. begin: a picture (1, 3, size, size) uint8 -> a function of each
     question, which raises UserError for one that cannot be asked and goes on as before."""
 
     begin: Callable[[Tensor], Callable[[str], Reply]]
@@ -34,11 +72,81 @@ class Talk(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a paper's inference.py gives. answer: pictures (B, 3, size, size) uint8 -> one text each."""
+    """What is done with pictures. answer: pictures (B, 3, size, size) uint8 -> one text each."""
 
     answer: Callable[[Tensor], Sequence[str]]
     size: int  # pixels a side
     whole: bool  # pictures are squeezed into the square, not cut to it
+
+
+# ---- what a model is used for
+
+
+def caption_task(
+    model: VisionLanguageModel, prompt: str | None, beams: int | None, nucleus: float | None, seed: int
+) -> Task:
+    """Captions behind the prompt, None: the paper's, by beam search or sampled from the nucleus."""
+    import torch
+
+    prompt = model.prompt(prompt)
+    options = GenerationOptions(beams, nucleus, torch.Generator().manual_seed(seed))
+
+    def answer(images: Tensor) -> list[str]:
+        return model.generate(model.encode(images), [prompt] * len(images), options)
+
+    return Task(answer, model.image_size, whole=True)
+
+
+def ask_task(model: VisionLanguageModel, question: str, answers: Sequence[str] | None, beams: int | None) -> Task:
+    """Answers to one question about every picture: in the model's own words, or the likeliest of `answers`."""
+    prompt = model.prompt(question)
+
+    def answer(images: Tensor) -> list[str]:
+        prefix, prompts = model.encode(images), [prompt] * len(images)
+        if answers is None:
+            return model.generate(prefix, prompts, GenerationOptions(beams))
+        return [answers[place] for place in model.score(prefix, prompts, answers).argmax(1).tolist()]
+
+    return Task(answer, model.image_size, whole=True)
+
+
+def chat_task(model: VisionLanguageModel, beams: int | None) -> Talk:
+    """A dialogue about one picture. What was said stands before each question; its oldest turns go where the context is
+    full."""
+
+    def begin(image: Tensor) -> Callable[[str], Reply]:
+        prefix = model.encode(image)
+        history: list[tuple[str, str]] = []
+
+        def reply(question: str) -> Reply:
+            turns = list(history)
+            while turns and not model.fits(model.dialogue(turns, question)):
+                turns.pop(0)
+            # a question that is too long by itself ends nothing
+            [text] = model.generate(prefix, [model.dialogue(turns, question)], GenerationOptions(beams))
+            dropped = len(history) - len(turns)
+            history[:] = [*turns, (question, text)]
+            return Reply(text, dropped)
+
+        return reply
+
+    return Talk(begin, model.image_size, whole=True)
+
+
+def zeroshot(files: Sequence[Path], model: VisionLanguageModel, labels: Sequence[str], template: str) -> Iterator[str]:
+    """One line a picture: its path, the labels by falling probability. UserError where a picture cannot be read."""
+    import torch
+
+    for start in range(0, len(files), CHUNK):
+        records = [Record(str(path), path.read_bytes) for path in files[start : start + CHUNK]]
+        kept, images, _ = read_pictures("pictures", records, model.image_size, max_dropped=0.0)
+        logits = model.score(model.encode(torch.from_numpy(images)), [template] * len(kept), labels)
+        for record, row in zip(kept, logits.softmax(-1), strict=True):
+            order = row.argsort(descending=True).tolist()
+            yield f"{record.id}: " + ", ".join(f"{labels[i]} {100 * row[i]:.1f} %" for i in order)
+
+
+# ---- pictures and questions
 
 
 def picture_files(paths: Sequence[Path]) -> list[Path]:

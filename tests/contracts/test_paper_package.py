@@ -16,7 +16,7 @@ PARTS = {
     if isinstance(value, property) and name != "recipe_type"
 }
 OPTIONAL = {"inference", "parts", "bench"}  # a paper without them is still a paper
-OPTIONAL_MEMBERS = {"captioner", "answerer", "chatter", "classify", "pretrained_parts", "export"}
+OPTIONAL_MEMBERS = {"pretrained_parts", "export"}
 
 
 def members(part: type) -> dict[str, object]:

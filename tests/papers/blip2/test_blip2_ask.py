@@ -18,9 +18,8 @@ from papers.blip2.text import prompt_tokenizer_of
 from shared.backbones.vision import vit_encoder
 from shared.cli import main
 from shared.core.errors import UserError
-from shared.inference.predict import Reply, Talk, talk
+from shared.inference.predict import Reply, Talk, ask_task, caption_task, chat_task, talk
 from shared.nn.causal_lm import SmallLanguageModel
-from shared.nn.generation import GenerationSettings
 from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights.load import save_weights
 
@@ -92,23 +91,24 @@ def test_what_a_run_kept_answers_as_the_model_in_memory_does(trained, talker):
     assert talker.trained_here and talker.chat is None
     torch.testing.assert_close(talker.encoder(seen), trained.encoder(seen), rtol=1e-4, atol=1e-4)
     wanted = answer(trained.model, trained.words, trained.encoder(seen), ["what colour is it?"] * 12)
-    task = ask.answerer("blip2-tiny-small", "what colour is it?", trained.weights)
+    task = ask_task(ask.load_for_inference("blip2-tiny-small", trained.weights), "what colour is it?", None, None)
     assert list(task.answer(seen)) == wanted and len(set(wanted)) > 1
     assert (task.size, task.whole) == (32, True)
 
 
 def test_a_prompt_that_is_written_out_is_not_put_into_another(talker):
-    asked = ask.prompt_of(talker, "what is it?")
+    prompt_of = ask.Blip2Inference(talker, "ask").prompt
+    asked = prompt_of("what is it?")
     assert asked == "Question: what is it? Answer:"
-    assert ask.prompt_of(talker, f" {asked}\n") == asked
-    assert ask.prompt_of(talker, "Question: a? Short answer: ") == "Question: a? Short answer:"
+    assert prompt_of(f" {asked}\n") == asked
+    assert prompt_of("Question: a? Short answer: ") == "Question: a? Short answer:"
     assert [ask.bare(text) for text in (asked, "Question: a? Short answer:", " a? ")] == ["what is it?", "a?", "a?"]
 
 
 def test_an_answer_is_as_likely_among_others_as_by_itself(talker):
     answers = ["red", "a blue dog", "no", "cat"]
-    asked = ask.begun(talker, "Question: what is it? Answer:")
-    prefix = ask.prefix_of(talker, images(6))
+    model, prompt = ask.Blip2Inference(talker, "ask"), "Question: what is it? Answer:"
+    asked, prefix = model.tokens(prompt), model.encode(images(6))
     language, words = talker.model.language_model, talker.words
     scores = torch.zeros(6, 4)
     for row in range(6):
@@ -118,7 +118,7 @@ def test_an_answer_is_as_likely_among_others_as_by_itself(talker):
             logits = language.logits(language.states(x, None))[0].log_softmax(-1)
             before = len(prefix[row]) + len(asked) - 1
             scores[row, place] = sum(logits[before + i, token] for i, token in enumerate(told))
-    torch.testing.assert_close(ask.likelihoods(talker, prefix, asked, answers), scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.score(prefix, [prompt] * 6, answers), scores, rtol=1e-4, atol=1e-4)
     assert (scores.std(0) > 0.01).all()
 
 
@@ -129,25 +129,23 @@ def recorded(monkeypatch, told):
     """Which prompts (tokens) the language model is given; it answers `told` in turn."""
     prompts, answers = [], iter(told)
 
-    def written(talker, prefix, asked, settings, generator=None):
-        prompts.append(list(asked))
+    def written(parts, prefix, rows, settings, generator):
+        prompts.extend(rows)
         return [next(answers)]
 
     monkeypatch.setattr(ask, "written", written)
     return prompts
 
 
-def begin(monkeypatch, talker, **changed):
-    talker = replace(talker, **changed)
-    monkeypatch.setattr(ask, "load_inference_model", lambda *given: talker)
-    return ask.chatter("blip2-tiny-small").begin(images(1))
+def begin(talker, **changed):
+    return chat_task(ask.Blip2Inference(replace(talker, **changed), "chat"), None).begin(images(1))
 
 
 def test_a_dialogue_stands_before_the_next_question(monkeypatch, trained, talker):
     language = SmallLanguageModel(talker.model.language_model.vocabulary, 400, 40, 2, 2)
     talker = replace(talker, model=Blip2(talker.model.config, language))
     prompts = recorded(monkeypatch, ["red.", "yes\nno", "x"])
-    reply = begin(monkeypatch, talker)
+    reply = begin(talker)
     assert reply("what colour is it?") == Reply("red", 0)
     assert reply("Question: is it a cat? Answer:") == Reply("yes", 0)
     assert reply("why?") == Reply("x", 0)
@@ -158,10 +156,10 @@ def test_a_dialogue_stands_before_the_next_question(monkeypatch, trained, talker
 def test_of_weights_that_learned_single_answers_a_second_one_behind_the_first_is_not_said(monkeypatch, talker):
     recorded(monkeypatch, ["no. The answer is no. The answer", "red"])
     language = SmallLanguageModel(talker.model.language_model.vocabulary, 400, 40, 2, 2)
-    reply = begin(monkeypatch, talker, model=Blip2(talker.model.config, language))
+    reply = begin(talker, model=Blip2(talker.model.config, language))
     assert (reply("is there a frog?").text, reply("what colour is it?").text) == ("no", "red")
     recorded(monkeypatch, ["It is a cat. It sits."])
-    released = begin(monkeypatch, talker, model=Blip2(talker.model.config, language), trained_here=False)
+    released = begin(talker, model=Blip2(talker.model.config, language), trained_here=False)
     assert released("what is it?").text == "It is a cat. It sits"
 
 
@@ -174,19 +172,20 @@ def test_weights_that_learned_no_captions_write_none_and_a_folder_is_not_taken_f
     (copied / kept.CARD).write_text(json.dumps(card | {"captions": False}))
     weights = copied / "model.safetensors"
     with pytest.raises(UserError, match="answers to questions and no captions"):
-        ask.captioner("blip2-tiny-small", weights)
-    assert ask.answerer("blip2-tiny-small", "what is it?", weights).answer(images(1))
+        ask.load_for_inference("blip2-tiny-small", weights, use="caption")
+    assert ask_task(ask.load_for_inference("blip2-tiny-small", weights), "what is it?", None, None).answer(images(1))
     (copied / kept.CARD).write_text(json.dumps({key: value for key, value in card.items() if key != "captions"}))
-    assert ask.captioner("blip2-tiny-small", weights).answer(images(1)), "of a card from before it said so"
+    model = ask.load_for_inference("blip2-tiny-small", weights, use="caption")
+    assert caption_task(model, None, None, None, 0).answer(images(1)), "of a card from before it said so"
     with pytest.raises(UserError, match=r"a folder; give the model\.safetensors"):
-        ask.answerer("blip2-tiny-small", "what is it?", copied)
+        ask.load_for_inference("blip2-tiny-small", copied)
 
 
 def test_a_chat_template_writes_the_dialogue_out_where_there_is_one(monkeypatch, trained, talker):
     language = SmallLanguageModel(talker.model.language_model.vocabulary, 400, 40, 2, 2)
     prompts = recorded(monkeypatch, ["red", "yes"])
     reply = begin(
-        monkeypatch, talker, model=Blip2(talker.model.config, language), trained_here=False,
+        talker, model=Blip2(talker.model.config, language), trained_here=False,
         chat=lambda messages: " ".join(f"<{one['role']}> {one['content']}" for one in messages),
     )  # fmt: skip
     reply("what?")
@@ -198,17 +197,15 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so_once(monkeypatch, t
     language = SmallLanguageModel(talker.model.language_model.vocabulary, 70, 40, 2, 2)
     prompts = recorded(monkeypatch, ["red"] * 9)
     talker = replace(talker, model=Blip2(talker.model.config, language))
-    monkeypatch.setattr(ask, "load_inference_model", lambda *given: talker)
-    settings = GenerationSettings((0,), 10)
-    task = ask.chatter("blip2-tiny-small")
+    model = ask.Blip2Inference(talker, "chat")
     lines = io.StringIO("what colour is it?\n" * 4 + f"{'why? ' * 60}\n" + "is there a cat?\n" * 3)
-    assert talk(picture(tmp_path / "p.png"), task, lines) == 1
+    assert talk(picture(tmp_path / "p.png"), chat_task(model, None), lines) == 1
     said = capsys.readouterr()
     assert said.out.splitlines() == ["red"] * 7
     first, second = said.err.splitlines()
     assert "from here on the oldest turns are forgotten" in first and "shorten it" in second
-    assert all(len(prompt) <= ask.room(talker, settings) for prompt in prompts)
-    assert ask.room(talker, settings) == 70 - 5 - 10 and len(prompts[2]) == len(prompts[3]) > len(prompts[0])
+    assert all(len(prompt) <= model.room for prompt in prompts)
+    assert model.room == 70 - 5 - 10 and len(prompts[2]) == len(prompts[3]) > len(prompts[0])
     assert "cat" in talker.words.decode(prompts[-1]) and "colour" not in talker.words.decode(prompts[-1])
 
 

@@ -16,13 +16,14 @@ from PIL import Image
 from papers.clip import config as clip_config
 from papers.clip.encode import classifier, image_features
 from papers.clip.evidence import benchmarks as metrics
-from papers.clip.inference import classify
+from papers.clip.inference import load_for_inference
 from papers.clip.model import Clip
 from papers.clip.recipe import ClipRecipe
 from papers.clip.weights import OPENAI_VIT, load_model
 from shared.core.errors import UserError
 from shared.core.files import sha256
 from shared.core.paper_card import MetricRow, Need
+from shared.inference.predict import picture_files, zeroshot
 from shared.tokenizers.clip import ClipTokenizer
 from shared.weights.load import save_weights
 from shared.weights.weight_map import to_published
@@ -147,12 +148,16 @@ def test_a_changed_byte_of_the_weights_is_refused(released, tmp_path):
         metrics.measure(row("CIFAR-10", "zeroshot/top1@openai-ensemble18"), recipe(tmp_path, manifest))
 
 
+def loaded(manifest):
+    return load_for_inference("clip-vit-b-32", manifest=manifest)
+
+
 def test_zeroshot_classifies_pictures_and_folders_and_names_each(released, tmp_path):
     _, manifest = released
     (tmp_path / "mine").mkdir()
     for i in range(2):
         (tmp_path / "mine" / f"{i}.jpg").write_bytes(picture(i, "JPEG"))
-    lines = list(classify([tmp_path / "mine"], "clip-vit-b-32", ["a cat", "a dog"], "{}", manifest=manifest))
+    lines = list(zeroshot(picture_files([tmp_path / "mine"]), loaded(manifest), ["a cat", "a dog"], "{}"))
     assert len(lines) == 2 and all("a cat" in line and "a dog" in line and "%" in line for line in lines)
 
 
@@ -161,7 +166,7 @@ def test_a_truncated_picture_is_named_not_guessed(released, tmp_path):
     path = tmp_path / "cut.jpg"
     path.write_bytes(picture(0, "JPEG")[:300])
     with pytest.raises(UserError, match=r"cut\.jpg"):
-        list(classify([path], "clip-vit-b-32", ["a", "b"], "{}", manifest=manifest))
+        list(zeroshot([path], loaded(manifest), ["a", "b"], "{}"))
 
 
 def test_weights_trained_here_bring_their_own_tokenizer(tmp_path):

@@ -5,20 +5,24 @@ matplotlib and scikit-learn are imported when a figure is drawn; pyplot, with it
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from shared.core.errors import UserError
+from shared.core.text import one_line
 from shared.metrics.stats import PowerLaw
 from shared.report.rows import Figure, Ranked, Sample
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 # Okabe and Ito 2008, without the yellow that vanishes on white
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444"]
+_RIGHT = {None: ("", "#1f2937"), True: ("✓ ", "#17663f"), False: ("✗ ", "#9d2a25")}  # mark and colour of a text
 _MARKS = ["o", "s", "^", "D", "v", "P", "X"]
 _STYLE = {
     "font.size": 10,
@@ -53,7 +57,7 @@ def curves(
     """{arm: one list of (x, y) a seed}: the mean over seeds as a line, the range from lowest to highest as a band."""
     import numpy as np
 
-    with _drawing(7, 4) as (figure, axes, png):
+    with drawing(7, 4) as (figure, axes, png):
         for place, (arm, seeds) in enumerate(series.items()):
             seeds = [sorted(seed) for seed in seeds if len(seed)]
             if not seeds:
@@ -70,13 +74,75 @@ def curves(
             axes.plot(x, mean, dash, color=colour, label=_plain(label), marker=mark)
             if len(seeds) > 1:
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-        _label(axes, name, x_label, y_label)
+        label(axes, name, x_label, y_label)
         # many lines leave no free corner
         axes.legend(**({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(series) > 4 else {}))
         figure.tight_layout()
     return Figure(
         name, caption or f"{name}. Line: mean over the seeds; band: from the lowest seed to the highest.", png()
     )
+
+
+SPREAD = "Mean over seeds; the band spans the lowest and the highest seed."
+
+
+def learning_curves(
+    measured: Sequence[Mapping[str, Mapping]],
+    metric: str,
+    *,
+    name: str,
+    x_label: str = "pairs seen",
+    y_label: str = "loss",
+    caption: str = SPREAD,
+    arms: Sequence[str] | None = None,
+) -> list[Figure]:
+    """The curves of a metric, a line an arm, of arms whose every training recorded it. -> one figure, or none.
+
+    measured: {arm: what it measured, with {metric: [(x, y)]} as "curves"} of each seed; arms: these alone.
+    """
+    series = {}
+    for arm in measured[0]:
+        seeds = [outcome[arm]["curves"].get(metric) for outcome in measured if "curves" in outcome.get(arm, {})]
+        if seeds and all(seeds) and (arms is None or arm in arms):
+            series[arm] = seeds
+    return [curves(series, name=name, x_label=x_label, y_label=y_label, caption=caption)] if series else []
+
+
+def image_grid(
+    cells: Sequence[tuple[Tensor | Image, Sequence[tuple[str, bool | None]]]],
+    *,
+    name: str,
+    caption: str,
+    columns: int = 4,
+) -> Figure:
+    """Pictures (3, H, W) uint8, each over its texts. True: ticked and green, False: crossed and red, None: neither.
+    Below a picture are four lines, of which each text has its share; the rest of a longer one is left out."""
+    rows = max(1, -(-len(cells) // columns))
+    height = 2.9 * rows  # inches
+    each = max(1, 4 // max((len(texts) for _, texts in cells), default=1))  # lines of a text
+    with drawing(2.5 * columns, height, rows, columns) as (figure, axes, png):
+        for place, panel in enumerate(axes.flat):
+            panel.set_axis_off()
+            if place >= len(cells):
+                continue
+            image, texts = cells[place]
+            panel.imshow(
+                image.permute(1, 2, 0).numpy() if hasattr(image, "permute") else image, interpolation="nearest"
+            )
+            for line, (text, right) in enumerate(texts):
+                mark, colour = _RIGHT[right]
+                written = _plain(_wrapped(mark + one_line(text), 38, each))
+                y = -0.05 - 0.1 * each * line
+                panel.text(
+                    0.5, y, written, transform=panel.transAxes, ha="center", va="top", fontsize=7.5, color=colour
+                )
+        figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.9 / height, hspace=0.5, wspace=0.1)
+    return Figure(name, caption, png())
+
+
+def _wrapped(text: str, width: int, most: int) -> str:
+    lines = textwrap.wrap(text, width) or [""]
+    return "\n".join([*lines[: most - 1], lines[most - 1] + "…"] if len(lines) > most else lines)
 
 
 def embedding_plane(
@@ -115,7 +181,7 @@ def embedding_plane(
     ):  # so few points gain nothing from threads, and on a busy machine they wait for each other
         plane = TSNE(perplexity=perplexity, init="pca", random_state=seed, metric="cosine").fit_transform(joint)
 
-    with _drawing(7.5, 6) as (figure, axes, png):
+    with drawing(7.5, 6) as (figure, axes, png):
         from matplotlib.patheffects import withStroke
 
         for c in range(len(names)):
@@ -136,7 +202,7 @@ def embedding_plane(
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        _label(axes, name, "", "")
+        label(axes, name, "", "")
         figure.tight_layout()
     default = (
         f"t-SNE of {len(images)} pictures (small) and {len(names)} words (outlined, named) in the joint space. Each "
@@ -157,7 +223,7 @@ def confusion_matrix(
         raise UserError(f"figure {name!r}: matrix is {counts.shape} for {len(names)} names")
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(9.0, max(4.5, 0.42 * len(names) + 2.2))
-    with _drawing(side + 0.8, side) as (figure, axes, png):
+    with drawing(side + 0.8, side) as (figure, axes, png):
         drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
         axes.spines[:].set_visible(False)
@@ -173,7 +239,7 @@ def confusion_matrix(
         figure.colorbar(drawn, ax=axes, label="share of the true class", fraction=0.046, pad=0.03).outline.set_visible(
             False
         )
-        _label(axes, name, "answer", "truth")
+        label(axes, name, "answer", "truth")
         figure.tight_layout()
     default = f"{name}: {counts.sum():g} answers, row = truth, column = answer, coloured by the share of the row."
     return Figure(name, caption or default, png())
@@ -193,13 +259,13 @@ def log_log(
     import numpy as np
 
     xs, ys = _array(x).astype(float), _array(y).astype(float)
-    with _drawing(6.5, 4.2) as (figure, axes, png):
+    with drawing(6.5, 4.2) as (figure, axes, png):
         line = np.geomspace(xs.min(), xs.max(), 50)
         label = f"slope {fit.slope:.3f}, $R^2$ {fit.r2:.3f}"
         axes.plot(line, 10**fit.intercept * line**fit.slope, color=_COLOURS[1], label=label)
         axes.scatter(xs, ys, s=36, color=_COLOURS[0], zorder=3, label=f"measured ({len(xs)} points)")
         axes.set(xscale="log", yscale="log")
-        _label(axes, name, x_label, y_label)
+        label(axes, name, x_label, y_label)
         axes.legend()
         figure.tight_layout()
     default = f"{name}: {y_label} against {x_label}, both logarithmic, with the least-squares power law."
@@ -216,7 +282,7 @@ def bars(
     """{arm or claim: (mean, low, high)} as `stats.interval` gives it: a bar, its interval, the line of no effect."""
     if not effects:
         raise UserError(f"figure {name!r}: no effects to draw")
-    with _drawing(7, 1.4 + 0.45 * len(effects)) as (figure, axes, png):
+    with drawing(7, 1.4 + 0.45 * len(effects)) as (figure, axes, png):
         for place, (mean, low, high) in enumerate(effects.values()):
             axes.barh(place, mean, height=0.55, color=_COLOURS[0], alpha=0.75)
             if low is not None and high is not None:
@@ -228,14 +294,14 @@ def bars(
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        _label(axes, name, x_label, "")
+        label(axes, name, x_label, "")
         figure.tight_layout()
     return Figure(name, caption or f"{name}: mean over paired seeds with its 95 % interval; zero is no effect.", png())
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> Iterator[tuple]:
-    """(figure, axes, png()) in the house style; call `png` after the block."""
+def drawing(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[tuple]:
+    """(figure, axes, png()) in the house style, axes an array where there are several; call `png` after the block."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -245,12 +311,12 @@ def _drawing(width: float, height: float) -> Iterator[tuple]:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script the font lacks
         figure = Canvas(figsize=(width, height), dpi=130)
         FigureCanvasAgg(figure)
-        yield figure, figure.subplots(), content.getvalue
+        yield figure, figure.subplots(rows, columns), content.getvalue
         # transparent, so that the page chooses the ground; no software tag, so that equal data give equal files
         figure.savefig(content, format="png", transparent=True, metadata={"Software": None})
 
 
-def _label(axes, name: str, x_label: str, y_label: str) -> None:
+def label(axes, name: str, x_label: str, y_label: str) -> None:
     axes.set_title(_plain(name), pad=10)
     axes.set_xlabel(_plain(x_label))
     axes.set_ylabel(_plain(y_label))

@@ -74,7 +74,7 @@ def curves(
             axes.plot(x, mean, dash, color=colour, label=_plain(label), marker=mark)
             if len(seeds) > 1:
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-        label(axes, name, x_label, y_label)
+        label_axes(axes, name, x_label, y_label)
         # many lines leave no free corner
         axes.legend(**({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(series) > 4 else {}))
         figure.tight_layout()
@@ -202,7 +202,7 @@ def embedding_plane(
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        label(axes, name, "", "")
+        label_axes(axes, name, "", "")
         figure.tight_layout()
     default = (
         f"t-SNE of {len(images)} pictures (small) and {len(names)} words (outlined, named) in the joint space. Each "
@@ -239,7 +239,7 @@ def confusion_matrix(
         figure.colorbar(drawn, ax=axes, label="share of the true class", fraction=0.046, pad=0.03).outline.set_visible(
             False
         )
-        label(axes, name, "answer", "truth")
+        label_axes(axes, name, "answer", "truth")
         figure.tight_layout()
     default = f"{name}: {counts.sum():g} answers, row = truth, column = answer, coloured by the share of the row."
     return Figure(name, caption or default, png())
@@ -265,7 +265,7 @@ def log_log(
         axes.plot(line, 10**fit.intercept * line**fit.slope, color=_COLOURS[1], label=label)
         axes.scatter(xs, ys, s=36, color=_COLOURS[0], zorder=3, label=f"measured ({len(xs)} points)")
         axes.set(xscale="log", yscale="log")
-        label(axes, name, x_label, y_label)
+        label_axes(axes, name, x_label, y_label)
         axes.legend()
         figure.tight_layout()
     default = f"{name}: {y_label} against {x_label}, both logarithmic, with the least-squares power law."
@@ -294,7 +294,7 @@ def bars(
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        label(axes, name, x_label, "")
+        label_axes(axes, name, x_label, "")
         figure.tight_layout()
     return Figure(name, caption or f"{name}: mean over paired seeds with its 95 % interval; zero is no effect.", png())
 
@@ -316,7 +316,7 @@ def drawing(width: float, height: float, rows: int = 1, columns: int = 1) -> Ite
         figure.savefig(content, format="png", transparent=True, metadata={"Software": None})
 
 
-def label(axes, name: str, x_label: str, y_label: str) -> None:
+def label_axes(axes, name: str, x_label: str, y_label: str) -> None:
     axes.set_title(_plain(name), pad=10)
     axes.set_xlabel(_plain(x_label))
     axes.set_ylabel(_plain(y_label))

@@ -56,7 +56,7 @@ def tokens_figure(measured: list[dict[str, dict]]) -> Figure | None:
     arms = [arm for arm in QUERIES if all("accuracy" in seed.get(arm, {}) for seed in measured)]
     with plots.drawing(9.5, 3.8, columns=2) as (figure, (left, right), png):
         left.plot(counts, cost, "o-", color="#0072B2")
-        plots.label(
+        plots.label_axes(
             left, "Cost of a pass over m + n tokens", "visual tokens m (and 16 of text, n)", "milliseconds a pass"
         )
         if arms:
@@ -66,7 +66,7 @@ def tokens_figure(measured: list[dict[str, dict]]) -> Figure | None:
             right.fill_between(queries, [min(v) for v in values], [max(v) for v in values], color="#D55E00", alpha=0.18)
             right.set_xscale("log", base=2)
             right.set_xticks(queries, [str(count) for count in queries])
-        plots.label(right, "Quality", "queries, each a visual token", "right answers, %")
+        plots.label_axes(right, "Quality", "queries, each a visual token", "right answers, %")
         figure.tight_layout()
     note = (
         "Left: the headline's language model over m visual tokens and 16 of text, median of passes and seeds; 32 is "

@@ -390,6 +390,28 @@ def test_curves_of_uneven_seeds_are_drawn():
         figures.curves({"baseline": [[]]})
 
 
+def test_learning_curves_are_of_arms_whose_every_seed_recorded_them():
+    point = {"curves": {"loss": [(0, 1.0), (1, 0.5)]}}
+    seeds = [{"a": point, "b": point, "measured only": {"r1": 1.0}}, {"a": point, "b": {"curves": {}}}]
+    [figure] = figures.learning_curves(seeds, "loss", name="Loss")
+    assert (figure.name, figure.caption) == ("Loss", figures.SPREAD)
+    assert figure.image == figures.curves({"a": [point["curves"]["loss"]] * 2}, name="Loss", x_label="pairs seen").image
+    assert figures.learning_curves(seeds, "loss", name="Loss", arms=["b"]) == []
+    assert figures.learning_curves(seeds, "r1", name="R@1") == []
+
+
+def test_pictures_stand_over_their_texts_whatever_is_written(recwarn):
+    import torch
+    from PIL import Image
+
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    texts = [("$x\x1b\n", True), ("word " * 50, False), ("字", None), ("", None)]
+    drawn(figures.image_grid([(image, texts)] * 5 + [(Image.new("RGB", (4, 4)), [])], name="Grid", caption="c"))
+    drawn(figures.image_grid([], name="Grid", caption="nothing to show"))
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+    assert figures._wrapped("a " * 40, 20, 2).count("\n") == 1 and figures._wrapped("a " * 40, 20, 2).endswith("…")
+
+
 def test_the_plane_centres_each_modality_and_says_so():
     import torch
 

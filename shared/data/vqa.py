@@ -7,14 +7,14 @@ A picture is read when it is asked for. What a file lacks is a UserError that na
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.core.archives import leads_out
 from shared.core.errors import UserError
 from shared.core.text import shown
+from shared.data.json_rows import Row, json_rows, read_json
 from shared.data.readers import Record
 
 Box = tuple[float, float, float, float]  # left, top, width, height in pixels
@@ -89,17 +89,17 @@ def okvqa_questions(root: str | Path, split: str) -> list[AskedPicture]:
 
 def _asked(root: Path, questions: str, marked: Path | None, images: str) -> list[AskedPicture]:
     """Questions and, where `marked` names them, their answers, in the files of the VQA challenge."""
-    rows = _rows(root / questions, "questions")
+    rows = json_rows(root / questions, "questions")
     answers: dict[int, tuple[str, ...]] = {}
     if marked is not None:
-        for row in _rows(marked, "annotations"):
-            answers[row("question_id", int)] = tuple(_answer(one, row) for one in row("answers", list))
+        for row in json_rows(marked, "annotations"):
+            answers[row("question_id", int)] = tuple(_answer(answer, row) for answer in row("answers", list))
     found = []
     for row in rows:
         number, image = row("question_id", int), row("image_id", int)
         if answers and number not in answers:
             raise row.wrong(f"question {number} has no answers in {marked.name}")
-        picture = _picture(root / images, f"COCO_{images}_{image:012d}.jpg", row)
+        picture = row.picture(root / images, f"COCO_{images}_{image:012d}.jpg")
         found.append(AskedPicture(number, picture, row("question", str), answers.get(number, ())))
     return found
 
@@ -112,15 +112,15 @@ def gqa_questions(root: str | Path, split: str) -> list[AskedPicture]:
     root/questions; pictures in root/images."""
     root, part = Path(root), _known(split, GQA_FILES, "GQA")
     path = _first(root / f"{part}_questions.json", root / "questions" / f"{part}_questions.json")
-    content = _json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: no mapping of questions in it; put the published file there")
     found = []
     for place, (number, values) in enumerate(content.items(), 1):
-        row = _Row(values, path, place)
+        row = Row(values, path, place)
         if not number.isdigit():
             raise row.wrong(f"question number '{shown(number, 40)}'")
-        picture = _picture(root / "images", f"{row('imageId', str)}.jpg", row)
+        picture = row.picture(root / "images", f"{row('imageId', str)}.jpg")
         found.append(AskedPicture(int(number), picture, row("question", str), (row("answer", str),)))
     return found
 
@@ -128,7 +128,7 @@ def gqa_questions(root: str | Path, split: str) -> list[AskedPicture]:
 def answer_list(path: str | Path) -> list[str]:
     """The answers that VQA is ranked over: a JSON list of different texts, such as ALBEF's answer_list.json."""
     path = Path(path)
-    answers = _json(path)
+    answers = read_json(path)
     if not isinstance(answers, list) or not answers:
         raise UserError(f"{path}: no list of answers; it needs a JSON list of texts, as ALBEF's answer_list.json")
     for place, answer in enumerate(answers, 1):
@@ -158,13 +158,13 @@ def nlvr2_pairs(root: str | Path, split: str) -> list[JudgedPair]:
     path = _first(root / f"{name}.json", root / "data" / f"{name}.json")
     folder = _first(root / name, root / "images" / name)
     found = []
-    for row in _rows(path):
+    for row in json_rows(path):
         identifier, label = row("identifier", str), row("label", str)
         if label not in ("True", "False"):
             raise row.wrong(f"label is '{shown(label, 40)}', True or False expected")
         stem = identifier.rpartition("-")[0]  # the last number counts the sentences of a pair
         where = folder / str(row("directory", int)) if name == "train" else folder
-        pictures = tuple(_picture(where, f"{stem}-img{side}.png", row) for side in (0, 1))
+        pictures = tuple(row.picture(where, f"{stem}-img{side}.png") for side in (0, 1))
         found.append(JudgedPair(identifier, pictures, row("sentence", str), label == "True"))
     return found
 
@@ -178,11 +178,11 @@ def entailment_rows(root: str | Path, split: str) -> list[JudgedPicture]:
     root, name = Path(root), _known(split, ENTAILMENT_FILES, "SNLI-VE")
     folder = _first(root / "flickr30k_images", root / "flickr30k-images")
     found = []
-    for row in _rows(root / f"snli_ve_{name}.jsonl"):
+    for row in json_rows(root / f"snli_ve_{name}.jsonl"):
         label = row("gold_label", str)
         if label not in VERDICTS:
             raise row.wrong(f"gold_label is '{shown(label, 40)}', one of {', '.join(VERDICTS)} expected")
-        picture = _picture(folder, f"{row('Flickr30K_ID', str).removesuffix('.jpg')}.jpg", row)
+        picture = row.picture(folder, f"{row('Flickr30K_ID', str).removesuffix('.jpg')}.jpg")
         found.append(JudgedPicture(row("pairID", str), picture, row("sentence2", str), label))
     return found
 
@@ -201,24 +201,24 @@ def referred_things(root: str | Path, split: str) -> list[Referred]:
             "it, with json.dump, where you trust it"
         )
     instances = root / "instances.json"
-    boxes = {row("id", int): row.box("bbox") for row in _rows(instances, "annotations")}
-    images = {row("id", int): row for row in _rows(instances, "images")}
-    detected = _json(root / "dets.json")
+    boxes = {row("id", int): _box(row("bbox", list), row) for row in json_rows(instances, "annotations")}
+    images = {row("id", int): row for row in json_rows(instances, "images")}
+    detected = read_json(root / "dets.json")
     if not isinstance(detected, dict):
         raise UserError(f"{root / 'dets.json'}: not a mapping of image to boxes; put the published file there")
     found = []
-    for row in _rows(root / "refs.json"):
+    for row in json_rows(root / "refs.json"):
         if row("split", str) != split:
             continue
         image, thing = row("image_id", int), row("ann_id", int)
         if image not in images or thing not in boxes:
             raise row.wrong(f"image {image} or annotation {thing} is not in {instances.name}")
-        told = images[image]
-        picture = _picture(root / "train2014", told("file_name", str), told)
-        proposals = tuple(_box(one, row) for one in detected.get(str(image), ()))
+        image_row = images[image]
+        picture = image_row.picture(root / "train2014", image_row("file_name", str))
+        proposals = tuple(_box(box, row) for box in detected.get(str(image), ()))
         if not proposals:
             raise row.wrong(f"image {image} has no boxes in dets.json")
-        size = told("width", int), told("height", int)
+        size = image_row("width", int), image_row("height", int)
         for sentence in row("sentences", list):
             if not isinstance(sentence, dict) or not str(sentence.get("sent", "")).strip():
                 raise row.wrong("a sentence without text")
@@ -231,35 +231,13 @@ def referred_things(root: str | Path, split: str) -> list[Referred]:
 # --- reading
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A row that names itself when it lacks something."""
-
-    values: Any
-    path: Path
-    place: int
-
-    def __call__(self, name: str, kind: type) -> Any:
-        value = self.values.get(name) if isinstance(self.values, dict) else None
-        fine = isinstance(value, kind) and not isinstance(value, bool) and (kind is int or bool(value))
-        if not fine or (kind is str and not value.strip()):
-            raise self.wrong(f"no {name} ({kind.__name__} expected)")
-        return value
-
-    def box(self, name: str) -> Box:
-        return _box(self(name, list), self)
-
-    def wrong(self, what: str) -> UserError:
-        return UserError(f"{self.path}: row {self.place}: {what}; put the published file there")
-
-
-def _answer(one: Any, row: _Row) -> str:
-    if not isinstance(one, dict) or not isinstance(one.get("answer"), str):
+def _answer(answer: Any, row: Row) -> str:
+    if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
         raise row.wrong("an answer without text")
-    return one["answer"]
+    return answer["answer"]
 
 
-def _box(values: Any, row: _Row) -> Box:
+def _box(values: Any, row: Row) -> Box:
     numbers = values[:4] if isinstance(values, list) else ()
     if len(numbers) < 4 or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
         raise row.wrong("a box that is not left, top, width, height")
@@ -275,45 +253,3 @@ def _known(split: str, names: Mapping[str, str], what: str) -> str:
 def _first(*places: Path) -> Path:
     """The first that is there, or the first of all."""
     return next((place for place in places if place.exists()), places[0])
-
-
-def _rows(path: Path, section: str | None = None) -> Sequence[_Row]:
-    """The rows of a JSON list, of the list `section` of a JSON mapping, or of JSON lines."""
-    if section is None and (path.suffix == ".jsonl" or not _text(path).lstrip().startswith("[")):
-        rows = [_parsed(line, f"{path}: line {n}") for n, line in enumerate(_text(path).split("\n"), 1) if line.strip()]
-    else:
-        content = _json(path)
-        rows = content.get(section) if section and isinstance(content, dict) else content
-    if not isinstance(rows, list) or not rows:
-        named = f"list '{section}'" if section else "rows"
-        raise UserError(f"{path}: no {named} in it; put the published file there")
-    return [_Row(values, path, place) for place, values in enumerate(rows, 1)]
-
-
-def _json(path: Path) -> Any:
-    return _parsed(_text(path), str(path))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as wrong:
-        reason = getattr(wrong, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"{path}: cannot be read ({reason}); put the published file there") from None
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as wrong:
-        raise UserError(f"{where}: not JSON ({getattr(wrong, 'msg', 'nested too deep')}); get the file again") from None
-
-
-def _picture(folder: Path, file: str, row: _Row) -> Record:
-    if leads_out(file):
-        raise row.wrong(f"picture '{shown(file, 60)}' leads out of its folder")
-    return Record(file, _reader(folder / file))
-
-
-def _reader(path: Path) -> Callable[[], bytes]:
-    return path.read_bytes

@@ -140,10 +140,10 @@ def test_a_file_that_may_not_be_read_is_a_reason_and_not_a_crash(tmp_path, monke
 def test_a_file_that_is_no_picture_by_its_size_is_not_read(form, tmp_path, monkeypatch):
     import sys
 
-    from shared.data import images
+    from shared.data import readers
 
     monkeypatch.setattr(sys.modules[__name__], "MANY", 3)
-    monkeypatch.setattr(images, "LARGEST_FILE", 5_000)
+    monkeypatch.setattr(readers, "LARGEST_FILE", 5_000)
     pictures = {0: corpus.drawn(), 1: corpus.drawn() + bytes(5_000), 2: corpus.drawn()}
     (reason,) = account(FORMATS[form](tmp_path / "set", pictures))[2].dropped.values()
     assert reason in (f"too large: {len(pictures[1]):,} bytes", f"the archive holds it as {len(pictures[1]):,} bytes")

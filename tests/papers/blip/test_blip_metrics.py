@@ -245,9 +245,13 @@ def test_a_picture_without_a_caption_is_named(home):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nocaps_val.json", '{"images": [{"id": 1}]}', "row 1 has no file_name"),
+        ("nocaps_val.json", '{"images": [{"id": 1}]}', "row 1: no file_name"),
         ("nocaps_val.json", '{"images": [{"id": 1, "file_name": "../a.jpg"}]}', "leads out"),
-        ("visdial_1.0_val.json", '{"data": {"questions": ["a"], "answers": ["b"], "dialogs": [{}]}}', "dialog 0"),
+        (
+            "visdial_1.0_val.json",
+            '{"data": {"questions": ["a"], "answers": ["b"], "dialogs": [{}]}}',
+            "row 1: KeyError",
+        ),
         ("msrvtt_test.jsonl", '{"clip_name": "v", "caption": ""}', "no frames of this clip"),
         ("msrvtt_test.jsonl", "{", "line 1: not JSON"),
         ("test_qa.json", "[]", "no list of questions"),

@@ -302,7 +302,7 @@ def tokenizer_files(tokenizer: Tokenizer, config: ClipConfig) -> dict[str, Any]:
     }
     ids = {START: tokenizer.start, END: tokenizer.end}
     if isinstance(tokenizer, ClipTokenizer):
-        learnt = json.loads(tokenizer._bpe.to_str())["model"]
+        learnt = json.loads(tokenizer._pieces.to_str())["model"]
         merges = "\n".join(["#version: 0.2", *map(" ".join, learnt["merges"])]) + "\n"
         files: dict[str, Any] = {"vocab.json": learnt["vocab"] | ids, "merges.txt": merges}
         settings |= {"tokenizer_class": "CLIPTokenizer"}

@@ -16,6 +16,7 @@ from shared.core.files import atomic
 from shared.core.text import shown
 
 if TYPE_CHECKING:
+    import tokenizers
     from torch import Tensor
 
 SPECIALS = {"mask": "[MASK]", "decode_start": "[DEC]", "encode_start": "[ENC]"}  # what they are for, and BLIP's names
@@ -35,18 +36,28 @@ class Tokenizer(ABC):
     pad: int
     digest: str  # sha256 of what fixes the ids; part of every cache key
     specials: Mapping[str, int] = {}  # the ids of those SPECIALS that it has
+    _pieces: tokenizers.Tokenizer
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without start and end."""
+        text = self._clean(text)
+        return self._pieces.encode(text, add_special_tokens=False).ids if text else []
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first `end`; `start` is skipped."""
 
     @abstractmethod
+    def _saved(self) -> dict[str, Any]:
+        """What `load_tokenizer` needs beside kind and digest, in JSON's types."""
+
     def save(self, path: str | Path) -> None:
-        """Write what `load_tokenizer` needs, as JSON."""
+        content = {"kind": self.kind, "digest": self.digest} | self._saved()
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+    def _clean(self, text: str) -> str:
+        return valid(text)
 
     def __call__(self, texts: Sequence[str] | str, context: int, truncate: bool = True) -> Tensor:
         """Ids (B, context), int64. A text that is too long loses its tail and keeps `end` in the last slot; with
@@ -112,13 +123,8 @@ def _known_specials(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate becomes '?'
-
-
-def _write(path: str | Path, content: dict[str, Any]) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _open_clip_file(name: str) -> Path:

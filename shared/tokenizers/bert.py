@@ -6,16 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from shared.core.archives import SafeArchive
 from shared.core.errors import UserError
+from shared.tokenizers.base import SPECIALS, Tokenizer, _known_specials
 from shared.weights.fetch import fetch
 from shared.weights.manifest import load_manifest
-
-if TYPE_CHECKING:
-    pass
-from shared.tokenizers.base import SPECIALS, Tokenizer, _known_specials, _valid, _write
 
 
 class BertTokenizer(Tokenizer):
@@ -40,8 +37,8 @@ class BertTokenizer(Tokenizer):
             raise UserError(f"{len(vocabulary) - len(known)} pieces of the vocabulary stand there twice")
         if lacking := [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name not in known]:
             raise UserError(f"the vocabulary lacks {', '.join(lacking)}: no BERT vocabulary")
-        self._asked = [name for name in _known_specials(specials) if SPECIALS[name] not in known]
-        names = [SPECIALS[name] for name in self._asked]
+        self._added = [name for name in _known_specials(specials) if SPECIALS[name] not in known]
+        names = [SPECIALS[name] for name in self._added]
         self._pieces = Tokenizer(models.WordPiece(known, unk_token="[UNK]", max_input_chars_per_word=100))
         self._pieces.normalizer = normalizers.BertNormalizer()  # uncased
         self._pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -66,9 +63,6 @@ class BertTokenizer(Tokenizer):
             )
         return cls(vocabulary, specials)
 
-    def encode(self, text: str) -> list[int]:
-        return self._pieces.encode(_valid(text), add_special_tokens=False).ids
-
     def decode(self, ids: Iterable[int]) -> str:
         """Pieces joined, without any special token, and no space before a sign or an ending that belongs to a word, as
         transformers does with clean_up_tokenization_spaces (the default when ALBEF and BLIP were released)."""
@@ -77,10 +71,9 @@ class BertTokenizer(Tokenizer):
             text = text.replace(apart, joined)
         return text
 
-    def save(self, path: str | Path) -> None:
+    def _saved(self) -> dict[str, Any]:
         known = self._pieces.get_vocab(with_added_tokens=False)
-        vocabulary = sorted(known, key=known.__getitem__)
-        _write(path, {"kind": self.kind, "digest": self.digest, "specials": self._asked, "vocabulary": vocabulary})
+        return {"specials": self._added, "vocabulary": sorted(known, key=known.__getitem__)}
 
 
 _ENDINGS = [(f" {sign}", sign) for sign in ".?!,"] + [(" ' ", "'")]

@@ -8,14 +8,13 @@ import html
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.core.errors import UserError
+from shared.tokenizers.base import Tokenizer, _open_clip_file
 
 if TYPE_CHECKING:
     import tokenizers
-from shared.tokenizers.base import Tokenizer, _open_clip_file, _write
 
 
 class ClipTokenizer(Tokenizer):
@@ -32,34 +31,24 @@ class ClipTokenizer(Tokenizer):
     def __init__(self) -> None:
         import regex
 
-        self._bpe = _clip_bpe()
+        self._pieces = _clip_bpe()
+        # not by the tokenizers library, whose letters are not those of `regex`: they differ from U+0345 on
         self._pattern = regex.compile(
             r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
             regex.IGNORECASE,
         )
-        self._words: dict[str, list[int]] = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
 
     def encode(self, text: str) -> list[int]:
-        words = self._words
-        if len(words) > 1 << 18:  # a corpus of noise must not fill the memory
-            words = self._words = dict(list(words.items())[:2])
         ids: list[int] = []
         for word in self._pattern.findall(_clean(text)):
-            found = words.get(word)
-            if found is None:
-                found = self._bpe.encode(word).ids
-                if len(word) <= _LONGEST_WORD:
-                    words[word] = found
-            ids += found
+            ids += _ids_of(word) if len(word) <= _LONGEST_WORD else _ids_of.__wrapped__(word)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        letters = "".join(self._bpe.id_to_token(token) for token in self._body(ids))
-        data = bytes(_BYTE_OF[letter] for letter in letters)
-        return data.decode("utf-8", errors="replace").replace("</w>", " ").strip()
+        return self._pieces.decode(self._body(ids), skip_special_tokens=False).replace("</w>", " ").strip()
 
-    def save(self, path: str | Path) -> None:
-        _write(path, {"kind": self.kind, "digest": self.digest})
+    def _saved(self) -> dict[str, Any]:
+        return {}
 
 
 def _clean(text: str) -> str:
@@ -78,16 +67,16 @@ def _unescape(text: str) -> str:
 
 _LONGEST_WORD = 100  # characters: longer ones are neither remembered nor learnt from whole
 
-# Byte-level alphabets print every byte: the printable ones stand for themselves, the others for U+0100 and up.
-_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+
+@lru_cache(maxsize=1 << 18)  # a corpus of noise must not fill the memory
+def _ids_of(word: str) -> list[int]:
+    return _clip_bpe().encode(word, add_special_tokens=False).ids
 
 
 @lru_cache(maxsize=1)
 def _clip_bpe() -> tokenizers.Tokenizer:
     """Ids in the released order: 256 bytes, 256 bytes that end a word, 48,894 merges."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     path = _open_clip_file("bpe_simple_vocab_16e6.txt.gz")
     packed = path.read_bytes()
@@ -98,8 +87,13 @@ def _clip_bpe() -> tokenizers.Tokenizer:
         )
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]  # behind the header; the rest is unused
-    tokens = [*_BYTE_OF, *(letter + "</w>" for letter in _BYTE_OF), *("".join(pair) for pair in merges)]
+    letters = sorted(
+        pre_tokenizers.ByteLevel.alphabet()
+    )  # a byte each: the printable ones, then the others from U+0100
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     return bpe

@@ -17,16 +17,14 @@ from shared.tokenizers.small_bpe import SmallTokenizer
 
 
 def for_transformers(
-    words: BertTokenizer | SmallTokenizer, ids: Mapping[str, int], ends: tuple[str, str] = ("[CLS]", "[SEP]")
+    tokenizer: BertTokenizer | SmallTokenizer, ids: Mapping[str, int], ends: tuple[str, str] = ("[CLS]", "[SEP]")
 ) -> dict[str, Any]:
     """The tokenizer.json from which transformers builds a tokenizer that gives our ids, between the two `ends`.
 
     ids: of the special tokens, by the names that they have there.
     """
-    if isinstance(words, BertTokenizer):
-        learnt = json.loads(words._pieces.to_str())
-    else:  # it keeps its special tokens outside its model
-        learnt = json.loads(words._bpe.to_str())
+    learnt = json.loads(tokenizer._pieces.to_str())
+    if isinstance(tokenizer, SmallTokenizer):  # it keeps its special tokens outside its model
         special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         learnt["added_tokens"] = [{"id": id, "content": name} | special for name, id in ids.items()]
         white = r"[\s\x1c-\x1f\x85]+"  # what str.split takes for white space

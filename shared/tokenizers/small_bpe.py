@@ -6,14 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from shared.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-from shared.tokenizers.base import Tokenizer, _known_specials, _valid, _write
+from shared.tokenizers.base import Tokenizer, _known_specials, valid
 from shared.tokenizers.clip import _LONGEST_WORD
 
 
@@ -29,12 +25,12 @@ class SmallTokenizer(Tokenizer):
         """`model`: the JSON of a trained `tokenizers` model whose id 0 is the padding; `specials`: some of SPECIALS."""
         import tokenizers
 
-        self._bpe = tokenizers.Tokenizer.from_str(model)
-        size = self._bpe.get_vocab_size()
+        self._pieces = tokenizers.Tokenizer.from_str(model)
+        size = self._pieces.get_vocab_size()
         self.start, self.end = size, size + 1
         self.specials = {name: size + 2 + i for i, name in enumerate(_known_specials(specials))}
         self.vocab_size = size + 2 + len(self.specials)
-        learnt = json.loads(self._bpe.to_str())["model"]
+        learnt = json.loads(self._pieces.to_str())["model"]
         fixed = [sorted(learnt["vocab"].items()), learnt["merges"]]  # the rest varies with the library
         if self.specials:
             fixed.append(list(self.specials))
@@ -65,22 +61,20 @@ class SmallTokenizer(Tokenizer):
         model["added_tokens"] = []
         return cls(json.dumps(model), specials)
 
-    def encode(self, text: str) -> list[int]:
-        text = _plain(text)
-        return self._bpe.encode(text).ids if text else []
-
     def decode(self, ids: Iterable[int]) -> str:
         written = [i for i in self._body(ids) if i != self.pad and i < self.start]
-        return self._bpe.decode(written, skip_special_tokens=False).strip()
+        return self._pieces.decode(written, skip_special_tokens=False).strip()
 
-    def save(self, path: str | Path) -> None:
+    def _saved(self) -> dict[str, Any]:
         specials = {"specials": list(self.specials)} if self.specials else {}
-        model = json.loads(self._bpe.to_str())
-        _write(path, {"kind": self.kind, "digest": self.digest, **specials, "model": model})
+        return specials | {"model": json.loads(self._pieces.to_str())}
+
+    def _clean(self, text: str) -> str:
+        return _plain(text)
 
 
 def _plain(text: str) -> str:
-    return " ".join(_valid(text).split())
+    return " ".join(valid(text).split())
 
 
 def _in_pieces(text: str) -> str:

@@ -92,8 +92,8 @@ def test_clip_gives_the_ids_of_open_clip_on_a_nasty_corpus(clip, reference):
 
 def test_every_id_stands_for_the_same_token_as_in_open_clip(clip, reference):
     theirs = reference.SimpleTokenizer()
-    assert clip._bpe.get_vocab_size() == clip.start == clip.vocab_size - 2
-    assert all(clip._bpe.id_to_token(i) == theirs.decoder[i] for i in range(clip.start))
+    assert clip._pieces.get_vocab_size(with_added_tokens=False) == clip.start == clip.vocab_size - 2
+    assert all(clip._pieces.id_to_token(i) == theirs.decoder[i] for i in range(clip.start))
     assert (clip.vocab_size, clip.start, clip.end) == (theirs.vocab_size, theirs.sot_token_id, theirs.eot_token_id)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from shared.core.errors import UserError
-from shared.core.files import write_whole
+from shared.core.files import claim, write_whole
 from shared.core.provenance import code_digest
 from shared.core.recipe import Recipe, digest
 
@@ -93,10 +92,7 @@ def _state_of(path: Path) -> dict | None:
 
 def _locked(path: Path):
     """An open file that holds the folder's lock, None where another process does. The lock ends with the process."""
-    file = (path / LOCK).open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+        return claim(path / LOCK)[0]
+    except BlockingIOError:
         return None
-    return file

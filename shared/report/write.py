@@ -108,6 +108,7 @@ def compare(paths: Sequence[str | Path]) -> str:
 
 
 def _replace(path: Path, content: str | bytes) -> None:
+    """A reader sees the old file or the new one, never half of one."""
     with atomic(path) as temporary:
         temporary.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
 

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from shared.core.errors import UserError
-from shared.core.files import sha256
+from shared.core.files import flush, sha256
 from shared.nn.distributed import world
 
 if TYPE_CHECKING:
@@ -179,23 +179,15 @@ def _made(folder: Path) -> None:
 def _seal(partial: Path, final: Path, seal: dict) -> None:
     files = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-        _flush(path)
+        flush(path)
         files[path.relative_to(partial).as_posix()] = [path.stat().st_size, sha256(path)]
     target = partial / SEAL
     target.write_text(json.dumps(seal | {"files": files}, indent=1))
-    _flush(target)
+    flush(target)
     for folder in {path.parent for path in partial.rglob("*")}:
-        _flush(folder)
+        flush(folder)
     os.replace(partial, final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(final.parent)
 
 
 def _differences(stored: Any, given: Any, name: str = "") -> list[str]:

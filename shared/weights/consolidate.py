@@ -1,6 +1,7 @@
 """One state dict out of a checkpoint, whatever strategy wrote it: weights leave a training as one safetensors file.
 
 A single process and DDP write one file, ZeRO a folder in which every rank keeps its piece of the fp32 master weights.
+Lightning's converter calls the same function of deepspeed, but runs the pickles of the checkpoint on its way.
 """
 
 from __future__ import annotations

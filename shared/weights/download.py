@@ -78,12 +78,6 @@ class _Note:
     sha256: str
     header: str  # ETag | Last-Modified
     version: str
-    total: int | None  # bytes, as announced
-
-
-def note_path(part: Path) -> Path:
-    """Where the note of a part file lies."""
-    return part.with_name(f"{part.name}.json")
 
 
 class _Part:
@@ -91,7 +85,7 @@ class _Part:
     to the folder meanwhile, what was hashed is what is moved."""
 
     def __init__(self, path: Path, urls: Sequence[str], sha256: str):
-        self.path, self.sha256, self.done = path, sha256, False
+        self.path, self.note_path, self.sha256 = path, path.with_name(f"{path.name}.json"), sha256
         try:
             self.file, _ = claim(path)
         except BlockingIOError:
@@ -100,9 +94,9 @@ class _Part:
 
     def _read_note(self, urls: Sequence[str]) -> _Note | None:
         with suppress(OSError, ValueError, TypeError):
-            note = _Note(**json.loads(note_path(self.path).read_text()))
-            told = note.header in ("ETag", "Last-Modified") and _version({note.header: note.version}) is not None
-            if told and note.url in urls and note.sha256 == self.sha256 and isinstance(note.total, (int, type(None))):
+            note = _Note(**json.loads(self.note_path.read_text()))
+            sound = note.header in ("ETag", "Last-Modified") and _version({note.header: note.version}) is not None
+            if sound and note.url in urls and note.sha256 == self.sha256:
                 return note
         return None
 
@@ -114,13 +108,13 @@ class _Part:
         """Bytes that this address can be asked to go on from."""
         return self.size if self.note and self.note.url == url else 0
 
-    def restart(self, note: _Note | None) -> None:
+    def restart(self, note: _Note | None = None) -> None:
         """Forget what there is; what is written next is of `note`, or will be of no use to a later try."""
-        note_path(self.path).unlink(missing_ok=True)
+        self.note_path.unlink(missing_ok=True)
         self.file.truncate(0)
         self.note = note
         if note:
-            note_path(self.path).write_text(json.dumps(asdict(note)))
+            self.note_path.write_text(json.dumps(asdict(note)))
 
     def write(self, chunk: bytes) -> None:
         left = memoryview(chunk)
@@ -130,19 +124,18 @@ class _Part:
     def move(self, finished: Path) -> None:
         """To the name `finished`, which no other process knows."""
         os.fsync(self.file.fileno())
-        if finished != self.path and same(self.path, self.file):
+        if same(self.path, self.file):
             os.replace(self.path, finished)
         if not same(finished, self.file):
             raise FileNotFoundError(errno.ENOENT, "removed while it was written", str(self.path))
-        self.done = True
-        note_path(self.path).unlink(missing_ok=True)
+        self.note_path.unlink(missing_ok=True)
 
-    def close(self, keep: bool) -> None:
-        """Leave a later try what it can go on from, where it may `keep` that, and nothing else."""
+    def close(self) -> None:
+        """Leave a later try what it can go on from, and nothing else."""
         with suppress(OSError):
-            if not self.done and not (keep and self.note and self.size) and same(self.path, self.file):
+            if not (self.note and self.size) and same(self.path, self.file):
                 self.path.unlink()
-                note_path(self.path).unlink(missing_ok=True)
+                self.note_path.unlink(missing_ok=True)
         release(self.file)
 
 
@@ -154,6 +147,7 @@ def download(
     finished: Path,
     *,
     part: Path,
+    keep: bool,
     sha256: str,
     size: int | None = None,
     report: Callable[[int, int | None], None] = lambda _done, _total: None,
@@ -161,10 +155,10 @@ def download(
     """Bring the file of that sha256 (64 hex digits) and size (bytes, where known) to the path `finished`, synced.
 
     The addresses are tried in order, the one that an earlier try was cut off from first. `part` is where the bytes
-    gather and stay after a failure; where it is the same as `finished`, nothing stays. `report(done, total)` hears of
+    gather and stay after a failure, for a later try if the caller is to `keep` them. `report(done, total)` hears of
     bytes. TransferError names each address and its fault; OSError is of the disk alone.
     """
-    arrived, keep = _Part(part, urls, sha256), part != finished
+    arrived = _Part(part, urls, sha256)
     try:
         started = arrived.note.url if arrived.note else None
         failures = []
@@ -181,14 +175,16 @@ def download(
         arrived.move(finished)
     except OSError as error:
         if error.errno in FULL:  # what is of no use on a full disk goes
-            arrived.restart(None)
+            arrived.restart()
         raise
     finally:
-        arrived.close(keep)
+        arrived.close()
 
 
 def _from(url: str, part: _Part, size: int | None, report: Callable[[int, int | None], None]) -> None:
     """The whole file from one address, in as many tries as bring it forward."""
+    if not allowed(url):  # an Entry need not come from load_manifest
+        raise TransferError("https only (http for the loopback)")
     tries, most, mended = 0, part.have(url), False
     while True:
         try:
@@ -203,7 +199,7 @@ def _from(url: str, part: _Part, size: int | None, report: Callable[[int, int | 
         fault = differs(part.file, part.sha256, size)
         if fault is None:
             return
-        part.restart(None)
+        part.restart()
         if not resumed or mended:  # the address itself serves other bytes
             raise TransferError(fault, again=False)
         mended = True
@@ -212,30 +208,30 @@ def _from(url: str, part: _Part, size: int | None, report: Callable[[int, int | 
 def _one_try(url: str, part: _Part, size: int | None, report: Callable[[int, int | None], None]) -> bool:
     """Ask once for what is missing and write it. True where it was put behind bytes of an earlier answer."""
     have, note = part.have(url), part.note
-    if have and note and have == (size or note.total):  # cut off between the last byte and the check
+    if have and have == size:  # cut off between the last byte and the check
         return True
-    asked = {"User-Agent": "papers", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "papers", "Accept-Encoding": "identity"}
     if have and note:
-        asked |= {"Range": f"bytes={have}-", "If-Range": note.version}
-    with _open(url, asked) as answer:
+        headers |= {"Range": f"bytes={have}-", "If-Range": note.version}
+    with _open(url, headers) as answer:
         if answer.status == 206 and have and note:
             total = _continues(answer.headers, have, note, size)
             if total is None:
-                part.restart(None)
+                part.restart()
                 raise TransferError("answered with another part or version than was asked for")
             length = total - have
         elif answer.status == 200:
             have, length = 0, _length(answer.headers)
             if size and length is not None and length != size:
                 raise TransferError(f"size differs: expected {size:,} bytes, announced {length:,}", again=False)
-            found = _version(answer.headers)
-            part.restart(_Note(url, part.sha256, *found, total=length) if found else None)
+            version = _version(answer.headers)
+            part.restart(_Note(url, part.sha256, *version) if version else None)
         else:
             beyond = answer.status == 416 and have > 0  # there is no such rest: start over
             if beyond:
-                part.restart(None)
-            said = f"answered {answer.status} {str(answer.reason)[:100]}"
-            raise TransferError(said, again=beyond or answer.status in _PASSING)
+                part.restart()
+            again = beyond or answer.status in _PASSING
+            raise TransferError(f"answered {answer.status} {str(answer.reason)[:100]}", again=again)
 
         part.file.seek(have)
         done, total = have, size or (None if length is None else have + length)
@@ -243,7 +239,7 @@ def _one_try(url: str, part: _Part, size: int | None, report: Callable[[int, int
         for chunk in _chunks(answer, length):
             done += len(chunk)
             if done > (size or LARGEST):
-                part.restart(None)
+                part.restart()
                 raise TransferError(f"longer than the expected {size or LARGEST:,} bytes", again=False)
             part.write(chunk)
             report(done, total)
@@ -298,8 +294,8 @@ def _broken(error: Exception) -> TransferError:
 
 def _length(headers: Any) -> int | None:
     """Content-Length in bytes, where it counts."""
-    told = headers.get("Content-Length", "").strip()
-    return int(told) if re.fullmatch(r"[0-9]{1,18}", told) and "Transfer-Encoding" not in headers else None
+    length = headers.get("Content-Length", "").strip()
+    return int(length) if re.fullmatch(r"[0-9]{1,18}", length) and "Transfer-Encoding" not in headers else None
 
 
 def _version(headers: Any) -> tuple[str, str] | None:
@@ -313,8 +309,8 @@ def _version(headers: Any) -> tuple[str, str] | None:
 
 def _continues(headers: Any, have: int, note: _Note, size: int | None) -> int | None:
     """The length of the whole file in bytes, if a 206 is the rest of it in the noted version; else None."""
-    told = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", headers.get("Content-Range", "").strip())
-    if told is None or headers.get(note.header) != note.version:
+    span = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", headers.get("Content-Range", "").strip())
+    if span is None or headers.get(note.header) != note.version:
         return None
-    first, last, total = map(int, told.groups())
-    return total if (first, last) == (have, total - 1) and total == (size or note.total or total) else None
+    first, last, total = map(int, span.groups())
+    return total if (first, last) == (have, total - 1) and total == (size or total) else None

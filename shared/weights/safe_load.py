@@ -1,4 +1,7 @@
-"""Weight files read without running any code of theirs: safetensors, torch archives, TorchScript archives."""
+"""Weight files read without running any code of theirs: safetensors, torch archives, TorchScript archives.
+
+The last by a reader of ours, because OpenAI published CLIP in that form alone: the manifest pins those very files, and
+torch.jit.load would take their code with the weights."""
 
 from __future__ import annotations
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import acos, cos, pi, sin
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from shared.core.archives import ArchiveError, Limits, SafeArchive
 from shared.core.errors import UserError
+from shared.core.files import atomic
 from shared.core.text import shown
 
 if TYPE_CHECKING:
@@ -309,17 +309,8 @@ def _write_cache(path: Path, key: list, table: list, pictures: ndarray) -> None:
     """Beside the source, whole or not at all; a folder that cannot be written to goes without."""
     import numpy as np
 
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, header=np.array(json.dumps({"key": key, "table": table})), rgba=pictures)
-        os.chmod(temporary, 0o644)  # a cache may be shared; mkstemp makes private files
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
+    with suppress(OSError), atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, header=np.array(json.dumps({"key": key, "table": table})), rgba=pictures)
 
 
 # --- shapes: drawn here, in a square from -1 to 1 with y pointing down

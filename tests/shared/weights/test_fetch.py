@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import zipfile
@@ -16,12 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared.core import files
 from shared.core.errors import UserError
-from shared.core.files import atomic, whole_folder
+from shared.core.files import atomic, whole_folder, write_whole
 from shared.weights import download
 from shared.weights.fetch import cached, fetch
+from shared.weights.load import save_weights
 from shared.weights.manifest import MANIFEST, Entry, load_manifest, local_entry
 
 DATA = bytes(range(256)) * 5000  # 1,280,000 bytes: more than one chunk
@@ -270,6 +273,24 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert (tmp_path / "x").read_text() == "old" and visible(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_what_is_saved_may_be_read_by_whom_the_umask_lets(server, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_weights({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+        write_whole(tmp_path / "b", "text")
+        with atomic(tmp_path / "c") as temporary, tempfile.NamedTemporaryFile(dir=tmp_path, delete=False) as private:
+            os.replace(private.name, temporary)
+        fetch(url_entry(server, "/good"), cache=tmp_path)
+        with whole_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    for name in ("a.safetensors", "b", "c", "thing/thing.bin"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode, name
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

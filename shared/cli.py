@@ -11,7 +11,7 @@ from typing import Any
 
 from shared.core.catalog import Catalog
 from shared.core.console import Console
-from shared.core.errors import UserError
+from shared.core.errors import UserError, nearest
 from shared.core.recipe import SCALES
 
 
@@ -329,8 +329,6 @@ def cite(catalog: Catalog, options: argparse.Namespace) -> None:
 
 
 def fetch(catalog: Catalog, options: argparse.Namespace) -> None:
-    import difflib
-
     from shared.weights.fetch import fetch as bring
     from shared.weights.manifest import load_manifest
 
@@ -343,10 +341,7 @@ def fetch(catalog: Catalog, options: argparse.Namespace) -> None:
         ids = sorted({entry for name in names for entry in entries_of(catalog.recipe(name, "mini", []).data)})
     for id in ids:
         if id not in manifest:
-            near = difflib.get_close_matches(id, manifest, n=1)
-            raise UserError(
-                f"no entry '{id}' in the manifest; {f'did you mean {near[0]}?' if near else ', '.join(manifest)}"
-            )
+            raise UserError(f"no entry '{id}' in the manifest; {nearest(id, manifest)}")
     console = Console()
     for id in ids:
         entry = manifest[id]

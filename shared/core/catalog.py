@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.core.errors import UserError
+from shared.core.errors import UserError, nearest
 from shared.core.paper_card import PaperCard, load_paper
 from shared.core.paper_package import PaperPackage
 from shared.core.recipe import SCALES, Recipe, load_recipe
@@ -32,9 +31,7 @@ class Catalog:
         """The name itself, or a UserError with the nearest one."""
         names = self.names()
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
-            raise UserError(f"no paper '{name}'; {hint}")
+            raise UserError(f"no paper '{name}'; {nearest(name, names)}")
         return name
 
     def card(self, name: str) -> PaperCard:
@@ -49,8 +46,7 @@ class Catalog:
 
     def recipe_path(self, name: str, scale: str) -> Path:
         if scale not in SCALES:
-            near = difflib.get_close_matches(scale, SCALES, n=1)
-            raise UserError(f"no scale '{scale}'; {f'did you mean {near[0]}?' if near else 'use ' + ', '.join(SCALES)}")
+            raise UserError(f"no scale '{scale}'; {nearest(scale, SCALES)}")
         return self.root / "recipes" / self.known(name) / f"{scale}.yaml"
 
     def recipe(self, name: str, scale: str, overrides: list[str]) -> Recipe:
@@ -63,9 +59,7 @@ class Catalog:
         known = {row.id for row in self.card(name).claims}
         for claim in recipe.claims:
             if claim not in known:
-                near = difflib.get_close_matches(claim, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(sorted(known))}"
-                raise UserError(f"{path}: no claim '{claim}'; {hint}")
+                raise UserError(f"{path}: no claim '{claim}'; {nearest(claim, sorted(known))}")
         return recipe
 
     def paper_that_answers(self, variant: str) -> str:
@@ -73,15 +67,11 @@ class Catalog:
         names = [name for name in self.names() if "caption" in self.package(name).uses()]
         paper_of = {known: name for name in names for known in self.variants(name)}
         if variant not in paper_of:
-            near = difflib.get_close_matches(variant, paper_of, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(paper_of)}"
-            raise UserError(f"no model '{variant}' that speaks of pictures; {hint}")
+            raise UserError(f"no model '{variant}' that speaks of pictures; {nearest(variant, paper_of)}")
         return paper_of[variant]
 
     def variant(self, name: str, variant: str) -> str:
         variants = self.variants(name)
         if variant not in variants:
-            near = difflib.get_close_matches(variant, variants, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(variants)}"
-            raise UserError(f"{name}: no variant '{variant}'; {hint}")
+            raise UserError(f"{name}: no variant '{variant}'; {nearest(variant, variants)}")
         return variant

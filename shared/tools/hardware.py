@@ -3,12 +3,11 @@ quick bf16 is here."""
 
 from __future__ import annotations
 
-import difflib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shared.core.errors import UserError
+from shared.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
     pass
@@ -59,8 +58,7 @@ GPUS = {
 def find_gpu(name: str) -> Gpu:
     """The GPU of that name in GPUS; UserError with the nearest one."""
     if name.lower() not in GPUS:
-        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
-        raise UserError(f"no GPU '{name}'; {f'did you mean {near[0]}?' if near else 'there are: ' + ', '.join(GPUS)}")
+        raise UserError(f"no GPU '{name}'; {nearest(name.lower(), GPUS)}")
     return GPUS[name.lower()]
 
 

@@ -51,7 +51,7 @@ def test_list_and_cite_answer_without_heavy_imports(verb):
     ("words", "message"),
     [
         (["reproduce", "clyp"], "no paper 'clyp'; did you mean 'clip'?"),
-        (["reproduce", "clip", "--scale", "mimi"], "no scale 'mimi'; did you mean mini?"),
+        (["reproduce", "clip", "--scale", "mimi"], "no scale 'mimi'; did you mean 'mini'?"),
         (["reproduce", "clip", "stepz=3"], "unknown key 'stepz' (did you mean 'steps'?)"),
         (["reproduce", "clip", "steps=three"], "steps: Value 'three'"),
         (["reproduce", "clip", "model=clip-vit-b-31"], "no variant 'clip-vit-b-31'; did you mean 'clip-vit-b-32'?"),
@@ -62,7 +62,7 @@ def test_list_and_cite_answer_without_heavy_imports(verb):
         (["reproduce", "steps=3"], "name the paper before steps=3"),
         (["report"], "name a paper: albef, blip, blip2, clip"),
         (["cite", "blip9"], "no paper 'blip9'"),
-        (["fetch", "emoji-gogle"], "did you mean emoji-google?"),
+        (["fetch", "emoji-gogle"], "did you mean 'emoji-google'?"),
         (["zeroshot", "x.jpg", "--labels", "one"], "--labels needs at least two"),
         (["zeroshot", "x.jpg", "--labels", "a,b", "--template", "plain"], "no {} where the label goes"),
         (["zeroshot", "x.jpg", "--labels", "a,b", "--model", "clip-vit-b-33"], "did you mean 'clip-vit-b-32'?"),

@@ -198,7 +198,7 @@ def test_a_paper_named_is_estimated_and_must_fit(place, capsys, monkeypatch):
 def test_an_unknown_paper_or_scale_is_refused_by_name(place):
     with pytest.raises(UserError, match="did you mean 'clip'"):
         doctor(place, "clyp")
-    with pytest.raises(UserError, match="did you mean mini"):
+    with pytest.raises(UserError, match="did you mean 'mini'"):
         doctor(place, "clip", "mimi")
 
 

@@ -296,7 +296,7 @@ def test_what_does_not_fit_is_said_and_given_no_time(a_plan):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gpu": "h10"}, "no GPU 'h10'; did you mean h100?"),
+        ({"gpu": "h10"}, "no GPU 'h10'; did you mean 'h100'?"),
         ({"gpu": "v100", "overrides": ["precision=bf16-mixed"]}, "has no bf16 arithmetic; use precision=16-mixed"),
         ({"gpus": 0}, "--gpus is 0"),
         ({"gpus": 64, "batch": 32}, "less than a sample for each of 64 GPUs"),

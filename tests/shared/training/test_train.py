@@ -130,7 +130,7 @@ def test_weights_beside_the_model_are_refused_before_anything_is_trained(tmp_pat
     ("words", "message"),
     [
         (["clyp"], "no paper 'clyp'; did you mean 'clip'?"),
-        (["clip", "--scale", "smok"], "no scale 'smok'; did you mean smoke?"),
+        (["clip", "--scale", "smok"], "no scale 'smok'; did you mean 'smoke'?"),
         (["clip", "stepz=3"], "unknown key 'stepz' (did you mean 'steps'?)"),
         (["clip", "--scale", "smoke", "batch=33", "devices=2"], "batch 33 does not divide by devices x nodes"),
         (["clip", "--scale", "smoke", "strategy=zero9"], "strategy"),

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from papers.blip.config import BlipConfig
-from papers.blip.med import OWN_IN_DECODER as OWN_IN_DECODER  # for who reads weights
 from papers.blip.med import TextDecoder, TextEncoder, again, cross_attention_kv, starting_with
 from shared.losses.image_text import (
     IGNORED,

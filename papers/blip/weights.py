@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, caption, nlvr, retrieval, vqa, with_tokenizer
-from papers.blip.model import OWN_IN_DECODER, Blip, BlipPretraining, copied
+from papers.blip.med import OWN_IN_DECODER
+from papers.blip.model import Blip, BlipPretraining, copied
 from papers.blip.tasks import BlipDialogue, BlipNlvr, BlipVqa
 from shared.core.catalog import Catalog
 from shared.core.errors import UserError

@@ -12,7 +12,7 @@ from torch import nn
 
 from papers.blip2 import model as blip2
 from papers.blip2.config import LANGUAGES, VARIANTS, Blip2Config, VisionConfig, at, with_language, with_tokenizer
-from papers.blip2.evidence.structure import count, language_parameters, measure
+from papers.blip2.evidence.structure import language_parameters, measure
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, Prompt, vision_encoder
 from shared.core.errors import UserError
@@ -21,6 +21,7 @@ from shared.nn.bert import initialise_bert
 from shared.nn.blocks import Block
 from shared.nn.causal_lm import SmallLanguageModel
 from shared.tokenizers.small_bpe import SmallTokenizer
+from shared.tools.footprint import count_parameters
 
 TINY = VARIANTS["blip2-tiny"]()
 SPEAKING = VARIANTS["blip2-tiny-small"]()
@@ -562,7 +563,7 @@ def test_fine_tuning_for_vqa_trains_the_text_branch_too():
     text = measured["vqa"] - measured["captioner"]
     with torch.device("meta"):
         stage1 = Blip2Qformer(VARIANTS["blip2-vit-g"]())
-    assert text == measured["qformer_stage1"] - count(stage1.head) - measured["qformer_stage2"] > 80e6
+    assert text == measured["qformer_stage1"] - count_parameters(stage1.head) - measured["qformer_stage2"] > 80e6
 
 
 def test_stage_2_starts_from_nothing_but_its_own_stage_1():
@@ -652,9 +653,9 @@ def test_what_stage_1_trains_is_of_the_class_of_188_million():
 def test_the_houses_language_model_is_counted_as_it_is_built():
     config = LANGUAGES["small"]
     sizes = config.vocabulary, config.context, config.width, config.layers, config.heads
-    assert language_parameters(config) == count(SmallLanguageModel(*sizes, mlp_width=config.mlp_width))
+    assert language_parameters(config) == count_parameters(SmallLanguageModel(*sizes, mlp_width=config.mlp_width))
     uneven = replace(config, kv_heads=1, mlp_width=72)
-    assert language_parameters(uneven) == count(SmallLanguageModel(*sizes, kv_heads=1, mlp_width=72))
+    assert language_parameters(uneven) == count_parameters(SmallLanguageModel(*sizes, kv_heads=1, mlp_width=72))
 
 
 @pytest.mark.parametrize("name", [name for name, one in LANGUAGES.items() if one.family != "small"])
@@ -699,4 +700,4 @@ def test_language_models_are_counted_as_transformers_builds_them(name):
             model = transformers.LlamaForCausalLM(published)
         model.tie_weights()
     output = config.vocabulary * config.width if config.family == "t5" else 0  # FlanT5's is not the word table
-    assert language_parameters(config) == count(model) + output
+    assert language_parameters(config) == count_parameters(model) + output

@@ -105,7 +105,7 @@ def small_vit():
     return perturbed(VisionTransformer(24, 8, 40, 3, 2, input_norm=True, mean=MEAN, std=STD))
 
 
-@pytest.mark.parametrize(("layer", "leave_out"), [("last", 0), ("second-last", 1)])
+@pytest.mark.parametrize(("layer", "skip_last_blocks"), [("last", 0), ("second-last", 1)])
 def test_a_vit_is_read_after_its_last_block_or_the_one_before(layer, skip_last_blocks):
     vit, images = small_vit(), pictures(5, 24)
     encoder = vit_encoder(vit, layer)

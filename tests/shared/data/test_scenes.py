@@ -237,10 +237,10 @@ def test_the_second_scene_is_the_one_it_was_when_this_was_written():
 def test_another_process_with_another_hash_seed_gives_the_same_pictures_and_words():
     code = """
 from hashlib import sha256
-from shared.data import Draw, caption, load_pack, render_many, sample_scene
+from shared.data import SeededRandom, caption, load_pack, render_many, sample_scene
 pack = load_pack("shapes")
 scenes = [sample_scene(pack, "train", i) for i in range(50)]
-words = [caption(scene, Draw(i)) for i, scene in enumerate(scenes)]
+words = [caption(scene, SeededRandom(i)) for i, scene in enumerate(scenes)]
 print(sha256(repr((scenes, words)).encode() + render_many(scenes, pack, 32).tobytes()).hexdigest())
 """
     digests = set()

@@ -51,7 +51,9 @@ RESNET = ClipConfig(
 def make_transformers(config: ClipConfig):
     from transformers import CLIPConfig, CLIPModel
 
-    return CLIPModel(CLIPConfig.from_dict(hf_config(config) | {"attn_implementation": "eager"}))
+    sizes, eager = hf_config(config), {"attn_implementation": "eager"}  # another product than ours
+    return CLIPModel(CLIPConfig(text_config=sizes.pop("text_config") | eager,
+                                vision_config=sizes.pop("vision_config") | eager, **sizes))  # fmt: skip
 
 
 def make_open_clip(config: ClipConfig):

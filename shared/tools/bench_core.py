@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.tools.bench import Setup
 from shared.tools.bench_output import Job, Sweep
+from shared.tools.bench_setup import Setup
 from shared.tools.bench_timing import MemoryMeter, in_child, memory_rows, race
 
 GIB = 2**30

@@ -20,7 +20,7 @@ from shared.experiments.stage_cache import own_randomness
 from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
 from shared.nn.attention import StructuredMask, attention, use_backend
 from shared.tools import bench_timing
-from shared.tools.bench import compiled, stepper
+from shared.tools.bench_setup import compiled, stepper
 from shared.training.callbacks import MetricRecorder
 from shared.training.trainer import make_trainer
 

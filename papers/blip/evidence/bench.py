@@ -23,8 +23,9 @@ from papers.blip.weights import FORMATS, hf_config, published_of
 from shared.losses.image_text import Negatives, next_token_targets
 from shared.nn.generation import GenerationSettings, generate
 from shared.nn.momentum import FeatureQueue, follow, momentum_copy
-from shared.tools.bench import Setup, longest, normaliser, pick, pictures_and_texts, stepper
+from shared.tools.bench import pick
 from shared.tools.bench_output import Job, Sweep
+from shared.tools.bench_setup import Setup, longest, normaliser, pictures_and_texts, stepper
 
 KINDS = {"captioning": "BlipForConditionalGeneration", "retrieval": "BlipForImageTextRetrieval"}
 A_PICTURE_OF = (1037, 3861, 1997)  # in BERT's vocabulary; in a smaller one some other words

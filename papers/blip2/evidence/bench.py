@@ -31,8 +31,9 @@ from shared.losses.image_text import IGNORED, next_token_targets
 from shared.nn.causal_lm import SmallLanguageModel
 from shared.nn.generation import GenerationSettings, generate
 from shared.nn.packed_linear import pack
-from shared.tools.bench import Setup, longest, normaliser, pick, pictures_and_texts, stepper
+from shared.tools.bench import pick
 from shared.tools.bench_output import Job, Sweep
+from shared.tools.bench_setup import Setup, longest, normaliser, pictures_and_texts, stepper
 from shared.weights.weight_map import to_published
 
 BEAMS, NEW_TOKENS = 5, 20

@@ -19,9 +19,10 @@ from papers.clip.model import Clip
 from papers.clip.weights import OPENAI_VIT, TRANSFORMERS, hf_config, open_clip_config
 from shared.core.console import quiet
 from shared.core.errors import UserError
-from shared.tools.bench import NATURAL, Setup, compiled, longest, normaliser, pick, pictures_and_texts, stepper
+from shared.tools.bench import pick
 from shared.tools.bench_core import core
 from shared.tools.bench_output import Job, Sweep
+from shared.tools.bench_setup import NATURAL, Setup, compiled, longest, normaliser, pictures_and_texts, stepper
 from shared.tools.bench_timing import MemoryMeter, in_child, memory_rows
 from shared.weights.weight_map import to_ours, to_published
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared.core.errors import UserError
 from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
 from shared.tools import bench_core, doctor
-from shared.tools.bench import Setup
+from shared.tools.bench_setup import Setup
 from shared.tools.bench_timing import in_child
 
 # B, D, chunk, logit_scale

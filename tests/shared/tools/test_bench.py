@@ -11,12 +11,12 @@ from bench_child import held_and_freed
 from papers.clip.config import tiny
 from papers.clip.evidence import bench as clip
 from shared.core.errors import UserError
-from shared.tools import bench, bench_core, bench_output
+from shared.tools import bench, bench_core, bench_output, bench_setup
 from shared.tools.bench_output import Job, Sweep, save, table
 from shared.tools.bench_timing import in_child, memory_rows, race, rows_of
 
 PEAKS = [{"precision": "fp32", "flops_per_second": 1e11, "shape": [8, 8, 8]}]
-SETUP = bench.Setup("cpu", "fp32", 3, 60.0, PEAKS)
+SETUP = bench_setup.Setup("cpu", "fp32", 3, 60.0, PEAKS)
 SETTINGS = {"sweep": "demo", "device": "cpu", "precision": "fp32"}
 
 
@@ -188,9 +188,9 @@ def test_layers_that_are_compiled_train_as_they_did(monkeypatch):
     config = replace(tiny(), vision_layers=2, text_layers=3)
     data = clip.inputs(config, 3, "cpu")
     plain, quick = (clip.contestants(config, "cpu")["ours"] for _ in range(2))
-    bench.compiled(quick.model)
+    bench_setup.compiled(quick.model)
     assert len(seen) == 5
-    steps = [bench.stepper(entry.model, entry.loss, "fp32") for entry in (plain, quick)]
+    steps = [bench_setup.stepper(entry.model, entry.loss, "fp32") for entry in (plain, quick)]
     for _ in range(3):
         expected, found = (step(*data) for step in steps)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)

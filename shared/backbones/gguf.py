@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shared.backbones.hf_lm import freeze
 from shared.core.errors import UserError
 from shared.core.files import atomic, sha256
 from shared.nn.causal_lm import (
     LanguageModel,
     SmallLanguageModel,
 )
-from shared.weights.manifest import Entry
-
-if TYPE_CHECKING:
-    pass
-from shared.backbones.hf_lm import freeze
 from shared.tokenizers.lm import LanguageTokenizer
+from shared.weights.manifest import Entry
 
 # ---- SmolLM2: one file of the format GGUF
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from shared.nn.causal_lm import (
     refuse_targets,
     seen_and_positions,
 )
-
-if TYPE_CHECKING:
-    pass
 from shared.tokenizers.lm import LanguageTokenizer
 
 

@@ -8,23 +8,19 @@ OPT (Zhang et al. 2022, arXiv:2205.01068) and FlanT5 (Chung et al. 2022, arXiv:2
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from shared.backbones.gguf import load_gguf
+from shared.backbones.hf_lm import PUBLISHED, Published, load_folder
 from shared.core.errors import UserError
 from shared.core.files import cache_root
 from shared.nn.causal_lm import (
     LanguageModel,
 )
+from shared.tokenizers.lm import LanguageTokenizer
 from shared.weights.fetch import fetch
 from shared.weights.manifest import MANIFEST, load_manifest
-
-if TYPE_CHECKING:
-    pass
-from shared.backbones.gguf import load_gguf
-from shared.backbones.hf_lm import PUBLISHED, Published, load_folder
-from shared.tokenizers.lm import LanguageTokenizer
 
 SMOLLM2 = "smollm2-135m"
 

@@ -47,7 +47,7 @@ class Context:
 
 @dataclass
 class Trainable:
-    """What a paper's training.prepare(recipe, seed) gives. batches: of (rank, ranks); digest: of the data."""
+    """What a paper's train.prepare(recipe, seed) gives. batches: of (rank, ranks); digest: of the data."""
 
     module: lightning.LightningModule
     batches: Callable[[int, int], Any]
@@ -143,11 +143,11 @@ class Benchmarks(Protocol):
     """papers/<name>/evidence/benchmarks.py."""
 
     def measure(self, row: MetricRow, recipe: Any) -> float:
-        """The released weights' score of one row; LookupError says what is missing."""
+        """The released weights' score of one row, in percent; UserError says what is missing."""
 
 
 class Bench(Protocol):
-    """papers/<name>/evidence/bench.py. SWEEPS: {name: its races on a Setup (tools/bench.py)}."""
+    """papers/<name>/evidence/bench.py. SWEEPS: {name: its races on a Setup (tools/bench_setup.py)}."""
 
     SWEEPS: Mapping[str, Callable[[Any], Sequence[Any]]]
 

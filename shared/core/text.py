@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def shown(text: object, most: int = 200) -> str:
     """What a stranger wrote, fit for a message: one line, printable, not endless."""

@@ -5,12 +5,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shared.core.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

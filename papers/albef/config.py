@@ -1,9 +1,10 @@
-"""ALBEF's configurations: one function per variant, a tiny and a mini one; and the switches of Table 1's ablation."""
+"""ALBEF's configurations: the paper's, and what the smaller scales train; and the switches of Table 1's ablation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, although the ViT starts from DeiT (dataset/__init__.py)
@@ -12,17 +13,20 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class AlbefConfig:
-    """Sizes of the three encoders (Sec. 3.1) and what pre-training keeps (Sec. 3.2, 3.3, 3.5)."""
+    """Sizes of the three encoders (Sec. 3.1) and what pre-training keeps (Sec. 3.2, 3.3, 3.5).
 
-    image_size: int
-    patch: int
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
-    text_width: int
-    text_heads: int
-    mlp_width: int  # of the text layers' feed-forward
-    vocabulary: int
+    The defaults are the only size of the paper, as it is pre-trained.
+    """
+
+    image_size: int = 256
+    patch: int = 16
+    vision_width: int = 768
+    vision_layers: int = 12
+    vision_heads: int = 12
+    text_width: int = 768
+    text_heads: int = 12
+    mlp_width: int = 3_072  # of the text layers' feed-forward
+    vocabulary: int = 30_522
     text_layers: int = 6
     fusion_layers: int = 6
     positions: int = 512
@@ -89,31 +93,6 @@ def with_tokenizer(config: AlbefConfig, words: TokenizerInfo) -> AlbefConfig:
     return replace(config, vocabulary=vocabulary, pad=words.pad, start=words.start, end=words.end, mask=mask)
 
 
-def base() -> AlbefConfig:
-    """The only size of the paper, as it is pre-trained: 256 pixels, 25 tokens."""
-    return AlbefConfig(
-        image_size=256,
-        patch=16,
-        vision_width=768,
-        vision_layers=12,
-        vision_heads=12,
-        text_width=768,
-        text_heads=12,
-        mlp_width=3_072,
-        vocabulary=30_522,
-    )
-
-
-def albef_4m() -> AlbefConfig:
-    """Pre-trained on 4M pictures, as it is evaluated: 384 pixels, 30 tokens."""
-    return replace(base(), image_size=384, context=30)
-
-
-def albef_14m() -> AlbefConfig:
-    """Pre-trained on 14M pictures, as it is evaluated: 384 pixels, 30 tokens."""
-    return replace(base(), image_size=384, context=30)
-
-
 def tiny() -> AlbefConfig:
     """For tests and the smallest scales: the paper's wiring, none of its size."""
     return AlbefConfig(
@@ -133,36 +112,6 @@ def tiny() -> AlbefConfig:
         embed_width=32,
         queue=16,
         dropout=0.0,
-        init_std=0.07,
-        start=1_021,
-        end=1_022,
-        mask=1_023,
-        tokenizer="small",
-    )
-
-
-def mini() -> AlbefConfig:
-    """The model of the mini scale: 32 px pictures, seconds on one core."""
-    return AlbefConfig(
-        image_size=32,
-        patch=8,
-        vision_width=64,
-        vision_layers=2,
-        vision_heads=2,
-        text_width=64,
-        text_layers=1,
-        fusion_layers=2,
-        text_heads=2,
-        mlp_width=256,
-        vocabulary=1_024,
-        positions=64,
-        context=32,
-        embed_width=64,
-        queue=24,  # with more, most of what it holds is older than what the encoders have learned since
-        momentum=0.98,  # a run has hundreds of steps, not hundreds of thousands: the teacher must follow sooner
-        temperature=0.1,  # at 0.07 the hard negatives are too hard for an ITM head that begins from nothing
-        mlm_probability=0.3,
-        dropout=0.0,
         init_std=0.07,  # 0.02 · sqrt(768 / width)
         start=1_021,
         end=1_022,
@@ -171,11 +120,28 @@ def mini() -> AlbefConfig:
     )
 
 
+def mini() -> AlbefConfig:
+    """The model of the mini scale: seconds on one core."""
+    return replace(
+        tiny(),
+        vision_width=64,
+        vision_heads=2,
+        text_layers=1,
+        mlp_width=256,
+        context=32,
+        embed_width=64,
+        queue=24,  # with more, most of what it holds is older than what the encoders have learned since
+        momentum=0.98,  # a run has hundreds of steps, not hundreds of thousands: the teacher must follow sooner
+        temperature=0.1,  # at 0.07 the hard negatives are too hard for an ITM head that begins from nothing
+        mlm_probability=0.3,
+    )
+
+
 def small() -> AlbefConfig:
     """The model of the gpu scale: minutes on one GPU."""
-    return AlbefConfig(
+    return replace(
+        tiny(),
         image_size=96,
-        patch=8,
         vision_width=384,
         vision_layers=8,
         vision_heads=6,
@@ -189,19 +155,18 @@ def small() -> AlbefConfig:
         context=32,
         embed_width=256,
         queue=8_192,
-        dropout=0.0,
         init_std=0.03,
         start=4_093,
         end=4_094,
         mask=4_095,
-        tokenizer="small",
     )
 
 
+RELEASED = partial(AlbefConfig, image_size=384, context=30)  # as both released models are evaluated
 VARIANTS: dict[str, Callable[[], AlbefConfig]] = {
-    "albef-base": base,
-    "albef-4m": albef_4m,
-    "albef-14m": albef_14m,
+    "albef-base": AlbefConfig,
+    "albef-4m": RELEASED,
+    "albef-14m": RELEASED,
     "albef-tiny": tiny,
     "albef-mini": mini,
     "albef-small": small,

@@ -1,9 +1,10 @@
-"""CLIP's configurations: one function per variant, named after the rows of Tables 19 and 20, and a tiny one."""
+"""CLIP's configurations: the rows of Tables 19 and 20, and what the smaller scales train."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # official code, clip/clip.py
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -34,10 +35,13 @@ class ClipConfig:
     tokenizer: str = "clip-bpe"
 
 
-def _vit(image_size: int, patch: int, width: int, layers: int, embed_width: int, text_width: int) -> ClipConfig:
+def _published(
+    image_size: int, patch: int | None, layers: int | tuple[int, ...], width: int, embed_width: int, text_width: int
+) -> ClipConfig:
+    """A row of Tables 19 and 20, whose heads are 64 wide. A ResNet's width is printed as it is after the last stage."""
     return ClipConfig(
         image_size=image_size,
-        vision_width=width,
+        vision_width=width if patch else width // 32,
         vision_layers=layers,
         vision_heads=width // 64,
         patch=patch,
@@ -47,123 +51,43 @@ def _vit(image_size: int, patch: int, width: int, layers: int, embed_width: int,
     )
 
 
-def _resnet(image_size: int, blocks: tuple[int, ...], width: int, embed_width: int, text_width: int) -> ClipConfig:
+def _ours(
+    image_size: int,
+    vision: tuple[int, int, int],
+    embed_width: int,
+    text: tuple[int, int, int],
+    context: int,
+    vocabulary: int,
+) -> ClipConfig:
+    """A ViT pair of the paper's wiring and none of its size; of both towers (width, layers, heads)."""
     return ClipConfig(
-        image_size=image_size,
-        vision_width=width // 32,  # Table 19 prints the width after the last stage
-        vision_layers=blocks,
-        vision_heads=width // 64,
-        patch=None,
+        image_size,
+        *vision,
+        patch=8,
         embed_width=embed_width,
-        text_width=text_width,
-        text_heads=text_width // 64,
-    )
-
-
-def rn50() -> ClipConfig:
-    return _resnet(224, (3, 4, 6, 3), 2048, 1024, 512)
-
-
-def rn101() -> ClipConfig:
-    return _resnet(224, (3, 4, 23, 3), 2048, 512, 512)
-
-
-def rn50x4() -> ClipConfig:
-    return _resnet(288, (4, 6, 10, 6), 2560, 640, 640)
-
-
-def rn50x16() -> ClipConfig:
-    return _resnet(384, (6, 8, 18, 8), 3072, 768, 768)
-
-
-def rn50x64() -> ClipConfig:
-    return _resnet(448, (3, 15, 36, 10), 4096, 1024, 1024)
-
-
-def vit_b_32() -> ClipConfig:
-    return _vit(224, 32, 768, 12, 512, 512)
-
-
-def vit_b_16() -> ClipConfig:
-    return _vit(224, 16, 768, 12, 512, 512)
-
-
-def vit_l_14() -> ClipConfig:
-    return _vit(224, 14, 1024, 24, 768, 768)
-
-
-def vit_l_14_336() -> ClipConfig:
-    return _vit(336, 14, 1024, 24, 768, 768)
-
-
-def tiny() -> ClipConfig:
-    """A ViT pair for tests and the smallest scales: the paper's wiring, none of its size."""
-    return ClipConfig(
-        image_size=32,
-        vision_width=64,
-        vision_layers=3,
-        vision_heads=2,
-        patch=8,
-        embed_width=48,
-        text_width=64,
-        text_layers=2,
-        text_heads=2,
-        context=24,
-        vocabulary=512,
-        end_token=511,
-        tokenizer="small",
-    )
-
-
-def mini() -> ClipConfig:
-    """The model of the mini scale: 32 px pictures, seconds on one core."""
-    return ClipConfig(
-        image_size=32,
-        vision_width=64,
-        vision_layers=3,
-        vision_heads=2,
-        patch=8,
-        embed_width=64,
-        text_width=64,
-        text_layers=1,
-        text_heads=2,
-        context=24,
-        vocabulary=1_024,
-        end_token=1_023,
-        tokenizer="small",
-    )
-
-
-def small() -> ClipConfig:
-    """The model of the gpu scale: minutes on one GPU."""
-    return ClipConfig(
-        image_size=96,
-        vision_width=384,
-        vision_layers=8,
-        vision_heads=6,
-        patch=8,
-        embed_width=256,
-        text_width=256,
-        text_layers=6,
-        text_heads=4,
-        context=32,
-        vocabulary=4_096,
-        end_token=4_095,
+        text_width=text[0],
+        text_layers=text[1],
+        text_heads=text[2],
+        context=context,
+        vocabulary=vocabulary,
+        end_token=vocabulary - 1,
         tokenizer="small",
     )
 
 
 VARIANTS: dict[str, Callable[[], ClipConfig]] = {
-    "clip-rn50": rn50,
-    "clip-rn101": rn101,
-    "clip-rn50x4": rn50x4,
-    "clip-rn50x16": rn50x16,
-    "clip-rn50x64": rn50x64,
-    "clip-vit-b-32": vit_b_32,
-    "clip-vit-b-16": vit_b_16,
-    "clip-vit-l-14": vit_l_14,
-    "clip-vit-l-14-336": vit_l_14_336,
-    "clip-tiny": tiny,
-    "clip-mini": mini,
-    "clip-small": small,
+    # picture, patch, layers or blocks a stage, width, joint width, text width
+    "clip-rn50": partial(_published, 224, None, (3, 4, 6, 3), 2048, 1024, 512),
+    "clip-rn101": partial(_published, 224, None, (3, 4, 23, 3), 2048, 512, 512),
+    "clip-rn50x4": partial(_published, 288, None, (4, 6, 10, 6), 2560, 640, 640),
+    "clip-rn50x16": partial(_published, 384, None, (6, 8, 18, 8), 3072, 768, 768),
+    "clip-rn50x64": partial(_published, 448, None, (3, 15, 36, 10), 4096, 1024, 1024),
+    "clip-vit-b-32": partial(_published, 224, 32, 12, 768, 512, 512),
+    "clip-vit-b-16": partial(_published, 224, 16, 12, 768, 512, 512),
+    "clip-vit-l-14": partial(_published, 224, 14, 24, 1024, 768, 768),
+    "clip-vit-l-14-336": partial(_published, 336, 14, 24, 1024, 768, 768),
+    # picture, image encoder, joint width, text encoder, context, vocabulary
+    "clip-tiny": partial(_ours, 32, (64, 3, 2), 48, (64, 2, 2), 24, 512),  # for tests and the smallest scales
+    "clip-mini": partial(_ours, 32, (64, 3, 2), 64, (64, 1, 2), 24, 1_024),  # seconds on one core
+    "clip-small": partial(_ours, 96, (384, 8, 6), 256, (256, 6, 4), 32, 4_096),  # minutes on one GPU
 }

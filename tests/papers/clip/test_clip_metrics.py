@@ -28,7 +28,9 @@ from shared.tokenizers.clip import ClipTokenizer
 from shared.weights.load import save_weights
 from shared.weights.weight_map import to_published
 
-TINY = replace(clip_config.tiny(), vocabulary=49_408, end_token=49_407, context=77, tokenizer="clip-bpe")
+TINY = replace(
+    clip_config.VARIANTS["clip-tiny"](), vocabulary=49_408, end_token=49_407, context=77, tokenizer="clip-bpe"
+)
 CLASSES = ("airplane", "automobile", "bird", "cat")
 
 

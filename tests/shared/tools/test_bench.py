@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_child import held_and_freed
 
-from papers.clip.config import tiny
+from papers.clip.config import VARIANTS
 from papers.clip.evidence import bench as clip
 from shared.core.errors import UserError
 from shared.tools import bench, bench_core, bench_output, bench_setup
@@ -185,7 +185,7 @@ def test_layers_that_are_compiled_train_as_they_did(monkeypatch):
         "compile",
         lambda self, **how: seen.append(self) or compile_layer(self, backend="aot_eager", **how),
     )
-    config = replace(tiny(), vision_layers=2, text_layers=3)
+    config = replace(VARIANTS["clip-tiny"](), vision_layers=2, text_layers=3)
     data = clip.inputs(config, 3, "cpu")
     plain, quick = (clip.contestants(config, "cpu")["ours"] for _ in range(2))
     bench_setup.compiled(quick.model)
@@ -200,7 +200,7 @@ def test_layers_that_are_compiled_train_as_they_did(monkeypatch):
 
 
 def test_features_of_all_three_are_equal():
-    config = tiny()
+    config = VARIANTS["clip-tiny"]()
     pixels, tokens = clip.inputs(config, 3, "cpu")
     one = clip.contestants(config, "cpu")
     for what, data in (("images", pixels), ("texts", tokens)):

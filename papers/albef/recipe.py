@@ -29,7 +29,6 @@ class AlbefRecipe(SceneRecipe):
     candidates: int = 16  # the best by ITC, which ITM ranks anew
     measure_at: int = 4  # points of the learning curves
     transfer_steps: int = 0  # of fine-tuning on VQA, entailment and NLVR2, each, once a run; 0: none
-    manifest: str = "checkpoints_manifest.yaml"
 
     def __post_init__(self) -> None:
         ends = self.first_learning_rate, self.last_learning_rate

@@ -47,7 +47,6 @@ class BlipRecipe(SceneRecipe):
     shortest: int = 5  # and at least
     longer: float = 1.6  # times the steps of the arm that trains longer (24.7M over 15.3M texts, Table 12)
     candidates: int = 8  # the best by contrast, which matching ranks anew
-    manifest: str = "checkpoints_manifest.yaml"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1 or self.alpha_ramp < 0:

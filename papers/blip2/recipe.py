@@ -77,7 +77,6 @@ class Blip2Recipe(SceneRecipe):
     length_penalty: float = -1.0  # of answers (Sec. 4.1)
     longest: int = 10  # new tokens of an answer
     candidates: int = 8  # the best by contrast, which matching ranks anew
-    manifest: str = "checkpoints_manifest.yaml"
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2):

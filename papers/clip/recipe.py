@@ -16,7 +16,6 @@ class ClipRecipe(SceneRecipe):
     measure_at: int = 8  # points of the learning curves
     val_pictures: int = 256  # read at each of them
     ladder: list[int] = field(default_factory=lambda: [24, 40, 96])  # widths beside the model's own (clip.scaling)
-    manifest: str = "checkpoints_manifest.yaml"
 
     def __post_init__(self) -> None:
         if self.measure_at < 1 or len(self.ladder) != 3 or min(self.ladder) < 1:

@@ -34,6 +34,7 @@ class Recipe:
     pairs: int = 1_000
     test_pairs: int = 200
     image_size: int = 32
+    manifest: str = "checkpoints_manifest.yaml"  # of released weights
 
     batch: int = 64  # the global batch
     steps: int = 100

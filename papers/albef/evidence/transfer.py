@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,48 +69,40 @@ def questions(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set
     parts = generated(tasks.question, data, recipe, seed)
     answers = sorted({sample.answer for sample in parts[0]})
     number = {answer: place for place, answer in enumerate(answers)}
-    return tuple(
-        Set(
-            stacked([sample.image for sample in part]),
-            data.tokens([sample.question for sample in part]),
-            torch.tensor([number.get(sample.answer, len(answers)) for sample in part]),
-            answers,
-        )
-        for part in parts
+    return sets(
+        data, parts, lambda sample: (sample.image, sample.question, number.get(sample.answer, len(answers))), answers
     )
 
 
 def hypotheses(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
-    return tuple(
-        Set(
-            stacked([sample.image for sample in part]),
-            data.tokens([sample.text for sample in part]),
-            torch.tensor([VERDICTS.index(sample.verdict) for sample in part]),
-        )
-        for part in generated(tasks.hypothesis, data, recipe, seed)
-    )
+    parts = generated(tasks.hypothesis, data, recipe, seed)
+    return sets(data, parts, lambda sample: (sample.image, sample.text, VERDICTS.index(sample.verdict)))
 
 
 def sentences(data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[Set, Set]:
-    return tuple(
-        Set(
-            stacked([np.stack(sample.images) for sample in part]),
-            data.tokens([sample.text for sample in part]),
-            torch.tensor([int(sample.label) for sample in part]),
-        )
-        for part in generated(tasks.statement, data, recipe, seed)
-    )
+    parts = generated(tasks.statement, data, recipe, seed)
+    return sets(data, parts, lambda sample: (np.stack(sample.images), sample.text, int(sample.label)))
 
 
-def generated(task: Callable, data: ExperimentData, recipe: AlbefRecipe, seed: int) -> tuple[list, list]:
+def generated(task: Callable, data: ExperimentData, recipe: AlbefRecipe, seed: int) -> list[list]:
     """Samples to tune on, of scenes that pre-training has not seen, and samples to test on."""
     scenes = {"size": recipe.image_size, "seed": seed, "options": recipe.scene_options}
     counts = {"tune": recipe.pairs, "test": TESTED}
-    return tuple([task(data.pack, split, i, **scenes) for i in range(count)] for split, count in counts.items())
+    return [[task(data.pack, split, i, **scenes) for i in range(count)] for split, count in counts.items()]
 
 
-def stacked(pictures: Sequence[np.ndarray]) -> Tensor:
-    return torch.stack([torch.from_numpy(picture).movedim(-1, -3) for picture in pictures])
+def sets(
+    data: ExperimentData, parts: list[list], of: Callable[[Any], tuple[np.ndarray, str, int]], answers: Sequence = ()
+) -> tuple[Set, Set]:
+    """of(sample) -> its picture, or two in one array, its text and its label."""
+
+    def made(samples: list) -> Set:
+        pictures, texts, labels = zip(*map(of, samples), strict=True)
+        images = torch.stack([torch.from_numpy(picture).movedim(-1, -3) for picture in pictures])
+        return Set(images, data.tokens(texts), torch.tensor(labels), answers)
+
+    tune, test = map(made, parts)
+    return tune, test
 
 
 # ---- the models

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from papers.clip.config import ClipConfig
 from papers.clip.model import Clip
 from papers.clip.module import PretrainingModule
+from shared.tokenizers.base import trim
 
 
 class BagOfWords(nn.Module):
@@ -85,7 +86,7 @@ class CaptionPredictor(nn.Module):
 
     def score(self, images: Tensor, tokens: Tensor) -> Tensor:
         """log p(text | picture) for every pair. -> (pictures, texts)."""
-        tokens = tokens[:, : int((tokens == self.config.end_token).int().argmax(1).max()) + 1]
+        tokens = trim(tokens, self.config.end_token)
         features = self.vision_encoder(images)  # (pictures, D)
         columns = [self.log_likelihood(features, text.expand(len(features), -1)) for text in tokens]
         return torch.stack(columns, dim=1)
@@ -99,7 +100,7 @@ def until_end(tokens: Tensor, config: ClipConfig) -> Tensor:
 
 class CaptionModule(PretrainingModule):
     def loss(self, images: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
-        tokens = tokens[:, : int((tokens == self.model.config.end_token).int().argmax(1).max()) + 1]
+        tokens = trim(tokens, self.model.config.end_token)
         kept = until_end(tokens, self.model.config)
         return -(self.model(self.model.vision_encoder(images), tokens) * kept).sum() / kept.sum()
 

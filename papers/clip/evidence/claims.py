@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from papers.clip.config import ClipConfig
 from papers.clip.data import ExperimentData, data_of, load
@@ -58,17 +59,16 @@ PROBE_ROWS = 2_000, 40  # at most: in all, and a class where there are many
 # ---- pictures against texts, whatever the model
 
 
-def train(
-    context: Context,
-    module: PretrainingModule,
-    tensors: tuple[Tensor, ...],
-    measure: Callable[[], float] | None = None,
-) -> dict:
-    """Train on (images, tokens, labels). -> `curves` by samples seen, `accuracy` among them where `measure` is given,
-    and `waited`."""
-    recipe, identity = context.recipe, {"data": data_of(context).dataset.digest}
-    batches = Batches(tensors, recipe.batch, recipe.steps, context.seed, accumulate=recipe.accumulate)
-    return train_arm(context, module, batches, identity, evals={"accuracy": measure} if measure else None)
+Accuracy = Callable[[Any, ExperimentData, ClipRecipe], float]  # of a model, 0..1
+
+
+def train(context: Context, module: PretrainingModule, accuracy: Accuracy | None, *tensors: Tensor) -> dict:
+    """Train on the pairs, or on these (images, tokens, labels). -> `curves` by samples seen, `accuracy` among them
+    where it is given, and `waited`."""
+    data, recipe = data_of(context), context.recipe
+    batches = Batches(tensors or data.pairs, recipe.batch, recipe.steps, context.seed, accumulate=recipe.accumulate)
+    evals = {"accuracy": lambda: accuracy(module.model, data, recipe)} if accuracy else None
+    return train_arm(context, module, batches, {"data": data.dataset.digest}, evals=evals)
 
 
 def validation(data: ExperimentData, recipe: ClipRecipe) -> tuple[Tensor, list[str], Tensor]:
@@ -106,9 +106,8 @@ def contrastive(context: Context) -> dict:
 
 def fit_clip(context: Context, model: Clip) -> dict:
     """As `train`, and `flops`, those of its configuration's training."""
-    data, recipe = data_of(context), context.recipe
-    trained = train(context, ClipModule(model, recipe), data.pairs, lambda: clip_accuracy(model, data, recipe))
-    return trained | {"flops": training_flops(model.config, recipe, data)}
+    trained = train(context, ClipModule(model, context.recipe), clip_accuracy)
+    return trained | {"flops": training_flops(model.config, context.recipe, data_of(context))}
 
 
 def measure_clip(model: Clip, data: ExperimentData, context: Context) -> dict:
@@ -190,20 +189,13 @@ def without_prefix(text: str) -> str:
     return text
 
 
-def bag_of_words_contrastive(context: Context) -> dict:
-    """Fig. 2's last arm: the contrastive objective over a text encoder that sees no order."""
-    data, recipe = data_of(context), context.recipe
-    model = BagOfWordsClip(data.config)
-    return train(context, ClipModule(model, recipe), data.pairs, lambda: clip_accuracy(model, data, recipe))
-
-
-def prediction(new_model: Callable[[ClipConfig], BagOfWords | CaptionPredictor], new_module: type[PretrainingModule]):
-    """Fig. 2's other two arms: the caption is predicted, as a bag of words or word by word."""
+def another_objective(
+    new_model: Callable[[ClipConfig], nn.Module], new_module: type[PretrainingModule], accuracy: Accuracy
+) -> Callable[[Context], dict]:
+    """One of Fig. 2's arms beside CLIP itself: how soon does it tell what is in a picture?"""
 
     def arm(context: Context) -> dict:
-        data, recipe = data_of(context), context.recipe
-        model = new_model(data.config)
-        return train(context, new_module(model, recipe), data.pairs, lambda: scored_accuracy(model, data, recipe))
+        return train(context, new_module(new_model(data_of(context).config), context.recipe), accuracy)
 
     return arm
 
@@ -216,7 +208,7 @@ def supervised(context: Context) -> dict:
         return {}
     model, shown = Supervised(data.config, len(dataset.classes)), dataset.class_train
     tensors = shown.images, shown.labels[:, None], shown.labels
-    trained = train(context, SupervisedModule(model, context.recipe), tensors)
+    trained = train(context, SupervisedModule(model, context.recipe), None, *tensors)
     device = next(model.parameters()).device
     scored = {}
     with torch.no_grad():
@@ -266,9 +258,9 @@ def training_flops(config: ClipConfig, recipe: ClipRecipe, data: ExperimentData)
 
 ARMS: dict[str, Callable[[Context], dict]] = {
     "contrastive": contrastive,
-    "bow_contrastive": bag_of_words_contrastive,
-    "bow_prediction": prediction(BagOfWords, BagOfWordsModule),
-    "caption_prediction": prediction(CaptionPredictor, CaptionModule),
+    "bow_contrastive": another_objective(BagOfWordsClip, ClipModule, clip_accuracy),
+    "bow_prediction": another_objective(BagOfWords, BagOfWordsModule, scored_accuracy),
+    "caption_prediction": another_objective(CaptionPredictor, CaptionModule, scored_accuracy),
     "supervised": supervised,
     "nonlinear_projection": variant(lambda config, recipe: {"projection": "mlp"}),
     "large_patches": variant(lambda config, recipe: {"patch": 2 * config.patch}),
@@ -364,34 +356,26 @@ def better_than(arm: str) -> Claim:
     return Claim((C, arm), difference(C, arm, ENSEMBLE_KEY), CLASSES, note)
 
 
+def within(better: str, baseline: str, need: str = "", beside: Sequence[str] = ()) -> Claim:
+    """Two measurements of CLIP itself; beside: those shown with the effect, by default both."""
+    return Claim((C,), difference(C, C, better, baseline), need, of_contrastive(*(beside or (baseline, better))))
+
+
 CLASSES = "data with class names, such as data=emoji or data=cifar10"
 OTHER_ARTIST = "data drawn by two artists: data=emoji or data=shapes"
 CLAIMS: dict[str, Claim] = {
     "clip.efficiency.contrastive_vs_bow": faster("bow_contrastive", "bow_prediction"),
     "clip.efficiency.bow_vs_caption_lm": faster("bow_prediction", "caption_prediction"),
     "clip.efficiency.contrastive_vs_caption_lm": faster("bow_contrastive", "caption_prediction"),
-    "clip.prompt.single_template": Claim(
-        (C,),
-        difference(C, C, "zeroshot_template", "zeroshot_bare"),
-        CLASSES,
-        of_contrastive("zeroshot_bare", "zeroshot_template"),
+    "clip.prompt.single_template": within("zeroshot_template", "zeroshot_bare", CLASSES),
+    "clip.prompt.ensemble": within(ENSEMBLE_KEY, "zeroshot_template", CLASSES),
+    "clip.retrieval.prompt": within(
+        "retrieval_prefixed",
+        "retrieval_raw",
+        beside=("retrieval_raw", "retrieval_prefixed", "retrieval_as_written"),
     ),
-    "clip.prompt.ensemble": Claim(
-        (C,),
-        difference(C, C, ENSEMBLE_KEY, "zeroshot_template"),
-        CLASSES,
-        of_contrastive("zeroshot_template", ENSEMBLE_KEY),
-    ),
-    "clip.retrieval.prompt": Claim(
-        (C,),
-        difference(C, C, "retrieval_prefixed", "retrieval_raw"),
-        shown=of_contrastive("retrieval_raw", "retrieval_prefixed", "retrieval_as_written"),
-    ),
-    "clip.zeroshot.vs_fewshot": Claim(
-        (C,),
-        difference(C, C, ENSEMBLE_KEY, "probe_4"),
-        CLASSES,
-        of_contrastive(ENSEMBLE_KEY, *(f"probe_{shots}" for shots in SHOTS)),
+    "clip.zeroshot.vs_fewshot": within(
+        ENSEMBLE_KEY, "probe_4", CLASSES, (ENSEMBLE_KEY, *(f"probe_{shots}" for shots in SHOTS))
     ),
     "clip.scaling.loglog": Claim(LADDER, minus_slope, CLASSES, ladder_shown),
     "clip.scale.patch": better_than("large_patches"),
@@ -402,16 +386,13 @@ CLAIMS: dict[str, Claim] = {
         means("{key}", contrastive=(ENSEMBLE_KEY, "shift"), supervised=("supervised", "supervised_shift")),
     ),
     "clip.robust.probe_erodes": Claim(
-        (C,),
-        probe_gain_does_not_move,
-        OTHER_ARTIST,
-        of_contrastive(ENSEMBLE_KEY, "probe", "shift", "probe_shift"),
+        (C,), probe_gain_does_not_move, OTHER_ARTIST, of_contrastive(ENSEMBLE_KEY, "probe", "shift", "probe_shift")
     ),
     "clip.projection.linear": better_than("nonlinear_projection"),
-    "clip.compositions": Claim(
-        (C,),
-        difference(C, C, "compositions", "compositions_chance"),
+    "clip.compositions": within(
+        "compositions",
+        "compositions_chance",
         "data with held-out compositions: data=emoji or data=shapes",
-        of_contrastive("compositions", "compositions_chance"),
+        ("compositions", "compositions_chance"),
     ),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from published import encoded
 
+from shared.core.paper_card import MetricRow, Need
 from shared.data.images import fitted_image
 from shared.experiments import benchmarks
 
@@ -22,6 +23,24 @@ def row_of(card, metric, **more):
         row for row in card.metrics
         if row.metric == metric and all(getattr(row, name) == value for name, value in more.items())
     )  # fmt: skip
+
+
+def made_row(paper, dataset, split, metric, weights, variant):
+    """A row of no card."""
+    return MetricRow(
+        id=f"{paper}.metrics.x", variant=variant, dataset=dataset, split=split, metric=metric, reported=50.0,
+        remeasured=None, tolerance=1.0, source="Table 2", need=Need(weights=weights, data="as published"),
+    )  # fmt: skip
+
+
+def manifest_entry(config, file, source, seal=None, **tokenizer):
+    """What a manifest says of a checkpoint of this configuration."""
+    preprocess = {"size": config.image_size, "resize": "bicubic", "antialias": True}
+    return {
+        "what": "tiny weights", "kind": "checkpoint", "source": source, "file": file, "sha256": seal, "licence": "none",
+        "preprocess": preprocess | {"mean": list(config.mean), "std": list(config.std)},
+        "tokenizer": {"kind": config.tokenizer, "vocabulary": config.vocabulary, **tokenizer},
+    }  # fmt: skip
 
 
 def picture(path, index):

@@ -342,26 +342,15 @@ def test_every_kind_of_published_file_goes_in_and_comes_back_exactly(format, agr
           model.state_dict(), tolerance=0.0)  # fmt: skip
     again = published_of(back.state_dict(), format, CONFIG, back)
     agree(f"albef.parity.converter.{format}.names", f"{format} names, there and back", again, published, tolerance=0.0)
-    for broken in (
-        {k: v for k, v in published.items() if k != "visual_encoder.blocks.1.attn.proj.bias"},
-        published | {"text_encoder.pooler.dense.weight": torch.zeros(2, 2)},
-        published | {"visual_encoder.norm.weight": torch.zeros(5)},
-    ):
-        with pytest.raises(UserError):
-            filled(broken, CONFIG)
 
 
-def test_copies_of_one_published_tensor_have_to_be_equal(perturb):
-    for format, key in (
-        ("pretraining", "text_encoder_m.cls.predictions.decoder.weight"),
-        ("vqa", "text_decoder.cls.predictions.decoder.bias"),
-        ("nlvr2", "text_encoder.encoder.layer.3.crossattention.self.key.weight"),
-    ):
-        model = made(format, perturb)
-        published = {k: v.clone() for k, v in published_of(model.state_dict(), format, CONFIG, model).items()}
-        published[key] += 1
-        with pytest.raises(UserError, match="differs from"):
-            filled(published, CONFIG)
+def test_keys_that_two_layers_share_have_to_be_equal(perturb):
+    model = made("nlvr2", perturb)
+    published = published_of(model.state_dict(), "nlvr2", CONFIG, model)
+    key = "text_encoder.encoder.layer.3.crossattention.self.key.weight"
+    published[key] = published[key] + 1
+    with pytest.raises(UserError, match="differs from"):
+        filled(published, CONFIG)
 
 
 def test_positions_of_both_copies_are_carried_to_another_picture_size(agree, perturb):

@@ -4,6 +4,7 @@ No two sizes coincide, so that a transposed or swapped axis cannot pass by accid
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from shared.weights.weight_map import to_ours, to_published
 pytest.importorskip("transformers")
 open_clip_model = pytest.importorskip("open_clip.model")
 
-CONTEXT, VOCABULARY = 13, 97
 VIT = ClipConfig(
     image_size=30,
     vision_width=48,
@@ -28,24 +28,11 @@ VIT = ClipConfig(
     text_width=40,
     text_layers=2,
     text_heads=4,
-    context=CONTEXT,
-    vocabulary=VOCABULARY,
-    end_token=VOCABULARY - 1,
+    context=13,
+    vocabulary=97,
+    end_token=96,
 )
-RESNET = ClipConfig(
-    image_size=96,
-    vision_width=8,
-    vision_layers=(1, 2, 1, 1),
-    vision_heads=4,
-    patch=None,
-    embed_width=28,
-    text_width=40,
-    text_layers=2,
-    text_heads=4,
-    context=CONTEXT,
-    vocabulary=VOCABULARY,
-    end_token=VOCABULARY - 1,
-)
+RESNET = replace(VIT, image_size=96, vision_width=8, vision_layers=(1, 2, 1, 1), vision_heads=4, patch=None)
 
 
 def make_transformers(config: ClipConfig):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from benchmark_rows import forget_scores, read_pictures
+from benchmark_rows import forget_scores, karpathy, made_row, manifest_entry, read_files, read_pictures
 from PIL import Image
 
 from papers.albef import config as albef_config
@@ -19,31 +19,13 @@ from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import AlbefRetrieval, AlbefVqa, Distilled, Entailment, Nlvr2, PairEncoder, QuestionAnswering
 from papers.albef.weights import FORMATS, published_of
 from shared.core.errors import UserError
-from shared.core.paper_card import MetricRow, Need
 from shared.data import vqa as vqa_sets
 from shared.experiments.benchmarks import candidates_of
 from shared.tokenizers.bert import BertTokenizer
 from shared.weights.load import save_weights
 
-WORDS = [
-    "a",
-    "the",
-    "cat",
-    "red",
-    "is",
-    "there",
-    "two",
-    "yes",
-    "no",
-    "left",
-    "both",
-    "what",
-    "on",
-    "of",
-    "picture",
-    "caption",
-]
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *[str(n) for n in range(10)]]
+WORDS = "a the cat red is there two yes no left both what on of picture caption"
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(), *[str(n) for n in range(10)]]
 TOKENIZER = BertTokenizer(PIECES)
 TINY = replace(
     albef_config.tiny(), vocabulary=len(PIECES), pad=0, start=2, end=3, mask=4, tokenizer="bert-wordpiece", context=30,
@@ -83,22 +65,7 @@ def world(tmp_path, monkeypatch):
 
 
 def entry(file, **tokenizer):
-    return {
-        "what": "a tiny ALBEF",
-        "kind": "checkpoint",
-        "source": {"type": "url", "urls": ["https://example.org/" + file]},
-        "file": file,
-        "sha256": None,
-        "licence": "none",
-        "preprocess": {
-            "size": 32,
-            "resize": "bicubic",
-            "antialias": True,
-            "mean": list(TINY.mean),
-            "std": list(TINY.std),
-        },
-        "tokenizer": {"kind": "bert-wordpiece", "vocabulary": len(PIECES)} | tokenizer,
-    }
+    return manifest_entry(TINY, file, {"type": "url", "urls": ["https://example.org/" + file]}, **tokenizer)
 
 
 def recipe(world, id, kind=None, scale="paper", file="tiny.safetensors", card=None):
@@ -113,38 +80,27 @@ def recipe(world, id, kind=None, scale="paper", file="tiny.safetensors", card=No
     )
 
 
-def row(dataset, split, metric, weights, variant="albef-14m"):
-    return MetricRow(
-        id="albef.metrics.x", variant=variant, dataset=dataset, split=split, metric=metric, reported=50.0,
-        remeasured=None, tolerance=1.0, source="Table 2", need=Need(weights=weights, data="as published"),
-    )  # fmt: skip
+def row(dataset, split, metric, weights):
+    return made_row("albef", dataset, split, metric, weights, "albef-14m")
 
 
 # ---- retrieval
 
 
-def flickr(world, count=5):
-    folder = world / "flickr30k"
-    folder.mkdir()
-    images = []
-    for i in range(count):
-        (folder / f"{i}.png").write_bytes(picture(i))
-        sentences = [{"raw": f"A caption {n} of picture {i}."} for n in range(3)]
-        images.append({"filename": f"{i}.png", "split": "test", "sentences": sentences})
-    (folder / "dataset_flickr30k.json").write_text(json.dumps({"dataset": "flickr30k", "images": images}))
+def flickr(world):
+    karpathy(world / "flickr30k", [[f"A caption {n} of picture {i}." for n in range(3)] for i in range(5)])
 
 
 def test_retrieval_is_re_ranked_by_the_match_logit_and_reads_all_captions(world):
     flickr(world)
-    given = recipe(world, "albef-14m-retrieval-flickr30k", "retrieval")
+    given_id = "albef-14m-retrieval-flickr30k"
+    given = recipe(world, given_id, "retrieval")
     found = {
-        way: metrics.measure(
-            row("Flickr30k", "1k test", f"retrieval/{way}_r1@itc-top128-itm", "albef-14m-retrieval-flickr30k"), given
-        )
+        way: metrics.measure(row("Flickr30k", "1k test", f"retrieval/{way}_r1@itc-top128-itm", given_id), given)
         for way in ("i2t", "t2i")
     }
     model = model_of("retrieval").student
-    images = read_pictures(picture(i) for i in range(5))
+    images = read_files(world / "flickr30k" / f"{i}.jpg" for i in range(5))
     texts = [f"a caption {n} of picture {i}" for i in range(5) for n in range(3)]
     tokens = torch.tensor([[TINY.start, *TOKENIZER.encode(text)] for text in texts])  # no [SEP]
     with torch.no_grad():

@@ -1,7 +1,6 @@
 """The metrics rung end to end: a tiny checkpoint in the published format, small sets in the published layouts."""
 
 import io
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from benchmark_rows import forget_scores
+from benchmark_rows import forget_scores, karpathy, made_row, manifest_entry
 from PIL import Image
 
 from papers.clip import config as clip_config
@@ -22,7 +21,6 @@ from papers.clip.recipe import ClipRecipe
 from papers.clip.weights import OPENAI_VIT, load_model
 from shared.core.errors import UserError
 from shared.core.files import sha256
-from shared.core.paper_card import MetricRow, Need
 from shared.inference.predict import picture_files, zeroshot
 from shared.tokenizers.clip import ClipTokenizer
 from shared.weights.load import save_weights
@@ -49,17 +47,9 @@ def released(tmp_path, monkeypatch):
 
 
 def entry(path, activation="quick_gelu"):
-    return {
-        "what": "a tiny CLIP",
-        "kind": "checkpoint",
-        "source": {"type": "path", "path": str(path)},
-        "file": path.name,
-        "sha256": sha256(path),
-        "licence": "none",
-        "preprocess": {"size": 32, "resize": "bicubic", "mean": list(TINY.mean), "std": list(TINY.std)},
-        "tokenizer": {"kind": "clip-bpe", "vocabulary": 49408, "context": 77},
-        "config": {"activation": activation, "norm_eps": 1e-5},
-    }
+    source = {"type": "path", "path": str(path)}
+    config = {"activation": activation, "norm_eps": 1e-5}
+    return manifest_entry(TINY, path.name, source, sha256(path), context=77) | {"config": config}
 
 
 def picture(seed, kind="PNG"):
@@ -78,22 +68,8 @@ def cifar10(folder, per_class=3):
         pq.write_table(table, folder / f"{split}.parquet")
 
 
-def karpathy(folder, count=6):
-    folder.mkdir(parents=True)
-    images = []
-    for i in range(count):
-        (folder / f"{i}.png").write_bytes(picture(i))
-        sentences = [{"raw": f"caption {n} of picture {i}"} for n in range(5)]
-        images.append({"filename": f"{i}.png", "split": "test", "sentences": sentences})
-    (folder / "dataset_flickr30k.json").write_text(json.dumps({"dataset": "flickr30k", "images": images}))
-
-
 def row(dataset, metric):
-    need = Need(weights="clip-vit-b-32", data="as published")
-    return MetricRow(
-        id="clip.metrics.x", variant="clip-vit-b-32", dataset=dataset, split="test", metric=metric, reported=50.0,
-        remeasured=None, tolerance=1.0, source="Table 11", need=need,
-    )  # fmt: skip
+    return made_row("clip", dataset, "test", metric, "clip-vit-b-32", "clip-vit-b-32")
 
 
 def recipe(tmp_path, manifest):
@@ -114,7 +90,7 @@ def test_cifar_is_scored_with_the_published_prompts(released, tmp_path):
 
 def test_retrieval_reads_the_karpathy_layout(released, tmp_path):
     _, manifest = released
-    karpathy(tmp_path / "flickr30k")
+    karpathy(tmp_path / "flickr30k", [[f"caption {n} of picture {i}" for n in range(5)] for i in range(6)])
     scores = [
         metrics.measure(row("Flickr30k", f"retrieval/{way}_r{k}@hit-pessimistic"), recipe(tmp_path, manifest))
         for way in ("i2t", "t2i")

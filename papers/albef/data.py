@@ -172,9 +172,9 @@ def eval_set_of(dataset: DatasetBundle, part: str, size: int, by_label: bool) ->
     """A published set's pictures and first captions, each wording once; `by_label`, where captions say the class alone,
     pools of one picture a class."""
     if by_label:
-        return by_class(getattr(dataset, f"class_{part}"), dataset.classes)
+        return by_class(getattr(dataset, f"class_{part}"), dataset.classes or [])
     split: Split = getattr(dataset, part)
-    first = {}
+    first: dict[str, int] = {}
     for row, several in enumerate(split.captions):
         first.setdefault(several[0], row)
     rows = sorted(first.values())
@@ -184,6 +184,7 @@ def eval_set_of(dataset: DatasetBundle, part: str, size: int, by_label: bool) ->
 
 
 def by_class(split: Split, classes: Sequence[str]) -> EvalSet:
+    assert split.labels is not None
     rows: dict[int, list[int]] = {}
     for row, label in enumerate(split.labels.tolist()):
         rows.setdefault(label, []).append(row)

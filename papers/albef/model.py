@@ -135,8 +135,8 @@ def initialise(model: Albef) -> None:
     for part in (model.text_encoder, model.multimodal_encoder, model.mlm_head):
         initialise_bert(part, std)
     vision = model.vision_encoder
-    nn.init.normal_(vision.positions.class_token, std=std)
-    nn.init.normal_(vision.positions.position, std=std)
+    for table in vision.positions.parameters():
+        nn.init.normal_(table, std=std)
     for module in vision.blocks.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
@@ -174,7 +174,7 @@ class AlbefPretraining(nn.Module):
         config = student.config
         self.config, self.student = config, student
         self.teacher = momentum_copy(student)
-        self.teacher.itm_head = self.teacher.temperature = None
+        without(self.teacher, "itm_head", "temperature")
         self.queue = FeatureQueue(config.queue, config.embed_width)
 
     def forward(self, images: Tensor, tokens: Tensor, objective: Objective | None = None) -> PretrainingOutput:
@@ -185,19 +185,14 @@ class AlbefPretraining(nn.Module):
             student.temperature.clamp_(SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE)
         image_tokens, text_states = student.encode_image(images), student.encode_text(tokens)
 
-        taught = similar = teacher_similar = None
-        if objective.teacher:
-            taught = self.teach(images, tokens)
-        if objective.itc:
+        similar = teacher_similar = None
+        taught = self.teach(images, tokens) if objective.teacher else None
+        if taught is not None and objective.itc:
             features = student.image_features(image_tokens), student.text_features(text_states)
-            keys = self.keys(taught)
-            similar = similarities(*features, *keys, student.temperature)
-            with torch.no_grad():
-                own = taught.image_features, taught.text_features
-                teacher_similar = similarities(*own, *keys, student.temperature)
+            similar, teacher_similar = self.contrast(*features, taught)
             self.queue.push(taught.image_features, taught.text_features)
 
-        if objective.negatives == "hard":
+        if similar is not None and objective.negatives == "hard":
             negatives = hard_negatives(of_the_batch(similar, len(images)))
         else:
             negatives = random_negatives(len(images), images.device)
@@ -210,7 +205,7 @@ class AlbefPretraining(nn.Module):
             wanted = masked.labels != IGNORED
             labels = masked.labels[wanted]
             words = student.words(masked.tokens, attention_mask, image_tokens, wanted)
-            if objective.teaches_words:
+            if taught is not None and objective.teaches_words:
                 with torch.no_grad():
                     teacher_words = self.teacher.words(masked.tokens, attention_mask, taught.image_tokens, wanted)
         return PretrainingOutput(similar, teacher_similar, positive, negative, words, teacher_words, labels)
@@ -228,6 +223,15 @@ class AlbefPretraining(nn.Module):
         queue = self.queue
         return torch.cat([taught.image_features, queue.images]), torch.cat([taught.text_features, queue.texts])
 
+    def contrast(
+        self, image_features: Tensor, text_features: Tensor, taught: Taught
+    ) -> tuple[Similarities, Similarities]:
+        """Student features (B, E), and momentum features without gradient, against the momentum keys: (B, M) each."""
+        keys, temperature = self.keys(taught), self.student.temperature
+        similar = similarities(image_features, text_features, *keys, temperature)
+        with torch.no_grad():
+            return similar, similarities(taught.image_features, taught.text_features, *keys, temperature)
+
     def mask(self, tokens: Tensor) -> Masked:
         """BERT's corruption of (B, T); only [CLS] and padding are spared (official mask)."""
         config = self.config
@@ -238,6 +242,13 @@ class AlbefPretraining(nn.Module):
             vocabulary=config.vocabulary,
             never=(config.start, config.pad),
         )
+
+
+def without(model: Albef, *parts: str) -> Albef:
+    """The model, in place, None where these parts were."""
+    for part in parts:
+        setattr(model, part, None)
+    return model
 
 
 def of_the_batch(similar: Similarities, size: int) -> Similarities:

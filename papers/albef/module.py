@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import lightning
 import torch
 from einops import repeat
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from papers.albef.config import VARIANTS, Objective
 from papers.albef.losses import albef_losses
 from papers.albef.model import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE, Albef, AlbefPretraining
 from papers.albef.recipe import AlbefRecipe
+from papers.albef.tasks import AlbefRetrieval, AlbefVqa, Distilled, TextAssignment
 from shared.core.errors import UserError
 from shared.nn.blocks import set_recompute
 from shared.training.optim import optimizer_with_schedule
@@ -35,7 +38,7 @@ class AlbefModule(lightning.LightningModule):
         if self.recipe.compile:
             self.model.compile()
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return adamw(self.model, self.recipe)
 
     def on_fit_start(self) -> None:
@@ -63,20 +66,23 @@ class AlbefModule(lightning.LightningModule):
 
 
 class FinetuningModule(lightning.LightningModule):
-    """Any model of tasks.py: batches are what its `loss` takes before alpha."""
+    """A model of tasks.py: batches are what its `loss` takes before alpha."""
 
-    def __init__(self, model: nn.Module, recipe: AlbefRecipe, alpha: float = 0.4):
+    def __init__(
+        self, model: AlbefRetrieval | AlbefVqa | Distilled | TextAssignment, recipe: AlbefRecipe, alpha: float = 0.4
+    ):
         super().__init__()
         refuse_pieces(recipe)
         # weights are loaded in eval mode, and Lightning leaves a module in the mode that it finds
         self.model, self.recipe, self.alpha = model.train(), recipe, alpha
         set_recompute(model, recipe.recompute)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return adamw(self.model, self.recipe)
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
-        loss = self.model.loss(*batch, alpha=self.alpha * ramp(self.global_step, self.recipe))
+        loss_of: Callable[..., Tensor] = self.model.loss
+        loss = loss_of(*batch, alpha=self.alpha * ramp(self.global_step, self.recipe))
         self.log("loss", loss.detach())
         return loss
 
@@ -104,7 +110,7 @@ def leave_untrained(model: Albef, objective: Objective) -> None:
         model.mlm_head.requires_grad_(False)
 
 
-def adamw(module: nn.Module, recipe: AlbefRecipe) -> dict:
+def adamw(module: nn.Module, recipe: AlbefRecipe) -> OptimizerLRSchedulerConfig:
     """AdamW, linear warm-up to the peak, cosine to the last learning rate; configure_optimizers' form."""
     groups, last = slowed(decay_groups(module, recipe.weight_decay), module, recipe), recipe.last_learning_rate
     return optimizer_with_schedule(groups, recipe, recipe.first_learning_rate or last, last)

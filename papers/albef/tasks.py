@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from papers.albef.config import AlbefConfig
-from papers.albef.model import Albef, AlbefPretraining, match_with_negatives, of_the_batch
+from papers.albef.model import Albef, AlbefPretraining, match_with_negatives, of_the_batch, without
 from shared.losses.image_text import (
     IGNORED,
     contrastive_to_targets,
@@ -26,7 +26,6 @@ from shared.losses.image_text import (
     matching_loss,
     next_token_targets,
     same_picture_targets,
-    similarities,
 )
 from shared.nn.attention import Attention
 from shared.nn.bert import BertEmbeddings, BertLayers, TokenHead, initialise_bert, key_mask
@@ -52,7 +51,8 @@ class AlbefRetrieval(AlbefPretraining):
 
     def __init__(self, student: Albef):
         super().__init__(student)
-        self.student.mlm_head = self.teacher.mlm_head = None
+        without(self.student, "mlm_head")
+        without(self.teacher, "mlm_head")
 
     @classmethod
     def started_from(cls, pretrained: AlbefPretraining) -> AlbefRetrieval:
@@ -61,23 +61,20 @@ class AlbefRetrieval(AlbefPretraining):
         Whose pictures lie in that queue is not known: they are partners of nobody.
         """
         model = cls(pretrained.student)
-        model.teacher, model.queue = pretrained.teacher, pretrained.queue
-        model.teacher.mlm_head = None
+        model.teacher, model.queue = without(pretrained.teacher, "mlm_head"), pretrained.queue
         model.queue.ids.fill_(-1)
         return model
 
-    def forward(self, images: Tensor, tokens: Tensor, ids: Tensor, alpha: float = 0.0) -> RetrievalLosses:
+    def forward(  # type: ignore[override]  # pre-training's takes an objective
+        self, images: Tensor, tokens: Tensor, ids: Tensor, alpha: float = 0.0
+    ) -> RetrievalLosses:
         """images uint8 (B, 3, H, W), tokens (B, T), ids (B,) of the pictures. Moves momentum copy and queue on."""
         student = self.student
         image_tokens, text_states = student.encode_image(images), student.encode_text(tokens)
         features = student.image_features(image_tokens), student.text_features(text_states)
         taught = self.teach(images, tokens)
-        keys = self.keys(taught)
-        similar = similarities(*features, *keys, student.temperature)
-        with torch.no_grad():
-            own = taught.image_features, taught.text_features
-            teacher = similarities(*own, *keys, student.temperature)
-            spread = same_picture_targets(ids, torch.cat([ids, self.queue.ids]))
+        similar, teacher = self.contrast(*features, taught)
+        spread = same_picture_targets(ids, torch.cat([ids, self.queue.ids]))
         itc = contrastive_to_targets(similar, distilled_targets(spread, teacher, alpha))
         self.queue.push(taught.image_features, taught.text_features, ids)
 
@@ -94,18 +91,23 @@ class AlbefRetrieval(AlbefPretraining):
 # ---- classification of a picture, or of two, with a text
 
 
-class Distilled(nn.Module):
-    """A classifier and the momentum copy that teaches it: logits (B, C) of whatever it is given."""
+class TaughtByMomentum(nn.Module):
+    """What is fine-tuned, and the momentum copy that teaches it; without `distil` nobody does."""
 
     def __init__(self, student: nn.Module, momentum: float = 0.995, distil: bool = True):
         super().__init__()
         self.student, self.momentum = student, momentum
         self.teacher = momentum_copy(student) if distil else None
 
+
+class Distilled(TaughtByMomentum):
+    """A classifier with its momentum copy: logits (B, C) of whatever it is given."""
+
     @classmethod
     def entailment_from(cls, pretrained: AlbefPretraining) -> Distilled:
         """SNLI-VE, going on from pre-training's student and momentum copy, which it takes over (VE.py)."""
         model = cls(Entailment(pretrained.student), pretrained.config.momentum)
+        assert isinstance(model.teacher, Entailment)
         model.teacher.encoder = headless(pretrained.teacher)
         return model
 
@@ -132,8 +134,7 @@ def classifier(config: AlbefConfig, classes: int) -> nn.Sequential:
 
 def headless(albef: Albef) -> Albef:
     """The three encoders alone, of the model itself and not of a copy."""
-    albef.vision_proj = albef.text_proj = albef.temperature = albef.itm_head = albef.mlm_head = None
-    return albef
+    return without(albef, "vision_proj", "text_proj", "temperature", "itm_head", "mlm_head")
 
 
 class Entailment(nn.Module):
@@ -159,9 +160,8 @@ class PairEncoder(nn.Module):
     def __init__(self, albef: Albef, share: bool = True):
         super().__init__()
         layers = albef.multimodal_encoder
-        self.encoder = albef
+        self.encoder = without(albef, "itm_head", "mlm_head")
         albef.multimodal_encoder = BertLayers(copy.deepcopy(layer) for layer in layers for _ in range(2))
-        albef.itm_head = albef.mlm_head = None
         if share:
             share_keys_and_values(albef.multimodal_encoder)
 
@@ -314,20 +314,18 @@ class Ranked(NamedTuple):
     probabilities: Tensor  # (B, K), among the K
 
 
-class AlbefVqa(nn.Module):
+class AlbefVqa(TaughtByMomentum):
     """Question answering with its momentum copy."""
 
     AT_ONCE = 512  # answers ranked at once: each keeps logits over the whole vocabulary at every place
-
-    def __init__(self, student: QuestionAnswering, momentum: float = 0.995, distil: bool = True):
-        super().__init__()
-        self.student, self.momentum = student, momentum
-        self.teacher = momentum_copy(student) if distil else None
+    student: QuestionAnswering
+    teacher: QuestionAnswering | None
 
     @classmethod
     def started_from(cls, pretrained: AlbefPretraining) -> AlbefVqa:
         """Goes on from pre-training's student and momentum copy, which it takes over (VQA.py)."""
         model = cls(QuestionAnswering(pretrained.student), pretrained.config.momentum)
+        assert model.teacher is not None
         model.teacher.take_over(pretrained.teacher)
         return model
 

@@ -64,7 +64,7 @@ TIED = (  # the word head's matrix is the word table, and its bias stands there 
 )
 
 
-def _encoders(config: AlbefConfig, target: str, momentum: str = "", bert: str = "", pictures: int = 1) -> WeightMap:
+def _encoders(config: AlbefConfig, target: str, momentum: str = "", bert: str = "", pictures: int = 1) -> dict:
     """The encoders of one copy; momentum "_m" for the other, `bert` what stands before the names of BERT's modules.
     The first layers of the published BERT are our text encoder, those behind them our multimodal encoder."""
     source = f"text_encoder{momentum}.{bert}"
@@ -83,7 +83,7 @@ def _stacks(config: AlbefConfig, source: str, target: str, pictures: int, cross:
     return table
 
 
-def _decoder(target: str, momentum: str) -> WeightMap:
+def _decoder(target: str, momentum: str) -> dict:
     bert = f"text_decoder{momentum}.bert."
     return {
         **map_bert_embeddings(f"{bert}embeddings.", f"{target}embeddings.", TABLES),
@@ -96,15 +96,15 @@ def formats(config: AlbefConfig, momentum: bool = True) -> dict[str, WeightForma
     """The kinds of published files, of this configuration. momentum: whether one holds the average of what is trained
     too; those of pre-training and retrieval always do."""
 
-    def both(part: Callable[[str, str], WeightMap], always: bool = False) -> WeightMap:
+    def both(part: Callable[[str, str], dict], always: bool = False) -> dict:
         """Of the trained copy and of its average."""
-        table = dict(part("student.", ""))
+        table = part("student.", "")
         return table | part("teacher.", "_m") if momentum or always else table
 
-    def projections(target: str, m: str) -> WeightMap:
+    def projections(target: str, m: str) -> dict:
         return rows({f"{name}{m}": name for name in PROJECTIONS}, "", target)
 
-    def head(target: str, m: str) -> WeightMap:
+    def head(target: str, m: str) -> dict:
         return rows({f"cls_head{m}.{place}": f"{target}head.{place}" for place in (0, 2)})
 
     def format(table: WeightMap, build: Callable[[AlbefConfig], nn.Module], *marks, optional=()) -> WeightFormat:

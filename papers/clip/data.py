@@ -31,7 +31,7 @@ class ExperimentData:
     @property
     def phrases(self) -> list[str]:
         """The classes with their articles, as templates take them."""
-        return [class_prompt(name, "{}") for name in self.dataset.classes]
+        return [class_prompt(name, "{}") for name in self.dataset.classes or ()]
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:

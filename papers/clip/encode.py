@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +34,11 @@ def classifier(model: Clip, tokenizer: Callable, classes: Sequence[str], templat
     texts = [template.format(name) for name in classes for template in templates]
     features = text_features(model, tokenizer, texts)
     return zero_shot_classifier(features.view(len(classes), len(templates), -1))
+
+
+def prompts() -> dict:
+    """prompts.yaml: the published template sets and class names."""
+    return yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from papers.clip.config import ClipConfig
-from shared.nn.resnet import ModifiedResNet
+from shared.nn.resnet import Bottleneck, ModifiedResNet
 from shared.nn.text_transformer import CausalTextTransformer
 from shared.nn.vit import VisionTransformer
 
@@ -29,12 +29,15 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
-        if config.patch:
+        layers = config.vision_layers
+        self.vision_encoder: VisionTransformer | ModifiedResNet
+        self.vision_proj: nn.Module
+        if config.patch and isinstance(layers, int):
             self.vision_encoder = VisionTransformer(
                 config.image_size,
                 config.patch,
                 config.vision_width,
-                config.vision_layers,
+                layers,
                 config.vision_heads,
                 activation=config.activation,
                 eps=config.eps,
@@ -45,9 +48,10 @@ class Clip(nn.Module):
             )
             self.vision_proj = _projection(config.vision_width, config)
         else:  # the ResNet's attention pooling projects by itself
+            assert not isinstance(layers, int)
             self.vision_encoder = ModifiedResNet(
                 config.image_size,
-                config.vision_layers,
+                layers,
                 config.vision_width,
                 config.vision_heads,
                 config.embed_width,
@@ -122,12 +126,12 @@ def initialise(model: Clip) -> None:
         attention = vision.pool.attention
         for linear in (attention.q, attention.kv, attention.out):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        for stage in vision.stages:
-            for block in stage:
+        for block in vision.stages.modules():
+            if isinstance(block, Bottleneck):
                 nn.init.zeros_(block.bn3.weight)
         return
-    nn.init.normal_(vision.positions.class_token, std=vision.width**-0.5)
-    nn.init.normal_(vision.positions.position, std=vision.width**-0.5)
+    for table in vision.positions.parameters():
+        nn.init.normal_(table, std=vision.width**-0.5)
     for block in vision.blocks:  # nn.MultiheadAttention's defaults, which are not nn.Linear's
         nn.init.xavier_uniform_(block.attention.qkv.weight)
         nn.init.zeros_(block.attention.qkv.bias)

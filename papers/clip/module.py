@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from papers.clip.config import VARIANTS
@@ -28,7 +29,7 @@ class PretrainingModule(lightning.LightningModule):
         if self.recipe.compile:
             self.model.compile()
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return optimizer_with_schedule(decay_groups(self.model, self.recipe.weight_decay), self.recipe)
 
     def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from papers.clip.config import VARIANTS, ClipConfig
 from papers.clip.model import Clip
@@ -16,8 +16,9 @@ from shared.report.model_card import model_card
 from shared.tokenizers.base import Tokenizer
 from shared.tokenizers.clip import ClipTokenizer
 from shared.tokenizers.load import for_transformers, tokenizer_beside
+from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights import formats
-from shared.weights.export import HfSpec, check_export, export_hf, preprocessor_config
+from shared.weights.export import HfSpec, check_export, export_hf, preprocessor_config, whole_square
 from shared.weights.fetch import fetch
 from shared.weights.formats import (
     WeightFormat,
@@ -132,7 +133,7 @@ def load_released(variant: str, entry: Entry) -> Clip:
 
 def load_file(path: Path, config: ClipConfig) -> Clip:
     """A weights file under the names of any of FORMATS, or ours; in eval mode."""
-    return load_pretrained(path, lambda tensors: model_of(tensors, FORMATS | OURS, config, "CLIP"))
+    return load_pretrained(path, lambda tensors: cast(Clip, model_of(tensors, FORMATS | OURS, config, "CLIP")))
 
 
 def load_model(variant: str, weights: Path | None, tokenizer: Path | None, manifest: Path) -> tuple[Clip, Tokenizer]:
@@ -149,13 +150,6 @@ def load_model(variant: str, weights: Path | None, tokenizer: Path | None, manif
         return load_file(weights, config), ClipTokenizer()
     small = tokenizer_beside(weights, tokenizer)
     return load_file(weights, replace(config, vocabulary=small.vocab_size, end_token=small.end)), small
-
-
-def prompts() -> dict:
-    """prompts.yaml: the published template sets and class names."""
-    import yaml
-
-    return yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 
 
 # ---- out
@@ -188,7 +182,7 @@ def export(
 def hf_config(config: ClipConfig) -> dict[str, Any]:
     """config.json of transformers' CLIPModel."""
 
-    def tower(width: int, layers: int, heads: int) -> dict[str, Any]:
+    def tower(width: int, layers: Any, heads: int) -> dict[str, Any]:
         return {
             "hidden_size": width,
             "intermediate_size": 4 * width,
@@ -220,23 +214,24 @@ def hf_config(config: ClipConfig) -> dict[str, Any]:
 
 def open_clip_config(config: ClipConfig) -> dict[str, Any]:
     """The model_cfg of open_clip's CLIP."""
-    vision = {"image_size": config.image_size, "layers": config.vision_layers, "width": config.vision_width}
-    if config.patch:
-        vision |= {"patch_size": config.patch, "head_width": config.vision_width // config.vision_heads}
-    else:
-        vision |= {"head_width": 32 * config.vision_width // config.vision_heads}
-    text = {
-        "context_length": config.context,
-        "vocab_size": config.vocabulary,
-        "width": config.text_width,
-        "heads": config.text_heads,
-        "layers": config.text_layers,
-    }
+    width = config.vision_width if config.patch else 32 * config.vision_width  # of the ResNet's last stage
     return {
         "embed_dim": config.embed_width,
         "quick_gelu": config.activation == "quick_gelu",
-        "vision_cfg": vision,
-        "text_cfg": text,
+        "vision_cfg": {
+            "image_size": config.image_size,
+            "layers": config.vision_layers,
+            "width": config.vision_width,
+            **({"patch_size": config.patch} if config.patch else {}),
+            "head_width": width // config.vision_heads,
+        },
+        "text_cfg": {
+            "context_length": config.context,
+            "vocab_size": config.vocabulary,
+            "width": config.text_width,
+            "heads": config.text_heads,
+            "layers": config.text_layers,
+        },
     }
 
 
@@ -244,19 +239,14 @@ def _transformers(model: Clip, tokenizer: Tokenizer) -> HfSpec:
     config = model.config
     if config.patch is None:
         raise UserError("transformers' CLIPModel has no ResNet; use --to open_clip")
-    pictures = preprocessor_config(
-        "CLIPImageProcessor",
-        config,
-        processor_class="CLIPProcessor",
-        size={"shortest_edge": config.image_size},
-        do_center_crop=True,
-        crop_size={"height": config.image_size, "width": config.image_size},
-    )
     files = {
         "config.json": hf_config(config),
-        "preprocessor_config.json": pictures,
+        "preprocessor_config.json": preprocessor_config(
+            "CLIPImageProcessor", config, processor_class="CLIPProcessor", size={"shortest_edge": config.image_size},
+            do_center_crop=True, crop_size=whole_square(config),
+        ),
         **tokenizer_files(tokenizer, config),
-    }
+    }  # fmt: skip
     return HfSpec(
         FORMATS["transformers"].to_published(model.state_dict()), files, "transformers loads it by its own means", TASK,
         "clip", USAGE["transformers"],
@@ -264,18 +254,15 @@ def _transformers(model: Clip, tokenizer: Tokenizer) -> HfSpec:
 
 
 def _open_clip(model: Clip, tokenizer: Tokenizer) -> HfSpec:
-    config, files = model.config, {}
+    config, files = model.config, dict[str, Any]()
     model_cfg = open_clip_config(config)
     if not isinstance(tokenizer, ClipTokenizer):
         # whatever the name, open_clip reads the files of this folder
         model_cfg["text_cfg"]["hf_tokenizer_name"] = "tokenizer.json"
         files = tokenizer_files(tokenizer, config)
     preprocess = {
-        "mean": config.mean,
-        "std": config.std,
-        "interpolation": config.resize,
-        "resize_mode": "shortest",
-    }
+        "mean": config.mean, "std": config.std, "interpolation": config.resize, "resize_mode": "shortest"
+    }  # fmt: skip
     files["open_clip_config.json"] = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     format = FORMATS["openai-vit" if config.patch else "openai-resnet"]
     return HfSpec(
@@ -307,7 +294,7 @@ def tokenizer_files(tokenizer: Tokenizer, config: ClipConfig) -> dict[str, Any]:
         files: dict[str, Any] = {"vocab.json": learnt["vocab"] | ids, "merges.txt": merges}
         settings |= {"tokenizer_class": "CLIPTokenizer"}
     else:
-        files = {"tokenizer.json": for_transformers(tokenizer, ids, (START, END))}
+        files = {"tokenizer.json": for_transformers(cast(SmallTokenizer, tokenizer), ids, (START, END))}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
     return files | {"tokenizer_config.json": settings}
 

@@ -120,6 +120,14 @@ class MetricRow:
     source: str
     need: Need
 
+    @property
+    def compared_with(self) -> float:
+        """The printed number, without one the re-measured; load_paper refuses a row that has neither."""
+        if self.reported is not None:
+            return self.reported
+        assert self.remeasured is not None
+        return self.remeasured.value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pitfall:

@@ -167,7 +167,8 @@ def _work(todo, done, at_once: int) -> None:
     import threading
 
     def follow_parent() -> None:
-        multiprocessing.parent_process().join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()

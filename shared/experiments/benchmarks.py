@@ -78,6 +78,12 @@ class Weights:
     row: MetricRow = field(compare=False)
     entry: Entry = field(compare=False)
 
+    @property
+    def file(self) -> Path:
+        """Of the weights."""
+        assert self.places[0] is not None, f"{self.id} is fetched, and lies nowhere yet"
+        return self.places[0]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -93,7 +99,7 @@ class Run:
         """The file for what only a server scores."""
         folder = Path("runs") / self.weights.row.id.partition(".")[0] / "predictions"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{self.dataset}-{self.split}-{self.weights.places[0].stem}.json".lower()
+        return folder / f"{self.dataset}-{self.split}-{self.weights.file.stem}.json".lower()
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,8 @@ def released_of(weights: Weights, load: Callable[[Weights], Released]) -> Releas
 
 def predicted(run: Run, released: Released, benchmark: Benchmark, samples: Sequence[T]) -> tuple[list[T], list[Any]]:
     """The samples whose pictures could be read, and what is predicted of each."""
-    read, predictions = [], []
+    read: list[T] = []
+    predictions: list[Any] = []
     pictures = partial(benchmark.pictures, run)
     size, chunk, whole = released.image_size, benchmark.chunk, benchmark.whole
     for some, images in in_chunks(run.data.name, samples, pictures, size, chunk, whole):

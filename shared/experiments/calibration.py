@@ -14,7 +14,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def cheap_recipe(catalog: Catalog, name: str, overrides: Sequence[str]) -> Recip
     return catalog.recipe(name, "mini", [*cheap, *overrides])
 
 
-def busiest_arm(claims: dict[str, Claim]) -> str:
+def busiest_arm(claims: Mapping[str, Claim]) -> str:
     """The arm that most claims compare; of equals the first."""
     return Counter(arm for claim in claims.values() for arm in claim.arms).most_common(1)[0][0]
 
@@ -123,7 +123,9 @@ def busiest_arm(claims: dict[str, Claim]) -> str:
 # ---- what is compared
 
 
-def quantities_of(measured: Sequence[Measured], claims: dict[str, Claim], rows: Sequence[ClaimRow]) -> list[Quantity]:
+def quantities_of(
+    measured: Sequence[Measured], claims: Mapping[str, Claim], rows: Sequence[ClaimRow]
+) -> list[Quantity]:
     """Every number that the arm measures, as treatment minus baseline, and every claim of two arms whose effect can be
     computed with this arm in both places. Equal ones under equal rules count once; constants are left out."""
     numbers = [name for name, value in measured[0].items() if isinstance(value, (int, float))]
@@ -138,7 +140,7 @@ def quantities_of(measured: Sequence[Measured], claims: dict[str, Claim], rows: 
             effects = [one.effect(*pair) for pair in zip(measured[::2], measured[1::2], strict=False)]
         except (KeyError, TypeError):  # this arm does not measure what the claim compares
             continue
-        if None in effects or len({round(effect, 9) for effect in effects}) == 1:
+        if len({round(effect, 9) for effect in effects}) == 1:
             continue
         # the sign tells nothing: a claim may name the baseline first
         key = (one.rule, tuple(round(abs(effect), 9) for effect in effects))
@@ -152,7 +154,14 @@ def _difference(name: str) -> Callable[[Measured, Measured], float]:
 
 def _between(claim: Claim) -> Callable[[Measured, Measured], float]:
     first, second = claim.arms
-    return lambda baseline, treatment: claim.effect({first: treatment, second: baseline})
+
+    def effect(baseline: Measured, treatment: Measured) -> float:
+        found = claim.effect({first: treatment, second: baseline})
+        if found is None:
+            raise KeyError(f"what {claim.arms} compare")
+        return found
+
+    return effect
 
 
 # ---- counting
@@ -175,7 +184,7 @@ def calibrate(quantities: Sequence[Quantity], measured: Sequence[Measured], pair
             "verdicts": runs * len(several),
             "false": sum(one["false"] for one in several),
             "share": share,
-            "low": max(0.0, low),
+            "low": max(0.0, low or 0.0),
             "high": high,
             "resampled": statistics.fmean(one["resampled"] for one in several),
             "planted": [

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared.core.paper_package import Context
 from shared.core.recipe import Recipe, digest, training_fields
+from shared.experiments.ablations import seeds_of
 from shared.experiments.stage_cache import StageCache
 from shared.training.callbacks import EvalAtSteps, MetricRecorder
 from shared.training.trainer import fit
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def once_a_seed(make: Callable[[Recipe, int], T]) -> Callable[[Context], T]:
+def once_a_seed(make: Callable[[Any, int], T]) -> Callable[[Context], T]:
     """What arms share of one recipe and seed, made by the first that asks; the last is kept: jobs come seed by seed."""
     latest: dict[tuple[str, int], T] = {}
 
@@ -53,7 +54,7 @@ def train_arm(
     module: lightning.LightningModule,
     batches: Batches,
     identity: Mapping[str, str],
-    recipe: Recipe | None = None,
+    recipe: Any = None,
     folder: Path | None = None,
     evals: Mapping[str, Callable[[], float]] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -69,8 +70,8 @@ def train_arm(
     if evals:
         steps = sorted({max(1, round(recipe.steps * (i + 1) / recipe.measure_at)) for i in range(recipe.measure_at)})
         measured = {name: EvalAtSteps(steps, recipe.batch, measure) for name, measure in evals.items()}
-    identity = {"arm": context.arm, "seed": context.seed, **identity}
-    waited = fit(module, batches, recipe, folder, [recorder, *measured.values(), *callbacks], identity)
+    of_arm = {"arm": context.arm, "seed": context.seed, **identity}
+    waited = fit(module, batches, recipe, folder, [recorder, *measured.values(), *callbacks], of_arm)
     curves = recorder.values | {name: callback.values for name, callback in measured.items()}
     return {"curves": curves, "waited": round(waited, 5)}
 
@@ -80,6 +81,12 @@ def save_first_seed(context: Context, model: nn.Module, tokenizer: Tokenizer) ->
     if context.first:
         save_weights(model, context.folder / "model.safetensors", {"variant": context.recipe.model})
         tokenizer.save(context.folder / "tokenizer.json")
+
+
+def first_seed_model(recipe: Recipe, folder: Path, *arms: str) -> tuple[str, Path] | None:
+    """Of the arms the first whose model `save_first_seed` left in the folder of a run, and its file."""
+    files = {arm: folder / "arms" / f"{arm}-{seeds_of(recipe)[0]}" / "model.safetensors" for arm in arms}
+    return next(((arm, file) for arm, file in files.items() if file.is_file()), None)
 
 
 # ---- effects, and what stands beside them

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 from shared.core.catalog import Catalog
@@ -18,7 +19,7 @@ from shared.core.provenance import commit_and_dirty, environment_text, machine_d
 from shared.core.recipe import Recipe, to_yaml
 from shared.experiments.pretrained_parts import PretrainedPart
 from shared.experiments.run_dir import RunFolder, open_run
-from shared.report.rows import Report, Row
+from shared.report.rows import Figure, Report, Row, Sample
 from shared.training.tracking import Tracker
 
 
@@ -43,7 +44,9 @@ def reproduce(catalog: Catalog, recipe: Recipe, command: str, console: Console, 
     console.stages(len([rung for rung in recipe.rungs if rung != "claims"]) + 2 * ("claims" in recipe.rungs) + 1)
     rows: list[Row] = []
     data: dict = {"name": recipe.data, "digest": None, "coverage": [], "credits": [], "note": None}
-    figures, samples, tracker = [], [], None
+    figures: list[Figure] = []
+    samples: list[Sample] = []
+    tracker = None
 
     if "structure" in recipe.rungs:
         console.stage("structure: the full-size networks, on the meta device")
@@ -152,7 +155,16 @@ def parity_rows(catalog: Catalog, name: str, folder: Path, console: Console) -> 
         verdict = "match" if match else "mismatch"
         source = test.relative_to(catalog.root).as_posix()
         rows.append(
-            Row("parity", found["id"], found["what"], reported, value, None, None, tolerance, None, verdict, source)
+            Row(
+                "parity",
+                found["id"],
+                found["what"],
+                reported,
+                value,
+                tolerance=tolerance,
+                verdict=verdict,
+                source=source,
+            )
         )
     if ran.returncode == 1 and all(row.verdict == "match" for row in rows):
         raise UserError(f"a parity test failed before it measured anything; see {log}")
@@ -253,37 +265,31 @@ def claim_row(row: ClaimRow, claim, recipe: Recipe, outcomes: dict[int, dict[str
     """Effect, interval and verdict of one claim, by the rule that paper.yaml declared before the run."""
     from shared.metrics.stats import Rule, verdict
 
-    reported = row.reported_as or row.reported
     rule = Rule(row.direction, row.margin or 0.0)
+    as_row = partial(Row, "claims", row.id, reported=row.reported_as or row.reported, source=row.source)
     if recipe.scale == "smoke":
         need = f"a scale that can tell: make reproduce PAPER={recipe.paper} SCALE=mini (smoke only proves that it runs)"
-        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
+        return as_row(row.statement, need=need)
     several = [outcomes[seed] for seed in sorted(outcomes)][: claim.seeds(recipe) if claim.seeds else None]
     effects = [claim.effect(measured) for measured in several]
     if any(effect is None for effect in effects):
-        need = f"{claim.need}; this run read {recipe.data}"
-        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=need)
+        return as_row(row.statement, need=f"{claim.need}; this run read {recipe.data}")
     try:
-        found = verdict(effects, rule)
+        judged = verdict(effects, rule)
     except UserError as error:  # a diverged seed
-        return Row("claims", row.id, row.statement, reported, verdict="not run", source=row.source, need=str(error))
-    beside = claim.shown(several) if claim.shown else ""
-    if found.word == "inconclusive" and found.smallest_effect is not None:
-        beside += f"{'; ' if beside else ''}smallest effect this run could have seen: {found.smallest_effect:.2g}"
-    if found.note:
-        beside += f"{'; ' if beside else ''}{found.note}"
-    return Row(
-        "claims",
-        row.id,
+        return as_row(row.statement, need=str(error))
+    notes = [claim.shown(several)] if claim.shown else []
+    if judged.word == "inconclusive" and judged.smallest_effect is not None:
+        notes.append(f"smallest effect this run could have seen: {judged.smallest_effect:.2g}")
+    beside = "; ".join(note for note in (*notes, judged.note) if note)
+    return as_row(
         f"{row.statement} ({beside})" if beside else row.statement,
-        reported,
-        round(found.mean, 4),
-        None if found.low is None else round(found.low, 4),
-        None if found.high is None else round(found.high, 4),
-        f"{rule}, {row.unit}",
-        len(several),
-        found.word,
-        row.source,
+        reproduced=round(judged.mean, 4),
+        low=None if judged.low is None else round(judged.low, 4),
+        high=None if judged.high is None else round(judged.high, 4),
+        tolerance=f"{rule}, {row.unit}",
+        seeds=len(several),
+        verdict=judged.word,
     )
 
 
@@ -298,17 +304,12 @@ def metric_rows(catalog: Catalog, card: PaperCard, recipe: Recipe, console: Cons
         what = f"{row.variant} on {row.dataset} ({row.split}): {row.metric}"
         if row.remeasured:
             what += f"; {row.remeasured.by} measured {row.remeasured.value:g}"
-        # without a printed number the re-measured one is what we compare with
-        reported = row.reported if row.reported is not None else row.remeasured.value
+        as_row = partial(Row, "metrics", row.id, what, row.compared_with, source=row.source)
         try:
             value = measure(row, recipe)
         except UserError as lacking:
-            rows.append(Row("metrics", row.id, what, reported, verdict="not run", source=row.source, need=str(lacking)))
+            rows.append(as_row(need=str(lacking)))
             continue
-        verdict = "match" if abs(value - reported) <= row.tolerance else "mismatch"
-        rows.append(
-            Row(
-                "metrics", row.id, what, reported, round(value, 2), None, None, row.tolerance, None, verdict, row.source
-            )
-        )
+        verdict = "match" if abs(value - row.compared_with) <= row.tolerance else "mismatch"
+        rows.append(as_row(reproduced=round(value, 2), tolerance=row.tolerance, verdict=verdict))
     return rows

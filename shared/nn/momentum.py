@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from shared.core.errors import UserError
 from shared.nn.distributed import all_gather
 
+M = TypeVar("M", bound=nn.Module)
 
-def momentum_copy(module: nn.Module) -> nn.Module:
+
+def momentum_copy(module: M) -> M:
     """A copy of `module` that is trained by no gradient, only by `follow`."""
     own: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in module.parameters()}
     own |= {id(b): b.detach().clone() for b in module.buffers()}

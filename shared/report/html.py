@@ -90,6 +90,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str, Callable[[Row], str]]]:
 
 def bar(row: Row) -> dict[str, str]:
     """Where zero, interval and effect lie on a bar of 160, drawn over the row's own range (which always holds zero)."""
+    assert row.low is not None and row.high is not None and isinstance(row.reproduced, float | int)
     low, high = min(0.0, row.low), max(0.0, row.high)
     scale = 152 / (high - low) if high > low else 0.0
     places = {"zero": 0.0, "low": row.low, "high": row.high, "effect": row.reproduced}

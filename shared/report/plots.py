@@ -9,7 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.core.errors import UserError
 from shared.core.text import one_line
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444"]
 _RIGHT = {None: ("", "#1f2937"), True: ("✓ ", "#17663f"), False: ("✗ ", "#9d2a25")}  # mark and colour of a text
 _MARKS = ["o", "s", "^", "D", "v", "P", "X"]
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -65,7 +65,7 @@ def curves(
             colour, dash = _COLOURS[place % 7], ["-", "--", "-.", ":"][place // 7 % 4]
             # seeds may have logged at different steps: read all of them on the union, each within its own range only
             x = np.unique(np.concatenate([[point[0] for point in seed] for seed in seeds]).astype(float))
-            lines = np.array([np.interp(x, *np.array(seed, float).T, left=np.nan, right=np.nan) for seed in seeds])
+            lines = np.array([_read_at(x, np.array(seed, float)) for seed in seeds])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # a step where every seed is NaN draws a gap
                 mean, low, high = np.nanmean(lines, 0), np.nanmin(lines, 0), np.nanmax(lines, 0)
@@ -322,6 +322,13 @@ def label_axes(axes, name: str, x_label: str, y_label: str) -> None:
     axes.set_ylabel(_plain(y_label))
 
 
+def _read_at(x, points):
+    """The line through the points (N, 2) at every x within its range, NaN beyond."""
+    import numpy as np
+
+    return np.interp(x, points[:, 0], points[:, 1], left=np.nan, right=np.nan)
+
+
 def _plain(text: str) -> str:
     return text.replace("$", r"\$")  # a dollar would open mathematics
 
@@ -376,5 +383,7 @@ def png(image: Tensor, size: int = 96) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size, size), Image.NEAREST).save(buffer, "PNG")
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((size, size), Image.Resampling.NEAREST).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()

@@ -224,7 +224,7 @@ def _pad(text: str, width: int) -> str:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    lines = []
+    lines: list[str] = []
     for line in textwrap.wrap(_clean(text), width, break_on_hyphens=False):
         while _columns(line) > width:  # textwrap counts a wide character as one
             cut = next(i for i in range(width, 0, -1) if _columns(line[:i]) <= width)

@@ -13,6 +13,8 @@ from shared.core.files import atomic
 from shared.report.rows import RUNGS, Figure, Report, Row, _clean, _figure_file, _png
 from shared.report.text import _columns, _pad, _plain, duration, markdown
 
+WRITTEN = ("paper", "title", "scale", "commit", "dirty", "started", "seconds", "command", "data", "machine")
+
 
 def write(report: Report, folder: str | Path) -> Path:
     """Write report.md, report.html, report.json, recipe.yaml, environment.txt and figures/*.png; -> report.json's path.
@@ -35,25 +37,12 @@ def write(report: Report, folder: str | Path) -> Path:
 
 def as_json(report: Report) -> dict[str, Any]:
     """The committed evidence, as plain types; a number that is not finite becomes the text `nan`, `inf` or `-inf`."""
-    return _plain(
-        {
-            "paper": report.paper,
-            "title": report.title,
-            "scale": report.scale,
-            "commit": report.commit,
-            "dirty": report.dirty,
-            "started": report.started,
-            "seconds": report.seconds,
-            "command": report.command,
-            "data": report.data,
-            "machine": report.machine,
-            "rows": [asdict(row) for row in report.rows],
-            "figures": [
-                {"name": f.name, "caption": f.caption, "file": f"figures/{_figure_file(f, i)}"}
-                for i, f in enumerate(report.figures)
-            ],
-        }
-    )
+    figures = [
+        {"name": figure.name, "caption": figure.caption, "file": f"figures/{_figure_file(figure, place)}"}
+        for place, figure in enumerate(report.figures)
+    ]
+    content = {name: getattr(report, name) for name in WRITTEN}
+    return _plain(content | {"rows": [asdict(row) for row in report.rows], "figures": figures})
 
 
 def read_report(path: str | Path) -> Report:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -23,14 +26,16 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def optimizer_with_schedule(params: Params, recipe: Recipe, warmup_from: float = 0.0, end_at: float = 0.0) -> dict:
+def optimizer_with_schedule(
+    params: Params, recipe: Recipe, warmup_from: float = 0.0, end_at: float = 0.0
+) -> OptimizerLRSchedulerConfig:
     """AdamW on parameters or groups of them (`decay_groups`), in configure_optimizers' form. The learning rate rises
     linearly from `warmup_from` to the recipe's and falls along a cosine to `end_at`, which the recipe's last step
     reaches. Groups without a weight decay of their own have the recipe's."""
     return adamw(params, recipe, lambda step: warmup_cosine_between(step, recipe, warmup_from, end_at))
 
 
-def adamw(params: Params, recipe: Recipe, share: Callable[[int], float]) -> dict:
+def adamw(params: Params, recipe: Recipe, share: Callable[[int], float]) -> OptimizerLRSchedulerConfig:
     """As `optimizer_with_schedule`, along another curve. share: of the recipe's learning rate, at a step (0-based)."""
     optimizer = torch.optim.AdamW(
         params,

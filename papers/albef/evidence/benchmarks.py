@@ -100,7 +100,7 @@ def load(weights: Weights) -> Released:
     """The model, held against its card; sizes of pictures and texts may be those of pre-training, from which it is
     carried to those of the benchmark. Texts end with [SEP], unless the card says that the official code leaves it out.
     UserError where the weights are none of the task's."""
-    entry, path, config = weights.entry, weights.places[0], VARIANTS[weights.variant]()
+    entry, path, config = weights.entry, weights.file, VARIANTS[weights.variant]()
     size, context = entry.preprocess.get("size", config.image_size), entry.tokenizer.get("context", config.context)
     closed = entry.tokenizer.get("closed", True)
     card = card_of(replace(config, image_size=size, context=context))

@@ -17,6 +17,7 @@ from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import word_maps
 from papers.albef.weights import load_file
 from shared.experiments.ablations import seeds_of
+from shared.experiments.effects import first_seed_model
 from shared.metrics.stats import wilson
 from shared.report import plots
 from shared.report.rows import Figure, Ranked, Sample
@@ -32,14 +33,14 @@ def draw(recipe: AlbefRecipe, outcomes: dict[int, dict[str, dict]], folder: Path
     drawn = learning_curves(measured)
     if all(arm in measured[0] for pair in DOSES for arm in pair):
         drawn += doses(measured)
-    seed = seeds_of(recipe)[0]
-    arm = next((arm for arm in SHOWN if (folder / "arms" / f"{arm}-{seed}" / "model.safetensors").is_file()), None)
-    if arm is None:
+    left = first_seed_model(recipe, folder, *SHOWN)
+    if left is None:
         return drawn, []
+    arm, weights = left
     if "vqa" in measured[0][arm]:
         drawn.append(transfer_bars(measured[0][arm]))
-    data = build_data(recipe, seed)
-    model = load_file(folder / "arms" / f"{arm}-{seed}" / "model.safetensors", data.config)
+    data = build_data(recipe, seeds_of(recipe)[0])
+    model = load_file(weights, data.config)
     if data.test.scenes:
         drawn.append(grounding(model, data, measured[0][arm]))
     return drawn, retrieval_examples(model, data, recipe)

@@ -12,7 +12,7 @@ from papers.albef.config import VARIANTS, Objective
 from papers.albef.losses import albef_losses
 from papers.albef.model import Albef, AlbefPretraining, PretrainingOutput, Taught, match_with_negatives
 from papers.albef.tasks import QuestionAnswering
-from shared.losses.image_text import Negatives, distilled_token_loss, matching_loss, similarities
+from shared.losses.image_text import Negatives, distilled_token_loss, matching_loss
 from shared.tools.footprint import Step, count_flops, count_parameters, full_batch
 
 PRINTED_SIZE = 384  # pixels, of everything after pre-training (Sec. 3.5)
@@ -115,11 +115,7 @@ def step(variant: str) -> Step:
 
     def contrast(images: Tensor, texts: Tensor, slow_images: Tensor, slow_texts: Tensor, others: Tensor) -> Tensor:
         slow_images, slow_texts = slow_images.detach(), slow_texts.detach()
-        keys = model.keys(Taught(slow_images, slow_images, slow_texts))
-        temperature = model.student.temperature
-        student = similarities(images, texts, *keys, temperature)
-        with torch.no_grad():
-            teacher = similarities(slow_images, slow_texts, *keys, temperature)
+        student, teacher = model.contrast(images, texts, Taught(slow_images, slow_images, slow_texts))
         itm = torch.zeros(len(images), 2)  # what ITM takes is in `others`
         output = PretrainingOutput(student, teacher, itm, itm, None, None, None)
         return albef_losses(output, Objective(mlm=False)).itc + others

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from papers.clip.encode import classifier, image_features, probe_features, text_features
+from papers.clip.encode import classifier, image_features, probe_features, prompts, text_features
 from papers.clip.recipe import ClipRecipe
-from papers.clip.weights import load_released, prompts
+from papers.clip.weights import load_released
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
 from shared.core.paper_card import MetricRow

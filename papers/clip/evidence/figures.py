@@ -10,6 +10,7 @@ from papers.clip.evidence.claims import LADDER, TEMPLATE, ladder_points
 from papers.clip.recipe import ClipRecipe
 from papers.clip.weights import load_file
 from shared.experiments.ablations import seeds_of
+from shared.experiments.effects import first_seed_model
 from shared.metrics import confusion
 from shared.metrics.stats import log_log_fit
 from shared.report import plots
@@ -26,11 +27,11 @@ def draw(recipe: ClipRecipe, outcomes: dict[int, dict[str, dict]], folder: Path)
     )
     if all(arm in measured[0] for arm in LADDER):
         drawn += scaling(measured)
-    weights = folder / "arms" / f"contrastive-{seeds_of(recipe)[0]}" / "model.safetensors"
-    if not weights.is_file():
+    left = first_seed_model(recipe, folder, "contrastive")
+    if left is None:
         return drawn, []
     data = build_data(recipe, seeds_of(recipe)[0])
-    model = load_file(weights, data.config)
+    model = load_file(left[1], data.config)
     split, classes = data.dataset.class_test, data.dataset.classes
     if classes and split is not None:
         features = image_features(model, split.images)

@@ -1,4 +1,4 @@
-"""What can truly be said about a scene: captions, questions, statements, dialogues, rationales, from its exact graph.
+"""What can truly be said about a scene: captions, questions and statements, from its exact graph.
 
 Every sentence is drawn from a small grammar, with articles and plurals as English has them.
 """
@@ -22,15 +22,6 @@ class Asked(NamedTuple):
 
     kind: str
     question: str
-    answer: str
-    choices: tuple[str, ...]
-
-
-class Reasoned(NamedTuple):
-    """A question whose answer follows from a rationale (chain of thought)."""
-
-    question: str
-    rationale: str
     answer: str
     choices: tuple[str, ...]
 
@@ -255,36 +246,3 @@ def claim_of_two(left: Scene, right: Scene, names: Sequence[str], draw: SeededRa
             there = replace(there, colour=draw.pick([c for c in COLOURS if c not in taken]))
     here_said, there_said = phrase(here, left.cards, colour=True), phrase(there, right.cards, colour=True)
     return f"the left picture shows {here_said} and the right one shows {there_said}"
-
-
-# --- longer texts
-
-
-def turns(scene: Scene, names: Sequence[str], draw: SeededRandom, count: int = 3) -> tuple[tuple[str, str], ...]:
-    """A dialogue: a description, then questions of different kinds, each answered in a few words."""
-    opening = draw.pick(("describe the picture.", "what do you see?", "tell me about this picture."))
-    talk = [(opening, caption(scene, draw, full=True))]
-    asked: set[str] = set()
-    for kind in draw.shuffled([k for k in KINDS if k != "what"]):
-        question = ask(scene, names, draw, kind)
-        if len(talk) < count and question.question not in asked:
-            asked.add(question.question)
-            talk.append((question.question, question.answer))
-    return tuple(talk)
-
-
-def reason(scene: Scene, draw: SeededRandom) -> Reasoned:
-    """A counting question, the facts that settle it, and the answer."""
-    colour = draw.pick(scene.things).colour if draw.chance(0.75) else draw.pick(list(COLOURS))
-    noun = "card" if scene.cards else "shape"
-    count = sum(t.colour == colour for t in scene.things)
-    facts = []
-    for t in scene.things:
-        what = f"on {with_article(t.colour + ' card')}" if scene.cards else t.colour
-        facts.append(f"{phrase(t, scene.cards, determiner='the')} {be(t)} {what}")
-    plural = noun if count == 1 else f"{noun}s"
-    rationale = f"{listed(facts)}, so there {'is' if count == 1 else 'are'} {count or 'no'} {colour} {plural}."
-    wrong = [str(n) for n in range(max(4, len(scene.things) + 1)) if n != count]
-    return Reasoned(
-        f"how many {colour} {noun}s are there?", rationale, str(count), tuple(draw.shuffled([str(count), *wrong]))
-    )

@@ -1,18 +1,22 @@
 """Tasks made of scenes: sample `index` of a split, as the papers' training and test sets have them.
 
-Every function takes (pack, split, index) and is determined by them, the seed and the options alone.
+Every function takes (pack, split, index) and is determined by them, the seed and the options alone. Every `image` is an
+array (H, W, 3) uint8; every sample has an `id` that is stable across runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from shared.core.errors import UserError
 from shared.data.seeded import SeededRandom
-from shared.data.synthetic.captions import ask, be, caption, claim, claim_of_two, phrase, reason, turns, with_article
-from shared.data.synthetic.samples import Dialogue, Episode, Hypothesis, Pair, Puzzle, Question, Statement
-from shared.data.synthetic.scenes import COLOURS, Scene, SceneOptions, Thing, render, sample_scene
+from shared.data.synthetic.captions import ask, be, claim, claim_of_two, phrase, with_article
+from shared.data.synthetic.scenes import COLOURS, Scene, SceneOptions, render, sample_scene
 from shared.data.synthetic.sprites import SpritePack
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 DEFAULTS = SceneOptions()
 EPISODES = ("name", "colour", "nonce")
@@ -20,12 +24,46 @@ EPISODES = ("name", "colour", "nonce")
 NONCE = ("dax", "blicket", "wug", "zup", "fep", "tulver", "kiki", "gazzer", "toma", "modi", "perp", "lorp")
 
 
-def pair(
-    pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0, options: SceneOptions = DEFAULTS
-) -> Pair:
-    """A picture and a caption that names some of what is there."""
-    scene = sample_scene(pack, split, index, seed=seed, options=options)
-    return Pair(scene.id, render(scene, pack, size), caption(scene, SeededRandom("caption", seed, split, index)))
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A question about a picture (VQA); `choices` holds the answer and its distractors."""
+
+    id: str
+    image: ndarray
+    question: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Statement:
+    """A sentence that is true or false of one picture or of two (NLVR2: left, right)."""
+
+    id: str
+    images: tuple[ndarray, ...]
+    text: str
+    label: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Hypothesis:
+    """A sentence about a picture (visual entailment); `verdict` is entailment, neutral or contradiction."""
+
+    id: str
+    image: ndarray
+    text: str
+    verdict: str
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """Few-shot learning in context: `shots` are (image, text); the answer completes `query_text`."""
+
+    id: str
+    shots: tuple[tuple[ndarray, str], ...]
+    query_image: ndarray
+    query_text: str
+    answer: str
 
 
 def question(
@@ -42,31 +80,6 @@ def question(
     scene = sample_scene(pack, split, index, seed=seed, options=options)
     asked = ask(scene, pack.names, SeededRandom("question", seed, split, index, kind), kind)
     return Question(scene.id, render(scene, pack, size), asked.question, asked.answer, asked.choices)
-
-
-def reasoning(
-    pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0, options: SceneOptions = DEFAULTS
-) -> Question:
-    """A counting question with the rationale that leads to its answer."""
-    scene = sample_scene(pack, split, index, seed=seed, options=options)
-    found = reason(scene, SeededRandom("reason", seed, split, index))
-    return Question(scene.id, render(scene, pack, size), found.question, found.answer, found.choices, found.rationale)
-
-
-def dialogue(
-    pack: SpritePack,
-    split: str,
-    index: int,
-    *,
-    size: int,
-    seed: int = 0,
-    options: SceneOptions = DEFAULTS,
-    length: int = 3,
-) -> Dialogue:
-    """A description, then up to `length - 1` questions of different kinds."""
-    scene = sample_scene(pack, split, index, seed=seed, options=options)
-    talk = turns(scene, pack.names, SeededRandom("dialogue", seed, split, index), length)
-    return Dialogue(scene.id, render(scene, pack, size), talk)
 
 
 def statement(
@@ -175,63 +188,3 @@ def episode(
         prompts[kind],
         answer(scenes[-1]),
     )
-
-
-def puzzle(pack: SpritePack, split: str, index: int, *, size: int, seed: int = 0) -> Puzzle:
-    """A 3 x 3 matrix: each row follows one rule in what, colour and count; six candidates for the last panel.
-
-    The candidates are six corners of a cube (two values an attribute): every value occurs three times and all six are
-    alike by symmetry, so that without the panels nothing beats 1 in 6 (the flaw of RAVEN's answers, see I-RAVEN).
-    """
-    draw = SeededRandom("puzzle", seed, split, index)
-    rules = [
-        draw.pick(("constant", "three")),
-        draw.pick(("constant", "three")),
-        draw.pick(("constant", "progression", "three")),
-    ]
-    if rules == ["constant"] * 3:
-        rules[draw.below(3)] = "three"
-    grids = [
-        _rows(rule, values, draw) for rule, values in zip(rules, (pack.names, list(COLOURS), [1, 2, 3, 4]), strict=True)
-    ]
-    cells = [tuple(grid[row][col] for grid in grids) for row in range(3) for col in range(3)]
-    other = tuple(
-        draw.pick(sorted({v for row in grid for v in row} - {right}, key=str))
-        for grid, right in zip(grids, cells[8], strict=True)
-    )
-    corners = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]  # 0 is the right value of an attribute
-    dropped = draw.pick([corner for corner in corners if any(corner) and not all(corner)])
-    opposite = tuple(1 - bit for bit in dropped)
-    kept = draw.shuffled([corner for corner in corners if corner not in (dropped, opposite)])
-    candidates = [tuple((cells[8], other)[bit][a] for a, bit in enumerate(corner)) for corner in kept]
-
-    def picture(cell):
-        return render(_panel(*cell, cards=not pack.tinted), pack, size)
-
-    return Puzzle(
-        f"{split}-{index:06d}",
-        tuple(picture(cell) for cell in cells[:8]),
-        tuple(picture(cell) for cell in candidates),
-        kept.index((0, 0, 0)),
-        tuple(f"{name}: {rule}" for name, rule in zip(("what", "colour", "count"), rules, strict=True)),
-    )
-
-
-def _rows(rule: str, values: list, draw: SeededRandom) -> list[list]:
-    if rule == "progression":
-        return [[start, start + 1, start + 2] for start in draw.shuffled([1, 2, draw.pick((1, 2))])]
-    three = draw.sample(values, 3)
-    if rule == "constant":
-        return [[value] * 3 for value in three]
-    turn = draw.pick((1, 2))
-    return [[three[(turn * row + col) % 3] for col in range(3)] for row in range(3)]
-
-
-def _panel(name: str, colour: str, count: int, cards: bool) -> Scene:
-    grid = (1, 1) if count == 1 else (2, 2)
-    side = 0.6 if count == 1 else 0.44
-    things = tuple(
-        Thing(name, colour, "large", (i // 2, i % 2), (i % 2 + 0.5) / grid[1], (i // 2 + 0.5) / grid[0], side)
-        for i in range(count)
-    )
-    return Scene(f"{name}-{colour}-{count}", things, grid, cards)

@@ -9,8 +9,9 @@ import torch
 from published import emoji_package, encoded, entry, make_folder, make_karpathy, write_parquet
 
 from shared.core.errors import UserError
-from shared.data import load_pack, make_dataset
+from shared.data.dataset import make_dataset
 from shared.data.synthetic.scenes import COLOURS, held_out_colours
+from shared.data.synthetic.sprites import load_pack
 
 SMALL = {"pairs": 120, "test_pairs": 30, "image_size": 24, "classes": 10}
 
@@ -265,7 +266,9 @@ def test_wrong_sizes_are_refused(wrong):
 
 
 def test_importing_the_data_layer_is_light():
-    code = "import shared.data, sys; print([m for m in ('torch', 'numpy', 'PIL', 'pyarrow') if m in sys.modules])"
+    code = (
+        "import shared.data.dataset, sys; print([m for m in ('torch', 'numpy', 'PIL', 'pyarrow') if m in sys.modules])"
+    )
     env = {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.strip() == "[]"

@@ -18,6 +18,7 @@ from shared.data.synthetic.captions import caption, class_prompt, phrase
 from shared.data.synthetic.packs import packs
 from shared.data.synthetic.scenes import (
     COLOURS,
+    DEFAULTS,
     Scene,
     SceneOptions,
     Thing,
@@ -116,33 +117,26 @@ class DatasetBundle:
 def make_dataset(
     name: str,
     *,
-    root: str | Path | Mapping[str, str | Path] | None = None,
+    root: str | Path | None = None,
     pairs: int,
     test_pairs: int,
     image_size: int,
     seed: int = 0,
     classes: int | None = None,
-    objects: tuple[int, int] = (1, 2),
-    clutter: float = 0.5,
-    noise: float = 10.0,
-    jitter: float = 1.0,
-    small: float = 0.4,
-    held_out: float = 0.125,
+    options: SceneOptions = DEFAULTS,
     caption_noise: float = 0.0,
     captions: int = 1,
     full: bool = False,
-    vendor: str | None = None,
     max_dropped: float = 0.001,
 ) -> DatasetBundle:
     """The world `emoji`, `shapes`, `cifar10`, `parquet`, `imagefolder` or `karpathy`; 'karpathy/openclipart' is that
     kind in the folder openclipart of root.
 
-    root: where a published set lies. Emoji are fetched by the manifest unless root gives {vendor: package} or a folder
-    with both packages. pairs: pictures to train on at most, test_pairs: in every other split at most. What follows
-    `seed` counts for scenes alone (classes: how many of the pack's things; the rest: see SceneOptions; caption_noise:
-    share of the training pictures with another picture's caption; captions: how many a training picture has; full:
-    whether these name every thing with its colour and size), and max_dropped, the share of broken files that is put up
-    with, for published sets alone.
+    root: where a published set lies. Emoji are fetched by the manifest unless root is a folder with both packages.
+    pairs: pictures to train on at most, test_pairs: in every other split at most. What follows `seed` counts for scenes
+    alone (classes: how many of the pack's things; caption_noise: share of the training pictures with another picture's
+    caption; captions: how many a training picture has; full: whether these name every thing with its colour and size),
+    and max_dropped, the share of broken files that is put up with, for published sets alone.
     """
     if pairs < 1 or test_pairs < 1 or image_size < 8:
         raise UserError(f"pairs={pairs}, test_pairs={test_pairs}, image_size={image_size}: give at least 1, 1 and 8")
@@ -154,22 +148,20 @@ def make_dataset(
             raise UserError(
                 f"caption_noise={caption_noise}, captions={captions}: give a share of 0 to 1 and at least 1"
             )
-        ours, other = packs(kind, vendor, root)
+        ours, other = packs(kind, root)
         count = classes or min(len(ours.sprites), 100)
-        options = SceneOptions(tuple(objects), clutter, noise, jitter, small, held_out)
-        made = _SceneDataset(
-            ours.subset(count), other.subset(count), image_size, seed, options, caption_noise, captions, full
-        )
+        ours, other = ours.subset(count), other.subset(count)
+        made = _SceneDataset(ours, other, image_size, seed, options, caption_noise, captions, full)
         return made.dataset(pairs, test_pairs)
-    if root is None or isinstance(root, Mapping):
+    if root is None:
         raise UserError(f"data {name!r} lies on your disk: set data_root to its folder ({LOOKS[kind]})")
     folder = Path(root) / inner if inner else Path(root)
     if kind == "cifar10":
         folder = folder / "cifar10" if (folder / "cifar10").is_dir() else folder
     if not folder.exists():
         raise UserError(f"data {name!r}: no {folder}: set data_root to its folder ({LOOKS[kind]})")
-    read = _karpathy_dataset if kind == "karpathy" else _labelled_dataset
-    return read(name, kind, folder, pairs, test_pairs, image_size, seed, max_dropped)
+    published = _PublishedDataset(name, folder, pairs, test_pairs, image_size, seed, max_dropped)
+    return published.karpathy() if kind == "karpathy" else published.labelled(kind)
 
 
 def entries_of(name: str) -> list[str]:
@@ -333,86 +325,93 @@ def _part(split: Split, rows: Sequence[int]) -> Split:
 # --- published sets
 
 
-def _labelled_dataset(name, kind, folder, pairs, test_pairs, size, seed, max_dropped) -> DatasetBundle:
-    """A classification set: captions from a few templates over the class's name."""
-    suffix = "" if kind == "imagefolder" else ".parquet"
+@dataclass
+class _PublishedDataset:
+    name: str
+    folder: Path
+    pairs: int
+    test_pairs: int
+    size: int
+    seed: int
+    max_dropped: float
 
-    def records(split: str) -> list[Record]:
-        return folder_records(folder, split) if kind == "imagefolder" else parquet_records(folder / f"{split}{suffix}")
+    def labelled(self, kind: str) -> DatasetBundle:
+        """A classification set: captions from a few templates over the class's name."""
+        name, folder, suffix = self.name, self.folder, "" if kind == "imagefolder" else ".parquet"
 
-    there = [split for split in ("val", "validation", "test") if (folder / f"{split}{suffix}").exists()]
-    if not there:
-        raise UserError(f"data {name!r}: {folder} has no test or val part: it needs {LOOKS[kind]}")
-    train = records("train")
-    classes = sorted({record.label for record in train})
-    note = None
-    test = records(there[-1])
-    if len(there) > 1:
-        val = records(there[0])
-    else:  # as ImageNet and CIFAR are published: no third part
-        note = f"{name}: val is the tenth of train that the ids' hash chooses; test is {there[-1]}{suffix}"
-        places = [split_of(record.id, {"train": 0.9, "val": 0.1}) for record in train]
-        val = [record for record, place in zip(train, places, strict=True) if place == "val"]
-        train = [record for record, place in zip(train, places, strict=True) if place == "train"]
-    unknown = sorted({record.label for record in (*val, *test)} - set(classes))
-    if unknown:
-        raise UserError(f"data {name!r}: classes in val or test that train has not: {', '.join(unknown[:5])}")
+        def records(split: str) -> list[Record]:
+            return parquet_records(folder / f"{split}{suffix}") if suffix else folder_records(folder, split)
 
-    def captions(record: Record) -> list[str]:
-        return [class_prompt(record.label, SeededRandom("label caption", seed, record.id).pick(LABEL_CAPTIONS))]
+        def labels(*several: Record) -> list[str]:
+            return sorted({record.label for record in several if record.label is not None})
 
-    parts, coverage = {}, []
-    for split, several, most in (("train", train, pairs), ("val", val, test_pairs), ("test", test, test_pairs)):
-        chosen = [several[i] for i in choose_by_hash([r.id for r in several], most, seed)]
-        parts[split], account = _read(f"{name} {split}", chosen, size, max_dropped, captions, classes)
-        coverage.append(account)
-    return DatasetBundle(
-        name=name,
-        **parts,
-        classes=classes,
-        class_train=parts["train"],
-        class_val=parts["val"],
-        class_test=parts["test"],
-        coverage=coverage,
-        note=note,
-    )
+        there = [split for split in ("val", "validation", "test") if (folder / f"{split}{suffix}").exists()]
+        if not there:
+            raise UserError(f"data {name!r}: {folder} has no test or val part: it needs {LOOKS[kind]}")
+        train, test, note = records("train"), records(there[-1]), None
+        classes = labels(*train)
+        if len(there) > 1:
+            val = records(there[0])
+        else:  # as ImageNet and CIFAR are published: no third part
+            note = f"{name}: val is the tenth of train that the ids' hash chooses; test is {there[-1]}{suffix}"
+            places = [split_of(record.id, {"train": 0.9, "val": 0.1}) for record in train]
+            val = [record for record, place in zip(train, places, strict=True) if place == "val"]
+            train = [record for record, place in zip(train, places, strict=True) if place == "train"]
+        if unknown := [label for label in labels(*val, *test) if label not in classes]:
+            raise UserError(f"data {name!r}: classes in val or test that train has not: {', '.join(unknown[:5])}")
 
+        def captions(record: Record) -> list[str]:
+            template = SeededRandom("label caption", self.seed, record.id).pick(LABEL_CAPTIONS)
+            return [class_prompt(str(record.label), template)]
 
-def _karpathy_dataset(name, kind, folder, pairs, test_pairs, size, seed, max_dropped) -> DatasetBundle:
-    """A captioned set. Where it has categories, those with fifty pictures or more are its classes."""
-    splits = karpathy_records(folder)
-    counts = Counter(record.label for records in splits.values() for record in records if record.label)
-    classes = sorted(label for label, count in counts.items() if count >= SMALLEST_CATEGORY) or None
-    parts, coverage = {}, []
-    for split, records in splits.items():
-        if not records:
-            raise UserError(f"data {name!r}: {folder} has no picture in split {split!r}")
-        chosen = [
-            records[i] for i in choose_by_hash([r.id for r in records], pairs if split == "train" else test_pairs, seed)
-        ]
-        parts[split], account = _read(
-            f"{name} {split}", chosen, size, max_dropped, lambda record: list(record.captions), classes
-        )
-        coverage.append(account)
-    world_classes = {}
-    if classes:
-        for split, part in parts.items():
-            world_classes[f"class_{split}"] = _part(
-                part, [i for i, label in enumerate(part.labels.tolist()) if label >= 0]
-            )
-    return DatasetBundle(name=name, **parts, classes=classes, **world_classes, coverage=coverage)
+        return self.bundle({"train": train, "val": val, "test": test}, captions, classes, note)
 
+    def karpathy(self) -> DatasetBundle:
+        """A captioned set. Where it has categories, those with fifty pictures or more are its classes."""
+        splits = karpathy_records(self.folder)
+        if empty := [split for split, records in splits.items() if not records]:
+            raise UserError(f"data {self.name!r}: {self.folder} has no picture in split {empty[0]!r}")
+        counts = Counter(record.label for records in splits.values() for record in records if record.label)
+        classes = sorted(label for label, count in counts.items() if count >= SMALLEST_CATEGORY)
+        return self.bundle(splits, lambda record: list(record.captions), classes)
 
-def _read(name, records, size, max_dropped, captions, classes) -> tuple[Split, Coverage]:
-    import torch
+    def bundle(
+        self,
+        splits: Mapping[str, list[Record]],
+        captions: Callable[[Record], list[str]],
+        classes: list[str],
+        note: str | None = None,
+    ) -> DatasetBundle:
+        import torch
 
-    kept, images, coverage = read_pictures(name, records, size, max_dropped=max_dropped)
-    labels = None
-    if classes:
+        parts, classed, coverage = {}, {}, []
         number = {label: i for i, label in enumerate(classes)}
-        labels = torch.tensor([number.get(record.label, -1) for record in kept])
-    split = Split([r.id for r in kept], torch.from_numpy(images), [captions(r) for r in kept], labels)
-    return split, coverage
+        for split, records in splits.items():
+            most = self.pairs if split == "train" else self.test_pairs
+            chosen = [records[i] for i in choose_by_hash([record.id for record in records], most, self.seed)]
+            kept, images, account = read_pictures(
+                f"{self.name} {split}", chosen, self.size, max_dropped=self.max_dropped
+            )
+            texts = [captions(record) for record in kept]
+            parts[split] = Split([record.id for record in kept], torch.from_numpy(images), texts)
+            if classes:
+                parts[split].labels = labels = torch.tensor([number.get(record.label or "", -1) for record in kept])
+                rows = (labels >= 0).nonzero().flatten().tolist()
+                classed[split] = parts[split] if len(rows) == len(kept) else _part(parts[split], rows)
+            coverage.append(account)
+        train, val, test = (parts[split] for split in ("train", "val", "test"))
+        return DatasetBundle(
+            name=self.name,
+            train=train,
+            val=val,
+            test=test,
+            classes=classes or None,
+            class_train=classed.get("train"),
+            class_val=classed.get("val"),
+            class_test=classed.get("test"),
+            coverage=coverage,
+            note=note,
+        )
 
 
 def _digest(dataset: DatasetBundle) -> str:

@@ -43,11 +43,7 @@ def load_dataset(recipe: SceneRecipe, seed: int, pairs: int = 0, **options: Any)
         image_size=recipe.image_size,
         seed=seed,
         classes=recipe.classes,
-        objects=(1, recipe.objects),
-        clutter=recipe.clutter,
-        noise=recipe.noise,
-        jitter=recipe.jitter,
-        small=recipe.small,
+        options=recipe.scene_options,
         max_dropped=recipe.max_dropped,
         **options,
     )
@@ -55,9 +51,9 @@ def load_dataset(recipe: SceneRecipe, seed: int, pairs: int = 0, **options: Any)
 
 def scene_pack(recipe: SceneRecipe, dataset: DatasetBundle) -> SpritePack | None:
     """What the dataset's scenes are made of; None where it is a published set."""
-    if dataset.train.noisy is None:
+    if dataset.train.noisy is None or dataset.classes is None:
         return None
-    return packs(recipe.data, root=recipe.data_root or None)[0].subset(len(dataset.classes))
+    return packs(recipe.data, recipe.data_root or None)[0].subset(len(dataset.classes))
 
 
 def labelled_pictures(recipe: SceneRecipe, dataset: DatasetBundle, seed: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +66,9 @@ def labelled_pictures(recipe: SceneRecipe, dataset: DatasetBundle, seed: int) ->
 
     pack = scene_pack(recipe, dataset)
     if pack is None:
-        return dataset.class_train.images, dataset.class_train.labels[:, None]
+        pictures = dataset.class_train
+        assert pictures is not None and pictures.labels is not None, "of a dataset with class_train"
+        return pictures.images, pictures.labels[:, None]
     options, names, colours = replace(recipe.scene_options, objects=(1, 1)), pack.names, list(COLOURS)
     scenes = [
         sample_scene(pack, "labelled", index, seed=seed, options=options, first=names[index % len(names)])

@@ -12,6 +12,7 @@ from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import caption
 from shared.data.synthetic.scenes import (
     COLOURS,
+    DEFAULTS,
     Scene,
     SceneOptions,
     Thing,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 DETAILS = ("colour", "thing", "place", "count")
 ATTEMPTS = 64
-DEFAULTS = SceneOptions()
 
 
 @dataclass
@@ -71,22 +71,21 @@ def minimal_pairs(
     import torch
 
     scenes: list[Scene] = []
-    groups, told, captions = [], [], []
+    groups, changes, captions = [], [], []
     seen: set[tuple] = set()
-    group = 0
-    while len(scenes) < count:
-        if group > ATTEMPTS * count:
-            raise UserError(
-                f"{count} scenes that all differ: {len(pack.names)} classes do not give so many; raise classes"
-            )
+    for group in range(ATTEMPTS * count + 1):
+        if len(scenes) == count:
+            break
         name = pack.names[group % len(pack.names)]
         bases = (
             sample_scene(pack, split, group, seed=seed, options=options, first=name, attempt=attempt)
             for attempt in range(ATTEMPTS)
         )
         base = next((scene for scene in bases if graph(scene) not in seen), None)
+        if base is None:
+            continue
         draw = SeededRandom("distractors", seed, split, group)
-        for detail in ("", *details) if base else ():
+        for detail in ("", *details):
             scene = changed(base, detail, pack, draw, seed, options) if detail else base
             if scene is None or graph(scene) in seen or len(scenes) == count:
                 continue
@@ -94,10 +93,11 @@ def minimal_pairs(
             scenes.append(replace(scene, id=f"{split}-{group:06d}{f'-{detail}' if detail else ''}"))
             captions.append(caption(scene, SeededRandom("caption", seed, split, group), full=True))
             groups.append(group)
-            told.append(detail)
-        group += 1
+            changes.append(detail)
+    if len(scenes) < count:
+        raise UserError(f"{count} scenes that all differ: {len(pack.names)} classes do not give so many; raise classes")
     images = torch.from_numpy(render_many(scenes, pack, size))
-    return MinimalPairs([scene.id for scene in scenes], images, captions, torch.tensor(groups), told, scenes)
+    return MinimalPairs([scene.id for scene in scenes], images, captions, torch.tensor(groups), changes, scenes)
 
 
 def graph(scene: Scene) -> tuple:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from shared.core.errors import UserError
 from shared.data.synthetic.sprites import VENDORS, SpritePack, load_pack
 
 
-def packs(name: str, vendor: str | None = None, root=None) -> tuple[SpritePack, SpritePack]:
+def packs(name: str, root: str | Path | None = None) -> tuple[SpritePack, SpritePack]:
     """Of `emoji` or `shapes`: the artist that a world is learned from, and the other one. root: as for make_dataset."""
-    vendors = VENDORS[name]
-    ours = vendor or vendors[0]
-    other = next((v for v in vendors if v != ours), ours)
+    ours, other = VENDORS[name]
     if name == "shapes":
         return load_pack(name, ours), load_pack(name, other)
-    return tuple(load_pack(name, v, source=_package(v, root)) for v in (ours, other))
+    return load_pack(name, ours, source=_package(ours, root)), load_pack(name, other, source=_package(other, root))
 
 
-def _package(vendor: str, root) -> Path:
-    if isinstance(root, Mapping):
-        if vendor not in root:
-            raise UserError(f"emoji: root names {', '.join(root) or 'nothing'}, but not {vendor!r}")
-        return Path(root[vendor])
+def _package(vendor: str, root: str | Path | None) -> Path:
     if root is not None:
         folder = Path(root)
         candidates = [*sorted(folder.glob(f"*emoji*{vendor}*.tgz")), *sorted(folder.glob(f"*{vendor}*")), folder]

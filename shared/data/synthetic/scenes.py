@@ -65,6 +65,9 @@ class SceneOptions:
                 raise UserError(f"scene option {name}={value}: give a share of 0 to 0.75")
 
 
+DEFAULTS = SceneOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class Thing:
     """A sprite in a scene. x, y: its centre, and side: its width, as shares of the picture; cell: (row, column)."""
@@ -110,7 +113,7 @@ def sample_scene(
     index: int,
     *,
     seed: int = 0,
-    options: SceneOptions = SceneOptions(),
+    options: SceneOptions = DEFAULTS,
     first: str | None = None,
     colour: str | None = None,
     attempt: int = 0,

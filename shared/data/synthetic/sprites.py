@@ -286,8 +286,9 @@ def _picture(content: bytes) -> ndarray:
 
     image = open_image(content, max_pixels=1_000_000).convert("RGBA")
     if image.size != (64, 64):
-        square = Image.new("RGBA", (max(image.size),) * 2)
-        square.paste(image, tuple((side - own) // 2 for side, own in zip(square.size, image.size, strict=True)))
+        side = max(image.size)
+        square = Image.new("RGBA", (side, side))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square.resize((64, 64), Image.Resampling.BICUBIC)
     return np.asarray(image)
 

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 from shared.core.errors import UserError
 from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import ask, be, claim, claim_of_two, phrase, with_article
-from shared.data.synthetic.scenes import COLOURS, Scene, SceneOptions, render, sample_scene
+from shared.data.synthetic.scenes import COLOURS, DEFAULTS, Scene, SceneOptions, render, sample_scene
 from shared.data.synthetic.sprites import SpritePack
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
-DEFAULTS = SceneOptions()
 EPISODES = ("name", "colour", "nonce")
 # Made-up words of one or two syllables, as in the fast-binding test of Frozen (Tsimpoukelli et al. 2021).
 NONCE = ("dax", "blicket", "wug", "zup", "fep", "tulver", "kiki", "gazzer", "toma", "modi", "perp", "lorp")

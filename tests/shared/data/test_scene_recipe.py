@@ -7,7 +7,7 @@ import torch
 
 from shared.data.dataset import DatasetBundle, Split, flat, make_dataset
 from shared.data.recipe import SceneRecipe, labelled_pictures, load_dataset, scene_pack
-from shared.data.synthetic.scenes import COLOURS
+from shared.data.synthetic.scenes import COLOURS, SceneOptions
 
 RECIPE = SceneRecipe(
     paper="toy", model="toy-tiny", data="shapes", pairs=12, test_pairs=4, image_size=16, classes=5, objects=1,
@@ -21,9 +21,9 @@ def dataset():
 
 
 def test_every_key_of_the_scenes_reaches_the_dataset(dataset):
-    keys = {"clutter": 0.0, "noise": 2.0, "jitter": 0.5, "small": 0.0, "objects": (1, 1), "classes": 5}
+    options = SceneOptions(clutter=0.0, noise=2.0, jitter=0.5, small=0.0, objects=(1, 1))
     sizes = {"pairs": 12, "test_pairs": 4, "image_size": 16}
-    assert dataset.digest == make_dataset("shapes", **sizes, **keys, seed=3).digest
+    assert dataset.digest == make_dataset("shapes", **sizes, classes=5, options=options, seed=3).digest
     for changed in ({"objects": 2}, {"clutter": 1.0}, {"noise": 20.0}, {"jitter": 1.0}, {"small": 0.7}, {"classes": 4}):
         assert load_dataset(replace(RECIPE, **changed), 3).digest != dataset.digest, changed
     more = load_dataset(RECIPE, 3, 24, captions=2)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from shared.core.errors import UserError
-from shared.metrics.names import Scored, metric_name
+from shared.metrics.names import Scored, check_paired, metric_name
 
 Tokens = Sequence[str]
 
@@ -177,10 +177,7 @@ def _treebank():
 
 
 def _check(candidates: Sequence, references: Sequence[Sequence]) -> None:
-    if len(candidates) != len(references):
-        raise UserError(f"captions: {len(candidates)} predictions, but references for {len(references)}: give as many")
-    if not len(candidates):
-        raise UserError("captions: nothing to score, both lists are empty")
+    check_paired("captions", candidates, references)
     for place, texts in enumerate(references):
         if isinstance(texts, str) or not len(texts):
             raise UserError(f"captions: references of prediction {place} are {texts!r}, give a list of at least one")

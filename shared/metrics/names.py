@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.core.errors import UserError
@@ -24,3 +25,11 @@ def metric_name(task: str, metric: str, protocol: str) -> str:
                 f"metric name: {part} is {value!r}, use letters, digits and _ . + - only, and never nothing"
             )
     return f"{task}/{metric}@{protocol}"
+
+
+def check_paired(task: str, predictions: Sequence, references: Sequence) -> None:
+    """UserError where predictions and what they are scored against are not equally many, or none."""
+    if len(predictions) != len(references):
+        raise UserError(f"{task}: {len(predictions)} predictions, but references for {len(references)}: give as many")
+    if not len(predictions):
+        raise UserError(f"{task}: nothing to score, both lists are empty")

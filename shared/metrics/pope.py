@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from shared.core.errors import UserError
-from shared.metrics.names import Scored, metric_name
+from shared.metrics.names import Scored, check_paired, metric_name
 
 PROTOCOLS = ("official", "strict")
 
@@ -67,10 +67,7 @@ _READERS = {"official": read_official, "strict": read_strict}
 def _check(replies: Sequence[str], labels: Sequence[str], protocol: str) -> None:
     if protocol not in PROTOCOLS:
         raise UserError(f"POPE protocol is {protocol!r}, use one of {', '.join(PROTOCOLS)}")
-    if len(replies) != len(labels):  # the official script pairs them by position and drops what is left over
-        raise UserError(f"POPE: {len(replies)} replies to {len(labels)} questions: give as many")
-    if not len(replies):
-        raise UserError("POPE: nothing to score, both lists are empty")
+    check_paired("POPE", replies, labels)  # the official script pairs by position and drops what is left over
     for place, label in enumerate(labels):
         if label not in ("yes", "no"):
             raise UserError(f"POPE: label {place} is {label!r}, use yes or no")

@@ -5,14 +5,13 @@ Each line of the file is {"id": ..., "prediction": "...", "references": ["...", 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shared.core.errors import UserError
+from shared.core.errors import UserError, nearest
 from shared.core.text import shown
 from shared.metrics import captioning, vqa
 from shared.metrics.names import Scored, metric_name
@@ -31,10 +30,6 @@ class Sample:
     line: int
 
 
-def _any(references: list[str]) -> str | None:
-    return None
-
-
 def _ten(references: list[str]) -> str | None:
     return None if len(references) == vqa.ANSWERS else f"{len(references)} references, needs {vqa.ANSWERS} answers"
 
@@ -50,10 +45,8 @@ class Protocol:
     """`score` and `beside` take (predictions, references); `lacks(references)` says what a sample lacks, or None."""
 
     score: Callable[[list[str], list[list[str]]], Scored]
-    lacks: Callable[[list[str]], str | None] = _any
-    beside: Callable[[list[str], list[list[str]]], str] = lambda predictions, references: (
-        ""
-    )  # what belongs next to the score
+    lacks: Callable[[list[str]], str | None] = lambda references: None
+    beside: Callable[[list[str], list[list[str]]], str] = lambda predictions, references: ""  # next to the score
 
 
 def protocols() -> dict[str, Protocol]:
@@ -166,11 +159,7 @@ def _choose(names: Sequence[str]) -> dict[str, Protocol]:
         raise UserError(f"--protocols: name one or more, separated by commas: {', '.join(known)}")
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"no protocol '{shown(name, _WIDTH)}'; "
-                + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}")
-            )
+            raise UserError(f"no protocol '{shown(name, _WIDTH)}'; {nearest(name, known)}")
     return {name: known[name] for name in names}
 
 
@@ -181,9 +170,8 @@ def _apart(metric: str, same: dict[str, Scored], samples: list[Sample]) -> list[
     gap = 100 * (same[high].score - same[low].score)
     ends = f", from {100 * same[low].score:.2f} ({low}) to {100 * same[high].score:.2f} ({high})" if gap else ""
     lines = [f"{metric}: scoring alone moves the number by {gap:.2f}{ends}"]
-    spread = [
-        max(of_each) - min(of_each) for of_each in zip(*(scored.samples for scored in same.values()), strict=True)
-    ]
+    each_sample = zip(*(scored.samples for scored in same.values()), strict=True)
+    spread = [max(scores) - min(scores) for scores in each_sample]
     differing = [place for place in sorted(range(len(samples)), key=lambda i: -spread[i]) if spread[place] > 1e-12]
     lines.append(f"{len(differing):,} of {len(samples):,} samples differ" + ("; the most:" if differing else ""))
     for place in differing[:MOST]:

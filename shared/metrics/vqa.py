@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from shared.core.errors import UserError
-from shared.metrics.names import Scored, metric_name
+from shared.metrics.names import Scored, check_paired, metric_name
 
 ANSWERS = 10
 PROTOCOLS = ("official", "always")
@@ -56,7 +56,7 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]], p
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"VQA protocol is {protocol!r}, use one of {', '.join(PROTOCOLS)}")
-    _check(predictions, answers)
+    check_paired("VQA", predictions, answers)
     samples = []
     for place, (prediction, given) in enumerate(zip(predictions, answers, strict=True)):
         if isinstance(given, str) or len(given) != ANSWERS:
@@ -72,7 +72,7 @@ def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]], p
 
 def exact_match(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, Scored]:
     """{`vqa/acc@exact`: ...}: share in 0..1 equal to one of its answers, white space at the ends and case aside."""
-    _check(predictions, answers)
+    check_paired("VQA", predictions, answers)
     samples = []
     for place, (prediction, given) in enumerate(zip(predictions, answers, strict=True)):
         if isinstance(given, str) or not len(given):
@@ -96,13 +96,6 @@ def _punctuation(text: str) -> str:
 def _digits_and_articles(text: str) -> str:
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def _check(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
-    if len(predictions) != len(answers):
-        raise UserError(f"VQA: {len(predictions)} predictions, but answers to {len(answers)} questions: give as many")
-    if not len(predictions):
-        raise UserError("VQA: nothing to score, both lists are empty")
 
 
 def _count(given: Sequence[str]) -> str:

@@ -83,7 +83,7 @@ def test_a_model_that_never_says_yes_has_no_precision_but_a_number():
 @pytest.mark.parametrize(
     ("replies", "labels", "protocol", "problem"),
     [
-        (["yes"], ["yes", "no"], "official", "1 replies to 2 questions"),  # all later ones would be shifted
+        (["yes"], ["yes", "no"], "official", "1 predictions, but references for 2"),  # all later ones would be shifted
         ([], [], "official", "nothing to score, both lists are empty"),
         (["yes"], ["Yes"], "strict", "label 0 is 'Yes', use yes or no"),
         (["yes"], ["yes"], "bare", "POPE protocol is 'bare', use one of official, strict"),

@@ -151,7 +151,7 @@ def test_what_a_protocol_needs_is_asked_of_every_sample(write):
 
 def test_an_unknown_protocol_is_answered_with_the_nearest(write):
     path = write(GOOD)
-    with pytest.raises(UserError, match="no protocol 'vqa/acc@oficial'; did you mean vqa/acc@official"):
+    with pytest.raises(UserError, match="no protocol 'vqa/acc@oficial'; did you mean 'vqa/acc@official'"):
         rescore(path, ["vqa/acc@oficial"])
     with pytest.raises(UserError, match="no protocol 'zzz'; there are: vqa/acc@official, vqa/acc@always"):
         rescore(path, ["zzz"])

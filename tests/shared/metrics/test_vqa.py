@@ -97,7 +97,7 @@ def test_exact_match_asks_for_one_of_the_answers_whatever_the_case():
     ("predictions", "answers", "problem"),
     [
         ([], [], "nothing to score, both lists are empty"),
-        (["a"], [], "1 predictions, but answers to 0 questions"),
+        (["a"], [], "1 predictions, but references for 0"),
         (["a"], [["a"] * 9], "question 0 has 9 answers, it is defined for 10"),
         (["a", "b"], [["a"] * 10, "b" * 10], "question 1 has a string for its answers"),
     ],

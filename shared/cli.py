@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.core.catalog import Catalog
-from shared.core.console import Console
+from shared.core.console import Console, quiet
 from shared.core.errors import UserError, nearest
+from shared.core.paper_card import bibtex
 from shared.core.recipe import SCALES
+from shared.core.text import shown
 
 
 def main(folder: Path, package: str, argv: list[str] | None = None) -> None:
@@ -174,19 +176,16 @@ def list_papers(catalog: Catalog, options: argparse.Namespace) -> None:
     print("make reproduce PAPER=<paper> [SCALE=smoke|mini|field|gpu|paper]")
 
 
-def reproduce(catalog: Catalog, options: argparse.Namespace) -> int | None:
+def reproduce(catalog: Catalog, options: argparse.Namespace) -> None:
     if not options.paper:
-        return list_papers(catalog, options)
-    if options.paper == "all":
-        names, overrides = catalog.names(), options.overrides
-    elif "=" in options.paper:
+        list_papers(catalog, options)
+        return
+    if "=" in options.paper:
         raise UserError(f"name the paper before {options.paper}; there are: {', '.join(catalog.names())}, all")
-    else:
-        names, overrides = [catalog.known(options.paper)], options.overrides
     seeds = [] if options.seeds is None else [f"seeds={options.seeds}"]
     console = Console()
-    for name in names:
-        recipe = catalog.recipe(name, options.scale, [*overrides, *seeds])
+    for name in catalog.names() if options.paper == "all" else [catalog.known(options.paper)]:
+        recipe = catalog.recipe(name, options.scale, [*options.overrides, *seeds])
         if options.dry:
             from shared.tools.plan import dry_run
 
@@ -194,14 +193,12 @@ def reproduce(catalog: Catalog, options: argparse.Namespace) -> int | None:
             continue
         command = f"make reproduce PAPER={name} SCALE={options.scale}"
         command += f" SEEDS={options.seeds}" if seeds else ""
-        command += f' ARGS="{" ".join(overrides)}"' if overrides else ""
+        command += f' ARGS="{" ".join(options.overrides)}"' if options.overrides else ""
         with console.waiting("starting"):
-            from shared.core.console import quiet
             from shared.experiments.reproduce import reproduce as run
         if not options.verbose:
             quiet()
         show_report(run(catalog, recipe, command, console, options.fresh))
-    return None
 
 
 def show_report(path: Path) -> None:
@@ -217,7 +214,6 @@ def train(catalog: Catalog, options: argparse.Namespace) -> None:
     recipe = catalog.recipe(catalog.known(options.paper), options.scale, options.overrides)
     console = Console()
     with console.waiting("starting"):
-        from shared.core.console import quiet
         from shared.training.train import train as run
     if not options.verbose:
         quiet()
@@ -241,7 +237,6 @@ def chaos(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def calibrate(catalog: Catalog, options: argparse.Namespace) -> None:
-    from shared.core.console import quiet
     from shared.experiments.calibration import line, run
 
     quiet()
@@ -322,15 +317,13 @@ def convert(catalog: Catalog, options: argparse.Namespace) -> None:
 
 
 def cite(catalog: Catalog, options: argparse.Namespace) -> None:
-    from shared.core.paper_card import bibtex
-
     names = [catalog.known(options.paper)] if options.paper else catalog.names()
     print("\n".join(bibtex(catalog.card(name)) for name in names), end="")
 
 
 def fetch(catalog: Catalog, options: argparse.Namespace) -> None:
     from shared.weights.fetch import fetch as bring
-    from shared.weights.manifest import load_manifest
+    from shared.weights.manifest import Entry, load_manifest
 
     manifest = load_manifest(catalog.root / "checkpoints_manifest.yaml")
     ids = list(options.ids)
@@ -342,14 +335,14 @@ def fetch(catalog: Catalog, options: argparse.Namespace) -> None:
     for id in ids:
         if id not in manifest:
             raise UserError(f"no entry '{id}' in the manifest; {nearest(id, manifest)}")
-    console = Console()
+
+    def fetch_one(entry: Entry) -> None:
+        with Console().waiting(f"{entry.id} ({entry.origin})") as say:
+            path = bring(entry, verify=options.verify, report=lambda id, done, _: say(f"{id}: {done / 1e6:.0f} MB"))
+        print(f"{entry.id}  sha256 {str(entry.sha256)[:16]}...  {path}")
+
     for id in ids:
-        entry = manifest[id]
-        with console.waiting(f"{id} ({entry.origin})") as say:
-            path = bring(
-                entry, verify=options.verify, report=lambda id, done, total, say=say: say(f"{id}: {done / 1e6:.0f} MB")
-            )
-        print(f"{id}  sha256 {entry.sha256[:16]}...  {path}")
+        fetch_one(manifest[id])
 
 
 def zeroshot(catalog: Catalog, options: argparse.Namespace) -> None:
@@ -391,7 +384,6 @@ def ask(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def chat(catalog: Catalog, options: argparse.Namespace) -> int:
-    from shared.core.text import shown
     from shared.inference.predict import chat_task, talk
 
     if not options.picture.is_file():
@@ -427,7 +419,6 @@ def rescore(catalog: Catalog, options: argparse.Namespace) -> None:
 
 
 def bench(catalog: Catalog, options: argparse.Namespace) -> None:
-    from shared.core.console import quiet
     from shared.tools.bench import run
 
     quiet()

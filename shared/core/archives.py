@@ -4,6 +4,7 @@ unpacked to disk. Every reader of an archive in this tree goes through here."""
 from __future__ import annotations
 
 import gzip
+import io
 import re
 import stat
 import tarfile
@@ -11,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from shared.core.errors import UserError
 from shared.core.text import shown
@@ -126,7 +127,7 @@ class _Member(NamedTuple):
     size: int
     folder: bool
     problem: str | None
-    info: tarfile.TarInfo | zipfile.ZipInfo
+    info: Any  # the archive's own record of it
 
 
 class _Tar:
@@ -150,7 +151,9 @@ class _Tar:
     def read(self, member: _Member) -> bytes:
         self.meter.most = max(LARGEST_HEADER, member.size)
         try:
-            return self.tar.extractfile(member.info).read()
+            stream = self.tar.extractfile(member.info)
+            assert stream is not None, "a regular file has a content"
+            return stream.read()
         finally:
             self.meter.most = LARGEST_HEADER
 
@@ -180,11 +183,11 @@ class _TooMuch(OSError):
     """More than the archive may unpack to; of a kind that tarfile lets through."""
 
 
-class _Meter:
+class _Meter(io.RawIOBase):
     """A stream that refuses to go beyond `allowed` bytes, or to give more than `most` at once: tarfile reads a header
     of any length into memory, and gzip makes a thousand bytes out of one."""
 
-    def __init__(self, stream: BinaryIO, allowed: int):
+    def __init__(self, stream: BinaryIO | gzip.GzipFile, allowed: int):
         self.stream, self.allowed, self.most = stream, allowed, LARGEST_HEADER
 
     def read(self, count: int = -1) -> bytes:

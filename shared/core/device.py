@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from shared.core.recipe import Recipe
 
-if TYPE_CHECKING:
-    from torch import nn
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def device_for(recipe: Recipe) -> torch.device:
@@ -24,15 +23,10 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_M = TypeVar("_M", bound="nn.Module")
-
-
 def on_gpu_if_any(module: _M) -> _M:
     """On the GPU where there is one, else as it is. For what has no recipe, which may say otherwise (device_for)."""
-    import torch
-
     return module.cuda() if torch.cuda.is_available() else module
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,7 +7,6 @@ what a report compares with must be right before anything runs. PyYAML is all it
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import types
@@ -15,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from shared.core.errors import UserError
+from shared.core.errors import UserError, nearest
 from shared.core.strict_yaml import read_yaml
 
 # What one unit of a structure row stands for: divide the measured count by it before comparing with `reported`.
@@ -25,7 +24,6 @@ UNITS = {"parameters": 1.0, "M parameters": 1e6, "B parameters": 1e9, "GFLOPs": 
 
 _PRIVATE_SOURCE = re.compile(r"\bidx:|(?:^|\s)/\w")  # somebody's own index, an absolute path
 _METRIC = re.compile("{0}/{0}@{0}".format("[A-Za-z0-9][A-Za-z0-9_.+-]*"))  # as shared.metrics.names spells it
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +146,7 @@ class PaperCard:
 def load_paper(path: str | Path) -> PaperCard:
     """Read and check one paper.yaml; every fault is a UserError that names the file, the row and the key."""
     path = Path(path)
-    card = _build(PaperCard, read_yaml(path, "paper card"), _Place(str(path)))
+    card: PaperCard = _build(PaperCard, read_yaml(path, "paper card"), _Place(str(path)))
     _check(card, _Place(str(path)))
     return card
 
@@ -175,14 +173,14 @@ class _Place:
         raise UserError(f"{self.text}: {message}")
 
 
-def _build(kind: type[_T], value: Any, place: _Place) -> _T:
+def _build(kind: Any, value: Any, place: _Place) -> Any:
     """A mapping -> the dataclass `kind`: every key known, every field there and of its type."""
     if not isinstance(value, dict):
         place.fail(f"needs a mapping with the keys {', '.join(f.name for f in fields(kind))}, not {_shown(value)}")
     types_of, optional = _schema(kind)
     for key in value:
         if key not in types_of:
-            place.fail(f"unknown key {key!r}{_nearest(str(key), types_of)}")
+            place.fail(f"unknown key {key!r} ({nearest(str(key), types_of)})")
     for name in types_of:
         if name not in value and name not in optional:
             place.fail(f"missing key {name!r}")
@@ -231,11 +229,6 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
 
 
-def _nearest(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
-
-
 # ---- what the types do not say
 
 
@@ -252,7 +245,7 @@ def _check(card: PaperCard, file: _Place) -> None:
     for row in card.structure:
         place = file / "structure" / repr(row.id)
         if row.unit not in UNITS:
-            (place / "unit").fail(f"unknown unit {row.unit!r}{_nearest(row.unit, UNITS)}")
+            (place / "unit").fail(f"unknown unit {row.unit!r} ({nearest(row.unit, UNITS)})")
         if row.tolerance < 0:
             (place / "tolerance").fail(f"needs zero or more, not {row.tolerance:g}")
     for row in card.claims:

@@ -31,11 +31,12 @@ def machine_description() -> dict[str, Any]:
     """cpu, cores, memory_gib, gpus, system, python, torch: what a reader needs to judge a duration. No host name."""
     import torch
 
+    from shared.core.device import cores
+
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_model(),
-        "cores": cores,
+        "cores": cores(),
         "memory_gib": _memory_gib(),
         "gpus": [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices],
         "system": f"{platform.system()} {platform.machine()}",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from shared.core.errors import UserError
-from shared.core.strict_yaml import read_text
+from shared.core.errors import UserError, nearest
+from shared.core.strict_yaml import read_yaml
 
 SCALES = ("smoke", "mini", "field", "gpu", "paper")  # field: real, noisy data on disk; not every paper has it
 SEED_BASE = 1_000
@@ -70,50 +68,38 @@ def load_recipe(path: Path, schema: type[R], overrides: list[str] | None = None)
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise UserError(f"{path}: no such recipe; there are: {', '.join(there) or 'none'}")
-    text = read_text(path, "recipe")
-    _refuse_interpolation(str(path), text)
-    try:
-        given = OmegaConf.load(io.StringIO(text))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:  # OSError: a number alone
-        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if not OmegaConf.is_dict(given):
+    given = read_yaml(path, "recipe")
+    if not isinstance(given, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
-    names = [f.name for f in dataclasses.fields(schema)]
-    merged = OmegaConf.structured(schema)
-    layers = [(str(path), {str(k): given._get_node(k) for k in given})]
+    layers: list[tuple[str, Any]] = [(str(path), given)]
     for override in overrides or []:
         key, sign, value = override.partition("=")
         if not sign or not key:
             raise UserError(f"ARGS: '{override}' is not of the form key=value")
-        _refuse_interpolation("ARGS", override)
         try:
-            parsed = OmegaConf.from_dotlist([override])
+            layers.append((f"ARGS '{override}'", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             raise UserError(f"ARGS: '{override}': {_one_line(error)}") from None
         if value == "???":
             raise UserError(f"ARGS: '{override}' would leave {key} without a value")
-        layers.append((f"ARGS '{override}'", {str(k): parsed._get_node(k) for k in parsed}))
+    names = [f.name for f in dataclasses.fields(schema)]
+    merged = OmegaConf.structured(schema)
     for place, layer in layers:
+        if "${" in str(layer):  # OmegaConf would put a variable of the environment in its place, a secret too
+            raise UserError(f"{place}: ${{...}} is not taken in a recipe: write the value out")
         for key, value in layer.items():
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f" (did you mean '{near[0]}'?)" if near else f" (known: {', '.join(names)})"
-                raise UserError(f"{place}: unknown key '{key}'{hint}")
+                raise UserError(f"{place}: unknown key '{key}' ({nearest(str(key), names)})")
             try:
                 merged = OmegaConf.merge(merged, {key: value})
             except OmegaConfBaseException as error:
                 raise UserError(f"{place}: {key}: {_one_line(error)}") from None
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
+    if missing := sorted(OmegaConf.missing_keys(merged)):
         raise UserError(f"{path}: no value for {', '.join(missing)}")
     recipe = OmegaConf.to_object(merged)
+    assert isinstance(recipe, schema)
     _check(recipe, path)
     return recipe
-
-
-def _refuse_interpolation(place: str, text: str) -> None:
-    if "${" in text:  # OmegaConf would put a variable of the environment in its place, a secret too
-        raise UserError(f"{place}: ${{...}} is not taken in a recipe: write the value out")
 
 
 def _check(recipe: Recipe, path: Path) -> None:

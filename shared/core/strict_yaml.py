@@ -35,15 +35,6 @@ def read_yaml(path: Path, what: str) -> object:
     `what` names the kind of file in an error: 'manifest', 'paper card'. UserError for a file that is absent, larger
     than LARGEST or not UTF-8, for faulty YAML, a repeated key, an anchor or alias, a tag, and nesting below DEEPEST.
     """
-    text = read_text(path, what)
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, ArithmeticError) as error:  # a date or a number that does not exist
-        raise _fault(path, error) from None
-
-
-def read_text(path: Path, what: str) -> str:
-    """The text of a YAML file that is safe for any safe loader: as `read_yaml`, which builds the document too."""
     path = Path(path)
     try:
         with open(path, "rb") as stream:
@@ -57,9 +48,9 @@ def read_text(path: Path, what: str) -> str:
     try:
         text = content.decode("utf-8")
         _scan(text)
-    except (yaml.YAMLError, ValueError) as error:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:  # a date or a number that does not exist
         raise _fault(path, error) from None
-    return text
 
 
 def _scan(text: str) -> None:

@@ -25,7 +25,7 @@ class Row:
         """The value under `name`; a UserError where it is of another kind than `kind`, or empty."""
         value = self.values.get(name) if isinstance(self.values, dict) else None
         fine = isinstance(value, kind) and not isinstance(value, bool) and (kind is int or bool(value))
-        if not fine or (kind is str and not value.strip()):
+        if not fine or (kind is str and not str(value).strip()):
             raise self.wrong(f"no {name} ({kind.__name__} expected)")
         return value
 

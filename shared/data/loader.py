@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,10 @@ class Batches(Dataset):
 class StepLoader(DataLoader):
     """Reads a dataset of whole batches in order, from any position; knows how long its reader had to wait."""
 
-    def __init__(self, dataset: Dataset, workers: int = 0):
+    dataset: Any  # Batches or Shards
+    sampler: Any
+
+    def __init__(self, dataset: Any, workers: int = 0):
         super().__init__(dataset, batch_size=None, sampler=_From(len(dataset)), num_workers=workers)
         self.waited = 0.0  # seconds
 
@@ -95,7 +99,7 @@ class StepLoader(DataLoader):
     def names(self, item: int) -> list[str]:
         return self.dataset.names(item)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Any:  # an iterator of tuples of tensors
         return self.timed(super().__iter__())
 
     def timed(self, batches: Iterator) -> Iterator:

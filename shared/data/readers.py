@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from shared.core.archives import ArchiveError, Limits, SafeArchive, leads_out
 from shared.core.errors import UserError
 from shared.core.text import shown
+from shared.data.images import LARGEST_FILE, MAX_PIXELS, SUFFIXES, PictureError, fitted_image
 
 if TYPE_CHECKING:
     from numpy import ndarray
-from shared.data.images import LARGEST_FILE, MAX_PIXELS, SUFFIXES, PictureError, fitted_image
 
 # --- many pictures
 
@@ -293,6 +293,7 @@ def _picture_source(folder: Path, name: str, files: list[str]) -> Callable[[str,
             if leads_out(file):  # a path of the JSON is data
                 raise PictureError("its path leads out of the folder")
             if archive is None:
+                assert base is not None, "one of the two was found"
                 return _reader(base / file)()
             try:
                 return archive.read(file)

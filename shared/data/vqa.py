@@ -97,7 +97,7 @@ def _asked(root: Path, questions: str, marked: Path | None, images: str) -> list
     found = []
     for row in rows:
         number, image = row("question_id", int), row("image_id", int)
-        if answers and number not in answers:
+        if marked is not None and number not in answers:
             raise row.wrong(f"question {number} has no answers in {marked.name}")
         picture = row.picture(root / images, f"COCO_{images}_{image:012d}.jpg")
         found.append(AskedPicture(number, picture, row("question", str), answers.get(number, ())))
@@ -164,8 +164,8 @@ def nlvr2_pairs(root: str | Path, split: str) -> list[JudgedPair]:
             raise row.wrong(f"label is '{shown(label, 40)}', True or False expected")
         stem = identifier.rpartition("-")[0]  # the last number counts the sentences of a pair
         where = folder / str(row("directory", int)) if name == "train" else folder
-        pictures = tuple(row.picture(where, f"{stem}-img{side}.png") for side in (0, 1))
-        found.append(JudgedPair(identifier, pictures, row("sentence", str), label == "True"))
+        left, right = (row.picture(where, f"{stem}-img{side}.png") for side in (0, 1))
+        found.append(JudgedPair(identifier, (left, right), row("sentence", str), label == "True"))
     return found
 
 
@@ -241,7 +241,8 @@ def _box(values: Any, row: Row) -> Box:
     numbers = values[:4] if isinstance(values, list) else ()
     if len(numbers) < 4 or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
         raise row.wrong("a box that is not left, top, width, height")
-    return tuple(float(n) for n in numbers)
+    left, top, width, height = map(float, numbers)
+    return left, top, width, height
 
 
 def _known(split: str, names: Mapping[str, str], what: str) -> str:

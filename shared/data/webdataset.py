@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,8 @@ class ShardLoader(StepLoader):
     def __init__(self, dataset: Shards, workers: int):
         DataLoader.__init__(self, dataset, batch_size=None, num_workers=workers)
         self.waited = 0.0
-        self.read, self.dropped = 0, Counter()  # of what was trained
+        self.read = 0  # of what was trained
+        self.dropped: Counter[str] = Counter()
         self._behind: dict[int, Item] = {}  # item number -> where its reader stood, of what is not trained yet
         self._consumed: dict[int, int] = {}
 
@@ -152,17 +154,14 @@ class ShardLoader(StepLoader):
     def seek(self, position: dict) -> None:
         if position["workers"] != self.num_workers:
             raise UserError(f"workers was {position['workers']} when this run began, now it is {self.num_workers}")
-        self._consumed, self.read, self.dropped = (
-            dict(position["consumed"]),
-            position["read"],
-            Counter(position["dropped"]),
-        )
+        self._consumed = dict(position["consumed"])
+        self.read, self.dropped = position["read"], Counter(position["dropped"])
         self.dataset.first, self.dataset.starts = position["items"], dict(position["consumed"])
 
     def names(self, item: int) -> list[str]:
         return self._behind[item].ids if item in self._behind else []
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Any:  # an iterator of tuples of tensors
         for number, item in enumerate(self.timed(DataLoader.__iter__(self)), start=self.dataset.first):
             self._behind[number] = item
             self.refuse_too_many()

@@ -86,10 +86,9 @@ def _clip_bpe() -> tokenizers.Tokenizer:
             f"{path}: not CLIP's merges: expected sha256 {ClipTokenizer.digest}, found {found}; reinstall it"
         )
     lines = gzip.decompress(packed).decode("utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]  # behind the header; the rest is unused
-    letters = sorted(
-        pre_tokenizers.ByteLevel.alphabet()
-    )  # a byte each: the printable ones, then the others from U+0100
+    pairs = map(str.split, lines[1 : 49152 - 256 - 2 + 1])  # behind the header; the rest is unused
+    merges = [(left, right) for left, right in pairs]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # a byte each: the printable ones, then those from U+0100
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>"))

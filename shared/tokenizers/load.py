@@ -110,7 +110,7 @@ def imagenet_templates() -> tuple[str, ...]:
     templates = []
     for function in _metadata("OPENAI_IMAGENET_TEMPLATES").elts:  # lambda c: f'a photo of a {c}.'
         parts = function.body.values
-        templates.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in parts))
+        templates.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts))
     return tuple(templates)
 
 

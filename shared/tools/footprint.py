@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -205,8 +206,9 @@ def count_encoders(
             free_gradients(work.model)
             batch = work.batch(size)
             standing = [*work.model.parameters(), *work.model.buffers(), *batch]
-            forward = lambda work=work, batch=batch: work.encode(*batch)  # noqa: E731
-            passes.append(run_pass(standing, forward, half=half, backward=backward, reads=work.reads))
+            passes.append(
+                run_pass(standing, partial(work.encode, *batch), half=half, backward=backward, reads=work.reads)
+            )
     return Encoders(*passes)
 
 
@@ -242,10 +244,14 @@ def count_objectives(build: Callable[[], Step]) -> dict[str, Objective]:
                 # a row a sample, or one value for all
                 inputs = [x.new_empty(size, *x.shape[1:]) if x.ndim else torch.empty_like(x) for x in samples]
                 inputs = [x.requires_grad_() for x in inputs]
-                passes.append(run_pass(inputs, lambda f=objective, i=inputs: (f(*i),), reads=work.reads))
+                passes.append(run_pass(inputs, partial(_alone, objective, *inputs), reads=work.reads))
             flops = _quadratic([p.forward + p.backward for p in passes])
             found[name] = Objective(flops, _quadratic([p.peak for p in passes]))
     return found
+
+
+def _alone(objective: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor]:
+    return (objective(*inputs),)
 
 
 def _quadratic(values: list[int]) -> tuple[float, float, float]:

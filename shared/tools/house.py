@@ -19,9 +19,9 @@ def problems(catalog: Catalog) -> list[str]:
             except UserError as error:
                 found.append(str(error))
     found += [f"{path}: generated table is stale; python -m papers report --tables" for path in stale_tables(catalog)]
-    for path, lines in _lines(catalog, "shared", "papers").items():
+    for file, lines in _lines(catalog, "shared", "papers").items():
         if lines > LONGEST:
-            found.append(f"{path}: {lines} lines, at most {LONGEST}; split it where its parts part")
+            found.append(f"{file}: {lines} lines, at most {LONGEST}; split it where its parts part")
     return found
 
 

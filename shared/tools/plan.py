@@ -102,7 +102,7 @@ class Estimate:
         )
 
 
-def estimate(recipe: Recipe, parameters: int, forward: int, arms: int) -> Estimate:
+def estimate(recipe: Recipe, parameters: float, forward: int, arms: int) -> Estimate:
     """parameters: of the recipe's model; forward: FLOPs of its forward pass of one sample."""
     on_gpu = recipe.accelerator == "cuda"
     samples = arms * recipe.seeds * recipe.steps * recipe.batch

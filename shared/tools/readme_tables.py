@@ -4,7 +4,7 @@ rate of false verdicts."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from shared.core.catalog import Catalog
@@ -87,7 +87,7 @@ def trust_lines(catalog: Catalog) -> str:
 
 def generated(catalog: Catalog) -> dict[Path, str]:
     """{file: its text with every generated part fresh}."""
-    parts = {
+    parts: dict[str, dict[str, Callable[[Catalog], str]]] = {
         "README.md": {"table": papers_table, "speed": speed_headlines, "trust": trust_lines},
         "results/bench/README.md": {"speed": speed_table},
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from shared.core.errors import UserError
 
@@ -68,7 +69,8 @@ class NonFiniteGuard(Callback):
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.losses = folder, []
+        self.folder = folder
+        self.losses: list[Tensor] = []
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
         self.losses.append(loss.detach())

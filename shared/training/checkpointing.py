@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from shared.core.errors import UserError
-from shared.core.files import flush, sha256
+from shared.core.files import flush, made, sha256
 from shared.nn.distributed import world
 
 if TYPE_CHECKING:
@@ -72,16 +72,13 @@ class SealedCheckpoints(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Before a step, not after it: then every hook of the step before has run (clamps, momentum, queues), no
         # gradient is half accumulated, and Lightning's counters of finished batches are right.
-        if (
-            self.resumed
-            and trainer.global_step == self.resumed.step
-            and batch_idx % trainer.accumulate_grad_batches == 0
-        ):
+        step = trainer.global_step
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        if self.resumed and step == self.resumed.step:
             restore_random(self.resumed.of_rank(trainer.global_rank)["random"])
             self.resumed = None
-            return
-        step = trainer.global_step
-        if self.every and step and step % self.every == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
+        elif self.every and step and step % self.every == 0:
             self.save(trainer, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,11 +93,12 @@ class SealedCheckpoints(Checkpoint):
         if trainer.global_rank == 0:
             for stale in (partial, final):
                 shutil.rmtree(stale, ignore_errors=True)
-            _made(partial)
+            made(partial)
         trainer.strategy.barrier("checkpoint folder")
         try:
             trainer.save_checkpoint(partial / STATE)
-            mine = {"random": random_states(), "data": trainer.train_dataloader.position(items)}
+            loader: Any = trainer.train_dataloader
+            mine = {"random": random_states(), "data": loader.position(items)}
             torch.save(mine, partial / _file_of(trainer.global_rank))
         except OSError as error:
             raise UserError(
@@ -169,13 +167,6 @@ def _folders(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit()), reverse=True)
 
 
-def _made(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write checkpoints there ({error.strerror})") from None
-
-
 def _seal(partial: Path, final: Path, seal: dict) -> None:
     files = {}
     for path in sorted(p for p in partial.rglob("*") if p.is_file()):
@@ -216,7 +207,8 @@ def random_states() -> dict[str, Any]:
     """Of every library that could be drawn from, in types that torch.load(weights_only=True) reads."""
     import numpy
 
-    name, keys, *rest = numpy.random.get_state()
+    state: Any = numpy.random.get_state()
+    name, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),

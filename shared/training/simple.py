@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -10,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.core.device import device_for
-from shared.core.recipe import Recipe
 from shared.training.optim import Params
 
 
@@ -32,6 +33,7 @@ def fit_simple(
     """
     optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
     schedulers = torch.optim.lr_scheduler
+    schedule: schedulers.LRScheduler
     if share is None:
         schedule = schedulers.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=warmup)
     else:
@@ -48,15 +50,15 @@ def fit_simple(
 
 
 def fit_classifier(
-    encoder: nn.Module,
+    encoder: Any,
     encode: Callable[[Tensor], Tensor],
     labelled: tuple[Tensor, Tensor],
-    recipe: Recipe,
+    recipe: Any,
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Train an image encoder to tell pictures (N, 3, H, W) by their labels (N, kinds), -1 where there is none: one
-    linear head a kind of label. -> the encoder, on the CPU; the heads are dropped.
+    """Train an image encoder (a module with a `width`) to tell pictures (N, 3, H, W) by their labels (N, kinds), -1
+    where there is none: one linear head a kind of label. -> the encoder, on the CPU; the heads are dropped.
 
     encode: uint8 pictures (B, 3, H, W) -> states (B, S, width) by that encoder, which lies on the recipe's device; the
     first is read. generator: draws the pictures. options: of `fit_simple`. Steps and learning rate are the recipe's
@@ -70,9 +72,8 @@ def fit_classifier(
         rows = torch.randint(len(images), (2 * recipe.batch,), generator=generator)
         states = encode(images[rows].to(device))[:, 0]
         kinds = labels[rows].to(device).T
-        return sum(
-            F.cross_entropy(head(states), kind, ignore_index=-1) for head, kind in zip(heads, kinds, strict=True)
-        )
+        several = zip(heads, kinds, strict=True)
+        return reduce(add, (F.cross_entropy(head(states), kind, ignore_index=-1) for head, kind in several))
 
     params = [*encoder.parameters(), *heads.parameters()]
     fit_simple(loss, params, recipe.vision_steps, recipe.vision_rate, weight_decay=recipe.weight_decay, **options)

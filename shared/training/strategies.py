@@ -80,7 +80,7 @@ def _read(parameter: nn.Parameter) -> Tensor:
         return parameter.data.clone()
 
 
-def _write(parameter: nn.Parameter, value: Tensor) -> None:
+def _write(parameter: Any, value: Tensor) -> None:
     """The same whole value on every rank -> the pieces of the master, and the module's parameter."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param

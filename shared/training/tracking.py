@@ -92,7 +92,8 @@ class Tracker:
             before = read_record(folder)
             record |= {"key": before["key"], "started": before["started"]}
         self.folder, self._record, self._uri = folder, record, _uri("", root)
-        self._store, self._failed = None, False
+        self._store: _Store | None = None
+        self._failed = False
         write_whole(folder / "environment.txt", environment_text())
         self._keep()
         self.update()
@@ -205,7 +206,8 @@ class _Store:
         if record["data"]:
             from mlflow.entities import Dataset, DatasetInput
 
-            data = Dataset(*record["data"], source_type="local", source="{}")
+            name, digest = record["data"]
+            data = Dataset(name, digest, source_type="local", source="{}")
             self._client.log_inputs(self._parent.info.run_id, [DatasetInput(data)])
         self._log(self._parent, record["curves"])
 

@@ -28,6 +28,7 @@ class Loading(lightning.LightningDataModule):
         self.workers, self.found = workers, found
 
     def train_dataloader(self) -> StepLoader:
+        assert self.trainer is not None, "Lightning has attached it"
         rank = self.trainer.global_rank
         self.loader = self.make(rank, self.trainer.world_size).loader(self.workers)
         if self.found:

@@ -1,4 +1,4 @@
-"""Plants the faults of mutants.py, one at a time, in a copy of the repository, and demands that the tests catch each.
+"""Plants the faults of faults.txt, one at a time, in a copy of the repository, and demands that the tests catch each.
 
 python tests/mutants/run.py [--jobs 2] [--timeout SECONDS] [NAME ...]
 

@@ -7,10 +7,10 @@ sizes coincide.
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
+from faults import largest, planting, rolled
 from references.albef import Albef as Reference
 from torch.nn import functional as F
 
@@ -415,150 +415,126 @@ def test_deit_and_bert_fill_the_encoders(agree):
 # ---- planted faults
 
 
-def _momentum_stands_still(monkeypatch, model):
-    monkeypatch.setattr(model_file, "follow", lambda *_: None)
+def _momentum_after_the_features(plant, model):
+    follow = model_file.follow
 
-
-def _momentum_after_the_features(monkeypatch, model):
-    real, teach = model_file.follow, model.teach
-
-    def late(images, tokens):
-        monkeypatch.setattr(model_file, "follow", lambda *_: None)
-        taught = teach(images, tokens)
-        real(model.teacher, model.student, model.config.momentum)
+    def late(real, images, tokens):
+        with planting() as still:
+            still(model_file, "follow", lambda *_: None)
+            taught = real(images, tokens)
+        follow(model.teacher, model.student, model.config.momentum)
         return taught
 
-    monkeypatch.setattr(model, "teach", late)
+    plant(model, "teach", late)
 
 
-def _momentum_the_other_way(monkeypatch, model):
-    real = model_file.follow
-    monkeypatch.setattr(model_file, "follow", lambda teacher, student, beta: real(teacher, student, 1 - beta))
+def _queue_before_the_batch(plant, model):
+    def other_order(real, taught):
+        queue = model.queue
+        return torch.cat([queue.images, taught.image_features]), torch.cat([queue.texts, taught.text_features])
+
+    plant(model, "keys", other_order)
 
 
-def _queue_before_the_batch(monkeypatch, model):
-    queue = model.queue
-    monkeypatch.setattr(model, "keys", lambda taught: (
-        torch.cat([queue.images, taught.image_features]), torch.cat([queue.texts, taught.text_features])))  # fmt: skip
-
-
-def _pushed_before_compared(monkeypatch, model):
-    keys = model.keys
-
-    def early(taught):
+def _pushed_before_compared(plant, model):
+    def early(real, taught):
         model.queue.push(taught.image_features, taught.text_features)
-        return keys(taught)
+        return real(taught)
 
-    monkeypatch.setattr(model, "keys", early)
-
-
-def _student_features_in_the_queue(monkeypatch, model):
-    push = model.queue.push
-    monkeypatch.setattr(model.queue, "push", lambda images, texts: push(texts, images))
+    plant(model, "keys", early)
 
 
-def _no_queue(monkeypatch, model):
-    monkeypatch.setattr(model, "keys", lambda taught: (taught.image_features, taught.text_features))
+def _with_negatives(change):
+    return lambda plant, model: plant(
+        model_file, "match_with_negatives", lambda real, *given: real(*given[:-1], change(given[-1]))
+    )
 
 
-def _temperature_multiplies(monkeypatch, model):
-    real = model_file.similarities
-    monkeypatch.setattr(model_file, "similarities", lambda *args: real(*args[:-1], 1 / args[-1]))
-
-
-def _teacher_not_asked(monkeypatch, model):
-    monkeypatch.setattr(model, "_objective", Objective(alpha_itc=0, alpha_mlm=0), raising=False)
-
-
-def _words_taught_by_the_student(monkeypatch, model):
-    monkeypatch.setattr(model.teacher, "words", model.student.words)
-
-
-def _negatives_exchanged(monkeypatch, model):
-    real = model_file.match_with_negatives
-    monkeypatch.setattr(model_file, "match_with_negatives", lambda *args: real(*args[:-1], Negatives(
-        images=args[-1].texts, texts=args[-1].images)))  # fmt: skip
-
-
-def _negatives_are_positives(monkeypatch, model):
-    own = torch.arange(BATCH)
-    real = model_file.match_with_negatives
-    monkeypatch.setattr(model_file, "match_with_negatives", lambda *args: real(*args[:-1], Negatives(own, own)))
-
-
-def _no_cross_attention(monkeypatch, model):
-    for layer in model.student.multimodal_encoder:
-        alone = partial(layer.forward)
-        monkeypatch.setattr(layer, "forward", lambda x, alone=alone, **given: alone(x, **given | {"context": None}))
-
-
-def _masked_words_not_encoded_anew(monkeypatch, model):
+def _masked_words_not_encoded_anew(plant, model):
     student = model.student
 
-    def words(tokens, attention_mask, image_tokens, wanted):
-        fused = student.multimodal_encoder(student.text_encoder.embeddings(tokens), mask=attention_mask[:, None, None],
-                                           context=image_tokens)  # fmt: skip
+    def words(real, tokens, attention_mask, image_tokens, wanted):
+        embedded, mask = student.text_encoder.embeddings(tokens), attention_mask[:, None, None]
+        fused = student.multimodal_encoder(embedded, mask=mask, context=image_tokens)
         return student.mlm_head(fused[wanted], student.text_encoder.embeddings.word.weight)
 
-    monkeypatch.setattr(student, "words", words)
+    plant(student, "words", words)
 
 
-def _padding_of_the_corrupted_text(monkeypatch, model):
-    real = model.student.words
-    monkeypatch.setattr(model.student, "words", lambda tokens, attention_mask, *args: real(
-        tokens, model.student.attention_mask(tokens), *args))  # fmt: skip
+def _no_cross_attention(plant, model):
+    for layer in model.student.multimodal_encoder:
+        plant(layer, "forward", lambda real, x, **given: real(x, **given | {"context": None}))
 
 
-def _padding_is_seen(monkeypatch, model):
-    monkeypatch.setattr(model_file, "key_mask", lambda attention_mask: None)
-
-
-def _output_norm_skipped(monkeypatch, model):
-    monkeypatch.setattr(model.student.vision_encoder.output_norm, "forward", lambda x: x)
-
-
-def _keys_and_values_exchanged(monkeypatch, model):
-    kv = model.student.multimodal_encoder[1].cross_attention.kv
-    kv.weight.data = kv.weight.data.roll(CONFIG.text_width, 0)
-
-
-def _positions_from_one(monkeypatch, model):
-    embeddings = model.student.text_encoder.embeddings
-    real = embeddings.forward
-    monkeypatch.setattr(embeddings, "forward", lambda tokens: real(tokens, 1 + torch.arange(tokens.shape[1])))
-
-
-def _features_from_another_token(monkeypatch, model):
-    features = model.student.text_features
-    monkeypatch.setattr(model.student, "text_features", lambda states: features(states[:, 1:]))
-
-
-MUTANTS = [value for name, value in list(globals().items()) if name.startswith("_") and callable(value)]
-MUTANTS = [mutant for mutant in MUTANTS if getattr(mutant, "__module__", None) == __name__]
+OWN = torch.arange(BATCH)
+FAULTS = {
+    "momentum stands still": lambda plant, model: plant(model_file, "follow", lambda real, *_: None),
+    "momentum after the features": _momentum_after_the_features,
+    "momentum the other way": lambda plant, model: plant(
+        model_file, "follow", lambda real, teacher, student, beta: real(teacher, student, 1 - beta)
+    ),
+    "queue before the batch": _queue_before_the_batch,
+    "pushed before compared": _pushed_before_compared,
+    "features exchanged in the queue": lambda plant, model: plant(
+        model.queue, "push", lambda real, images, texts: real(texts, images)
+    ),
+    "no queue": lambda plant, model: plant(
+        model, "keys", lambda real, taught: (taught.image_features, taught.text_features)
+    ),
+    "temperature multiplies": lambda plant, model: plant(
+        model_file, "similarities", lambda real, *given: real(*given[:-1], 1 / given[-1])
+    ),
+    "teacher not asked": lambda plant, model: setattr(model, "_objective", Objective(alpha_itc=0, alpha_mlm=0)),
+    "words taught by the student": lambda plant, model: plant(
+        model.teacher, "words", lambda real, *given: model.student.words(*given)
+    ),
+    "negatives exchanged": _with_negatives(lambda wrong: Negatives(images=wrong.texts, texts=wrong.images)),
+    "negatives are positives": _with_negatives(lambda wrong: Negatives(OWN, OWN)),
+    "no cross-attention": _no_cross_attention,
+    "masked words not encoded anew": _masked_words_not_encoded_anew,
+    "padding of the corrupted text": lambda plant, model: plant(
+        model.student,
+        "words",
+        lambda real, tokens, attention_mask, *given: real(tokens, model.student.attention_mask(tokens), *given),
+    ),
+    "padding is seen": lambda plant, model: plant(model_file, "key_mask", lambda real, attention_mask: None),
+    "output norm skipped": lambda plant, model: plant(
+        model.student.vision_encoder.output_norm, "forward", lambda real, x: x
+    ),
+    "keys and values exchanged": lambda plant, model: rolled(
+        model.student.multimodal_encoder[1].cross_attention.kv.weight, CONFIG.text_width
+    ),
+    "positions from one": lambda plant, model: plant(
+        model.student.text_encoder.embeddings,
+        "forward",
+        lambda real, tokens: real(tokens, 1 + torch.arange(tokens.shape[1])),
+    ),
+    "features from another token": lambda plant, model: plant(
+        model.student, "text_features", lambda real, states: real(states[:, 1:])
+    ),
+}
 
 
 def test_every_planted_fault_is_told_from_the_reference(count, perturb):
     """Two steps, so that what a fault does to momentum copy and queue is seen too."""
 
-    def differences(mutate):
-        with pytest.MonkeyPatch.context() as monkeypatch:
+    def difference(fault=None):
+        with pytest.MonkeyPatch.context() as monkeypatch, planting() as plant:
             model = made("pretraining", perturb)
-            reference, draws, largest = reference_of(model, "pretraining"), Draws(monkeypatch), 0.0
-            if mutate:
-                mutate(monkeypatch, model)
+            reference, draws, found = reference_of(model, "pretraining"), Draws(monkeypatch), 0.0
+            if fault:
+                fault(plant, model)
             for step in range(2):
                 with torch.no_grad():
                     _, losses = our_step(model, step, getattr(model, "_objective", None))
-                    theirs = their_step(reference, step, draws)
-                largest = max([largest, *(abs(float(a - b)) for a, b in zip(losses, theirs, strict=True))])
+                    found = max(found, largest(losses, their_step(reference, step, draws)))
                 for parameter in model.student.parameters():  # the student moves alike in both
                     parameter.data.mul_(0.9)
                 for leaf in {id(v): v for v in reference.p.values() if v.requires_grad}.values():
                     leaf.data.mul_(0.9)
-        return largest
+        return found
 
-    assert differences(None) <= 1e-5
-    caught = [mutate.__name__ for mutate in MUTANTS if differences(mutate) > 1e-4]
-    missed = {mutant.__name__ for mutant in MUTANTS} - set(caught)
-    assert len(MUTANTS) >= 15 and not missed, f"not caught: {missed}"
-    count("albef.parity.mutants", "faults planted in our model and caught", len(caught), len(MUTANTS))
+    assert difference() <= 1e-5
+    caught = [name for name, fault in FAULTS.items() if difference(fault) > 1e-4]
+    assert len(FAULTS) >= 15 and len(caught) == len(FAULTS), f"not caught: {FAULTS.keys() - set(caught)}"
+    count("albef.parity.mutants", "faults planted in our model and caught", len(caught), len(FAULTS))

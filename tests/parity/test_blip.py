@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import in_each, largest, layers_in_reverse, patches_in_column_order, planting, rolled, wrong_eps
 from references import blip_pretraining as naive
 
 from papers.blip import model as blip_model
@@ -19,7 +20,7 @@ from papers.blip.losses import blip_losses
 from papers.blip.model import Blip, BlipPretraining, Objectives
 from papers.blip.tasks import BlipVqa
 from papers.blip.weights import FORMATS, hf_config, ours_of, published_of
-from shared.nn.blocks import set_recompute
+from shared.nn.blocks import QuickGELU, set_recompute
 from shared.weights.weight_map import to_ours
 
 transformers = pytest.importorskip("transformers")
@@ -371,89 +372,54 @@ def test_pictures_seen_once_train_as_pictures_seen_by_every_text(agree, perturb)
 # ---- faults that have to be told
 
 
-def _skip_cross_attention(model):
-    for stack in stacks(model):
-        for layer in stack.layers:
-            layer.__dict__["cross_attention"] = None
-            layer._modules.pop("cross_attention", None)
-
-
-def _swap_key_and_value_of_cross_attention(model):
-    for stack in stacks(model):
-        for layer in stack.layers:
-            k, v = layer.cross_attention.kv.weight.data.chunk(2)
-            layer.cross_attention.kv.weight.data = torch.cat([v, k])
-
-
-def _causal_the_wrong_way(model):
-    for stack in stacks(model):
-        plain = stack.layers.forward
-        stack.layers.forward = lambda x, causal=False, plain=plain, **given: plain(x, causal=not causal, **given)
-
-
-def _padding_seen(model):
-    for stack in stacks(model):
-        plain = stack.layers.forward
-        stack.layers.forward = lambda x, mask=None, plain=plain, **given: plain(x, **given)
-
-
-def _no_first_token_of_the_mode(model):
-    start = model.config.start_token
-    model.config = replace(model.config, encode_token=start, decode_token=start)
-
-
-def _no_label_smoothing(model):
-    model.config = replace(model.config, label_smoothing=0.0)
-
-
-def _no_final_vision_norm(model):
-    model.vision_encoder.output_norm = torch.nn.Identity()
-
-
-def _wrong_eps(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = 1e-3
-
-
-def _quick_gelu(model):
-    from shared.nn.blocks import QuickGELU
-
-    for stack in stacks(model):
-        for layer in stack.layers:
-            layer.mlp.activation = QuickGELU()
-
-
-def _positions_shifted(model):
-    for stack in stacks(model):
-        table = stack.embeddings.position
-        table.weight.data = table.weight.data.roll(1, 0)
-
-
-def _patches_in_column_order(model):
-    positions = model.vision_encoder.positions.position
-    grid = positions.data[1:].view(5, 5, -1).transpose(0, 1).reshape(25, -1)
-    positions.data = torch.cat([positions.data[:1], grid])
-
-
-def _layers_in_reverse(model):
-    for stack in stacks(model):
-        stack.layers._modules = {str(i): layer for i, layer in enumerate(reversed(stack.layers))}
-
-
-def _prompt_learned(model):
-    if model.text_decoder is not None:
-        plain = model.caption_targets
-        model.caption_targets = lambda tokens, image_tokens, prompt=0: plain(tokens, image_tokens)
-
-
 def stacks(model):
     return [stack for stack in (model.text_encoder, model.text_decoder) if stack is not None]
 
 
-MUTANTS = [value for name, value in list(globals().items()) if name.startswith("_") and callable(value)]
-MUTANTS = [m for m in MUTANTS if getattr(m, "__module__", None) == __name__]
-OF_ONE_HEAD = {"_no_label_smoothing", "_prompt_learned"}  # these touch captioning alone
+def layers(model):
+    return [layer for stack in stacks(model) for layer in stack.layers]
+
+
+def _causal_the_wrong_way(plant, model):
+    for stack in stacks(model):
+        plant(stack.layers, "forward", lambda real, x, causal=False, **given: real(x, causal=not causal, **given))
+
+
+def _padding_seen(plant, model):
+    for stack in stacks(model):
+        plant(stack.layers, "forward", lambda real, x, mask=None, **given: real(x, **given))
+
+
+def _no_first_token_of_the_mode(plant, model):
+    start = model.config.start_token
+    model.config = replace(model.config, encode_token=start, decode_token=start)
+
+
+def _no_label_smoothing(plant, model):
+    model.config = replace(model.config, label_smoothing=0.0)
+
+
+def _prompt_learned(plant, model):
+    if model.text_decoder is not None:
+        plant(model, "caption_targets", lambda real, tokens, image_tokens, prompt=0: real(tokens, image_tokens))
+
+
+OF_CAPTIONS = {"no label smoothing": _no_label_smoothing, "prompt learned": _prompt_learned}
+FAULTS = OF_CAPTIONS | {
+    "no cross-attention": in_each(layers, lambda layer: setattr(layer, "cross_attention", None)),
+    "keys and values of cross-attention exchanged": in_each(
+        layers, lambda layer: rolled(layer.cross_attention.kv.weight, CONFIG.text_width)
+    ),
+    "causal the wrong way": _causal_the_wrong_way,
+    "padding seen": _padding_seen,
+    "no first token of the mode": _no_first_token_of_the_mode,
+    "no final vision norm": lambda plant, model: setattr(model.vision_encoder, "output_norm", torch.nn.Identity()),
+    "wrong eps": wrong_eps,
+    "quick GELU": in_each(layers, lambda layer: setattr(layer.mlp, "activation", QuickGELU())),
+    "positions shifted": in_each(stacks, lambda stack: rolled(stack.embeddings.position.weight, 1)),
+    "patches in column order": patches_in_column_order,
+    "layers in reverse": in_each(stacks, lambda stack: layers_in_reverse(stack.layers)),
+}
 
 
 def test_every_mutant_is_told_from_the_reference(count, perturb):
@@ -463,22 +429,20 @@ def test_every_mutant_is_told_from_the_reference(count, perturb):
         "transformers-retrieval": (transformers.BlipForImageTextRetrieval, retrieval, their_retrieval),
     }
     tokens, images = texts(5), pictures(5)
-    caught = {}
+    caught = {name: [] for name in FAULTS}
     for format, (kind, ours_runs, theirs_runs) in heads.items():
         reference = perturb(make(kind))
         with torch.no_grad():
             theirs = theirs_runs(reference, tokens, images)
             sound = filled(format, state(reference))
-            for mutate in MUTANTS:
+            for name, fault in FAULTS.items():
                 mutant = copy.deepcopy(sound)
-                mutate(mutant)
-                found = ours_runs(mutant, tokens, images)
-                difference = max(float((a - b).abs().max()) for a, b in zip(found, theirs, strict=True))
-                caught.setdefault(mutate.__name__, []).append(difference > 1e-5)
-    assert len(MUTANTS) >= 12
-    missed = {name for name, found in caught.items() if not (any if name in OF_ONE_HEAD else all)(found)}
-    assert not missed, f"not caught: {missed}"
-    count("blip.parity.mutants", "faults planted in our model and caught", len(caught) - len(missed), len(MUTANTS))
+                with planting() as plant:
+                    fault(plant, mutant)
+                    caught[name].append(largest(ours_runs(mutant, tokens, images), theirs) > 1e-5)
+    missed = {name for name, found in caught.items() if not (any if name in OF_CAPTIONS else all)(found)}
+    assert len(FAULTS) >= 12 and not missed, f"not caught: {missed}"
+    count("blip.parity.mutants", "faults planted in our model and caught", len(caught) - len(missed), len(FAULTS))
 
 
 def test_every_fault_of_pretraining_is_told_from_its_equations(count, perturb, monkeypatch):

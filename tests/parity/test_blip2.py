@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import exchanged, in_each, largest, layers_in_reverse, planting, rolled
 from references.blip2_stage1 import Reference
 
 from papers.blip2 import model as blip2_model
@@ -382,191 +383,110 @@ def test_the_first_stage_equals_its_equations(by_picture, agree, perturb, monkey
     agree(f"{key}.gradients", "all gradients of the first stage against its equations", mine, wanted)
 
 
-# ---- faults that have to be told: a name, and what it does to a model of either stage (or to shared/nn/qformer.py)
+# ---- faults that have to be told, in a model of either stage (or in shared/nn/qformer.py)
 
 
 def layers_of(model):
     return model.qformer.layers
 
 
-def _cross_attention_in_the_other_blocks(monkeypatch, model):
+def _cross_attention_in_the_other_blocks(plant, model):
     layers = layers_of(model)
     for one, other in zip(layers[0::2], layers[1::2], strict=False):
-        for name in ("cross_attention", "cross_norm"):
-            part = one._modules.pop(name)
-            other._modules.pop(name, None)
-            one.__dict__[name], other._modules[name] = None, part
-            other.__dict__.pop(name, None)
+        one.cross_attention, other.cross_attention = None, one.cross_attention
+        one.cross_norm, other.cross_norm = None, one.cross_norm
 
 
-def _no_cross_attention(monkeypatch, model):
-    for layer in layers_of(model):
-        layer._modules.pop("cross_attention", None)
-        layer.__dict__["cross_attention"] = None
+def _keys_and_values_exchanged(layer):
+    if layer.cross_attention is not None:
+        rolled(layer.cross_attention.kv.weight, CONFIG.width)
 
 
-def _keys_and_values_exchanged(monkeypatch, model):
-    for layer in layers_of(model):
-        if layer.cross_attention is not None:
-            kv = layer.cross_attention.kv
-            kv.weight.data = kv.weight.data.roll(CONFIG.width, 0)
-
-
-def _one_feed_forward_for_both(monkeypatch, model):
-    for layer in layers_of(model):
-        layer.query_mlp = layer.mlp if layer.mlp is not None else torch.nn.Identity()
-
-
-def _feed_forwards_exchanged(monkeypatch, model):
-    for layer in layers_of(model):
-        other = layer.mlp if layer.mlp is not None else torch.nn.Identity()
-        layer.query_mlp, layer.mlp = other, layer.query_mlp
-
-
-def _norms_of_queries_and_text_exchanged(monkeypatch, model):
-    for layer in layers_of(model):
-        other = layer.mlp_norm if layer.mlp_norm is not None else torch.nn.Identity()
-        layer.query_mlp_norm, layer.mlp_norm = other, layer.query_mlp_norm
-
-
-def _queries_not_normalised(monkeypatch, model):
-    monkeypatch.setattr(model.qformer, "_queries", lambda rows: model.qformer.query_tokens.expand(rows, -1, -1))
-
-
-def _queries_with_positions(monkeypatch, model):
+def _queries_with_positions(plant, model):
     embeddings = model.qformer.embeddings
     table = embeddings.position.weight if hasattr(embeddings, "position") else torch.eye(CONFIG.queries, CONFIG.width)
-    monkeypatch.setattr(
-        model.qformer, "_queries",
-        lambda rows: embeddings.norm(model.qformer.query_tokens + table[: CONFIG.queries]).expand(rows, -1, -1),
-    )  # fmt: skip
+    tokens = model.qformer.query_tokens + table[: CONFIG.queries]
+    plant(model.qformer, "_queries", lambda real, rows: embeddings.norm(tokens).expand(rows, -1, -1))
 
 
-def _queries_causal(monkeypatch, model):
-    layers = layers_of(model)
-    plain = layers.forward
-    monkeypatch.setattr(layers, "forward", lambda x, queries, **given: plain(x, queries, **given | {"causal": True}))
-
-
-def _no_vision_norm(monkeypatch, model):
-    monkeypatch.setattr(model.vision_norm, "forward", lambda x: x)
-
-
-def _layers_in_reverse(monkeypatch, model):
-    layers = layers_of(model)
-    layers._modules = {str(i): layer for i, layer in enumerate(reversed(layers))}
-
-
-def _padding_is_seen(monkeypatch, model):
-    monkeypatch.setattr(qformer_file, "key_mask", lambda attention_mask: None)
-
-
-def _positions_behind_the_queries(monkeypatch, model):
-    embeddings = model.qformer.embeddings
-    plain = embeddings.forward
-    monkeypatch.setattr(
-        embeddings, "forward",
-        lambda tokens, positions=None: plain(tokens, CONFIG.queries + torch.arange(tokens.shape[1])),
-    )  # fmt: skip
-
-
-def _text_sees_no_queries_in_matching(monkeypatch, model):
+def _text_sees_no_queries_in_matching(plant, model):
     """The uni-modal mask where the bi-directional one belongs."""
-    layers, count = layers_of(model), CONFIG.queries
-    plain = layers.forward
 
-    def apart(x, queries, **given):
+    def apart(real, x, queries, **given):
         if queries and x.shape[1] > queries:
-            kind = torch.arange(x.shape[1]) < count
+            kind = torch.arange(x.shape[1]) < CONFIG.queries
             own = (kind[:, None] == kind[None])[None, None]
             given["mask"] = own if given.get("mask") is None else own & given["mask"]
-        return plain(x, queries, **given)
+        return real(x, queries, **given)
 
-    monkeypatch.setattr(layers, "forward", apart)
-
-
-def _text_looks_at_the_picture(monkeypatch, model):
-    layers = layers_of(model)
-    plain = layers.forward
-    monkeypatch.setattr(
-        layers, "forward", lambda x, queries, **given: plain(x, x.shape[1] if queries else queries, **given)
-    )
+    plant(layers_of(model), "forward", apart)
 
 
-def _match_by_query_0(monkeypatch, model):
-    config = model.config
-    real = model.qformer.match
-    monkeypatch.setattr(
-        model.qformer, "match", lambda *given: real(*given)[:, :1].expand(-1, config.queries + 1, -1)
-    )  # fmt: skip
-
-
-def _text_from_its_second_token(monkeypatch, model):
-    real = model.qformer.encode_text
-    monkeypatch.setattr(model.qformer, "encode_text", lambda *given: real(*given)[:, 1:])
-
-
-def _vectors_not_of_unit_length(monkeypatch, model):
-    monkeypatch.setattr(model, "image_vectors", lambda states: model.vision_proj(states).float())
-
-
-FOR_BOTH = [
-    _cross_attention_in_the_other_blocks,
-    _no_cross_attention,
-    _keys_and_values_exchanged,
-    _one_feed_forward_for_both,
-    _feed_forwards_exchanged,
-    _norms_of_queries_and_text_exchanged,
-    _queries_not_normalised,
-    _queries_with_positions,
-    _queries_causal,
-    _no_vision_norm,
-    _layers_in_reverse,
-]
-FOR_TEXT = [
-    _padding_is_seen,
-    _positions_behind_the_queries,
-    _text_sees_no_queries_in_matching,
-    _text_looks_at_the_picture,
-    _match_by_query_0,
-    _text_from_its_second_token,
-    _vectors_not_of_unit_length,
-]
+BROKEN = {  # what the first layer saw is asked for
+    "cross-attention in the other blocks": _cross_attention_in_the_other_blocks,
+    "no cross-attention": in_each(layers_of, lambda layer: setattr(layer, "cross_attention", None)),
+}
+FOR_BOTH = BROKEN | {
+    "keys and values exchanged": in_each(layers_of, _keys_and_values_exchanged),
+    "one feed-forward for both": in_each(
+        layers_of, lambda layer: setattr(layer, "query_mlp", layer.mlp or torch.nn.Identity())
+    ),
+    "feed-forwards exchanged": in_each(layers_of, lambda layer: exchanged(layer, "query_mlp", "mlp")),
+    "norms of queries and text exchanged": in_each(
+        layers_of, lambda layer: exchanged(layer, "query_mlp_norm", "mlp_norm")
+    ),
+    "queries not normalised": lambda plant, model: plant(
+        model.qformer, "_queries", lambda real, rows: model.qformer.query_tokens.expand(rows, -1, -1)
+    ),
+    "queries with positions": _queries_with_positions,
+    "queries causal": lambda plant, model: plant(
+        layers_of(model), "forward", lambda real, x, queries, **given: real(x, queries, **given | {"causal": True})
+    ),
+    "no vision norm": lambda plant, model: plant(model.vision_norm, "forward", lambda real, x: x),
+    "layers in reverse": lambda plant, model: layers_in_reverse(layers_of(model)),
+}
+FOR_TEXT = {
+    "padding is seen": lambda plant, model: plant(qformer_file, "key_mask", lambda real, attention_mask: None),
+    "positions behind the queries": lambda plant, model: plant(
+        model.qformer.embeddings,
+        "forward",
+        lambda real, tokens, positions=None: real(tokens, CONFIG.queries + torch.arange(tokens.shape[1])),
+    ),
+    "text sees no queries in matching": _text_sees_no_queries_in_matching,
+    "text looks at the picture": lambda plant, model: plant(
+        layers_of(model),
+        "forward",
+        lambda real, x, queries, **given: real(x, x.shape[1] if queries else queries, **given),
+    ),
+    "match by query 0": lambda plant, model: plant(
+        model.qformer, "match", lambda real, *given: real(*given)[:, :1].expand(-1, CONFIG.queries + 1, -1)
+    ),
+    "text from its second token": lambda plant, model: plant(
+        model.qformer, "encode_text", lambda real, *given: real(*given)[:, 1:]
+    ),
+    "vectors not of unit length": lambda plant, model: plant(
+        model, "image_vectors", lambda real, states: model.vision_proj(states).float()
+    ),
+}
 
 
 # of the whole model
 
 
-def _prefix_behind_the_text(monkeypatch, model):
+def _prefix_behind_the_text(plant, model):
     language = model.language_model
 
-    def behind(prefix, tokens, attention_mask, **given):
+    def behind(real, prefix, tokens, attention_mask, **given):
         turned = torch.cat([language.embed(tokens), prefix], dim=1)
         return language.states(turned, F.pad(attention_mask, (0, prefix.shape[1]), value=True), **given)
 
-    monkeypatch.setattr(model, "_read", behind)
+    plant(model, "_read", behind)
 
 
-def _prefix_not_projected(monkeypatch, model):
-    model.projector.weight.data = torch.eye(*model.projector.weight.shape)
-
-
-def _projector_without_bias(monkeypatch, model):
-    model.projector.bias.data.zero_()
-
-
-def _prompt_learned(monkeypatch, model):
-    real = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda seen, tokens, attention_mask, prompt: real(seen, tokens, attention_mask, 0)
-    )
-
-
-def _one_token_more_given(monkeypatch, model):
+def _one_token_more_given(plant, model):
     """The prefix split a token late: of what is to be said, the first token goes to the encoder."""
-    real = model.forward
 
-    def late(seen, tokens, attention_mask, prompt):
+    def late(real, seen, tokens, attention_mask, prompt):
         if isinstance(prompt, Prompt):
             prompt = Prompt(
                 torch.cat([prompt.tokens, tokens[:, :1]], 1),
@@ -575,56 +495,39 @@ def _one_token_more_given(monkeypatch, model):
             return real(seen, tokens[:, 1:], attention_mask[:, 1:], prompt)
         return real(seen, tokens, attention_mask, prompt + 1)
 
-    monkeypatch.setattr(model, "forward", late)
+    plant(model, "forward", late)
 
 
-def _labels_of_the_same_token(monkeypatch, model):
+def _labels_of_the_same_token(plant, model):
     """No shift: each state has to say the token that it has read."""
+
+    def unshifted(real, prefix, tokens, attention_mask, prompt):
+        states, learned = real(prefix, tokens, attention_mask, prompt)
+        return torch.cat([states[:, 1:], states[:, :1]], 1), learned
+
     if model.language_model.kind == "causal":
-        real = model._continued
-
-        def unshifted(prefix, tokens, attention_mask, prompt):
-            states, learned = real(prefix, tokens, attention_mask, prompt)
-            return torch.cat([states[:, 1:], states[:, :1]], 1), learned
-
-        monkeypatch.setattr(model, "_continued", unshifted)
+        plant(model, "_continued", unshifted)
     else:
-        real = model._read
-
-        def unshifted(prefix, tokens, attention_mask, targets):
-            return real(prefix, tokens, attention_mask, targets=targets.roll(-1, 1))
-
-        monkeypatch.setattr(model, "_read", unshifted)
+        plant(model, "_read", lambda real, *given, targets: real(*given, targets=targets.roll(-1, 1)))
 
 
-def _padding_read(monkeypatch, model):
-    real = model._read
-    monkeypatch.setattr(
-        model, "_read", lambda prefix, tokens, mask, **given: real(prefix, tokens, torch.ones_like(mask), **given)
-    )  # fmt: skip
-
-
-FOR_GENERATION = [
-    _prefix_behind_the_text,
-    _prefix_not_projected,
-    _projector_without_bias,
-    _prompt_learned,
-    _one_token_more_given,
-    _labels_of_the_same_token,
-    _padding_read,
-]
-OF_ONE_KIND = {
-    "_prompt_learned",
-    "_padding_read",
-}  # T5's prompt is never learned; in OPT padding behind a text is unseen
-
-
-def largest(mine, theirs):
-    """inf where shapes differ: that is told too."""
-    pairs = list(zip(mine, theirs, strict=True))
-    if any(a.shape != b.shape for a, b in pairs):
-        return float("inf")
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+OF_ONE_KIND = {  # T5's prompt is never learned; in OPT padding behind a text is unseen
+    "prompt learned": lambda plant, model: plant(
+        model, "forward", lambda real, seen, tokens, attention_mask, prompt: real(seen, tokens, attention_mask, 0)
+    ),
+    "padding read": lambda plant, model: plant(
+        model, "_read", lambda real, prefix, tokens, mask, **given: real(prefix, tokens, torch.ones_like(mask), **given)
+    ),
+}
+FOR_GENERATION = OF_ONE_KIND | {
+    "prefix behind the text": _prefix_behind_the_text,
+    "prefix not projected": lambda plant, model: setattr(
+        model.projector.weight, "data", torch.eye(*model.projector.weight.shape)
+    ),
+    "projector without bias": lambda plant, model: model.projector.bias.data.zero_(),
+    "one token more given": _one_token_more_given,
+    "labels of the same token": _labels_of_the_same_token,
+}
 
 
 def test_every_mutant_is_told_from_transformers(count, perturb):
@@ -635,87 +538,42 @@ def test_every_mutant_is_told_from_transformers(count, perturb):
         "opt": (our_causal, their_causal, causal, FOR_GENERATION),
         "t5": (our_seq2seq, their_seq2seq, seq2seq, FOR_GENERATION),
     }
-    caught, wanted = {}, {}
+    caught = {}
     for name, (ours_runs, theirs_runs, given, own) in runs.items():
         format, kind, settings, config = KINDS[name]
         reference = make(getattr(transformers, kind), perturb, **settings)
+        sound = filled(format, reference, config)
         with torch.no_grad():
             theirs = theirs_runs(reference, *given)
-            for mutate in (None, *FOR_BOTH, *own):
-                with pytest.MonkeyPatch.context() as monkeypatch:
-                    encoder, model = filled(format, reference, config)
-                    if mutate:
-                        mutate(monkeypatch, model)
-                    difference = largest(ours_runs(encoder, model, *given), theirs)
-                if mutate is None:
-                    assert difference <= 1e-5
-                else:
-                    caught.setdefault(mutate.__name__, []).append(difference > 1e-4)
-                    wanted[mutate.__name__] = any if mutate.__name__ in OF_ONE_KIND else all
-    missed = {name for name, found in caught.items() if not wanted[name](found)}
+            assert largest(ours_runs(*sound, *given), theirs) <= 1e-5
+            for fault, change in {**FOR_BOTH, **own}.items():
+                encoder, model = copy.deepcopy(sound)
+                with planting() as plant:
+                    change(plant, model)
+                    caught.setdefault(fault, []).append(largest(ours_runs(encoder, model, *given), theirs) > 1e-4)
+    missed = {name for name, found in caught.items() if not (any if name in OF_ONE_KIND else all)(found)}
     assert len(caught) >= 20 and not missed, f"not caught: {missed}"
     count("blip2.parity.mutants", "faults planted in our model and caught", len(caught) - len(missed), len(caught))
 
 
 # of the first stage's objectives
 
+OWN = torch.arange(BATCH)
 
-def _mean_over_the_queries(monkeypatch, model):
-    def contrast(images, texts):
+
+def _mean_over_the_queries(plant, model):
+    def contrast(real, images, texts):
         sides = torch.einsum("bqe,me->bmq", images, texts.detach()), torch.einsum("be,mqe->bmq", texts, images.detach())
         return blip2_model.Similarities(*(side.mean(-1) / model.temperature for side in sides))
 
-    monkeypatch.setattr(model, "contrast", contrast)
+    plant(model, "contrast", contrast)
 
 
-def _query_0_alone(monkeypatch, model):
-    real = model.contrast
-    monkeypatch.setattr(model, "contrast", lambda images, texts: real(images[:, :1], texts))
+def _temperature_multiplies(plant, model):
+    def multiplied(real, images, texts):
+        return blip2_model.Similarities(*(side * model.temperature**2 for side in real(images, texts)))
 
-
-def _temperature_multiplies(monkeypatch, model):
-    real = model.contrast
-    monkeypatch.setattr(
-        model, "contrast",
-        lambda images, texts: blip2_model.Similarities(*(side * model.temperature**2 for side in real(images, texts))),
-    )  # fmt: skip
-
-
-def _a_picture_that_belongs_is_false(monkeypatch, model):
-    real = model.matching
-    own = torch.arange(BATCH)
-    monkeypatch.setattr(model, "matching", lambda *given: real(*given[:-1], Negatives(own, own)))
-
-
-def _negatives_exchanged(monkeypatch, model):
-    real = model.matching
-    turned = Negatives(images=NEGATIVES.texts, texts=NEGATIVES.images)
-    monkeypatch.setattr(model, "matching", lambda *given: real(*given[:-1], turned))
-
-
-def _true_and_false_exchanged(monkeypatch, model):
-    real = model.matching
-    monkeypatch.setattr(model, "matching", lambda *given: (real(*given)[1], real(*given)[0]))
-
-
-def _no_label_smoothing(monkeypatch, model):
-    model.smoothing = 0.0
-
-
-def _written_from_cls(monkeypatch, model):
-    monkeypatch.setattr(model, "with_start", lambda tokens: tokens)
-
-
-def _text_behind_sees_what_follows(monkeypatch, model):
-    layers = layers_of(model)
-    plain = layers.forward
-    monkeypatch.setattr(layers, "forward", lambda x, queries, **given: plain(x, queries, **given | {"causal": False}))
-
-
-def _text_behind_sees_no_queries(monkeypatch, model):
-    real = model.qformer.decode_text
-    monkeypatch.setattr(model.qformer, "decode_text", lambda tokens, attention_mask, caches: real(
-        tokens, attention_mask, Blind(model.qformer, len(tokens))))  # fmt: skip
+    plant(model, "contrast", multiplied)
 
 
 class Blind(list):
@@ -730,35 +588,46 @@ class Blind(list):
         super().__init__(caches)
 
 
-def _no_gradient_through_the_cache(monkeypatch, model):
-    real = model.qformer.decode_text
+def _text_behind_sees_no_queries(plant, model):
+    def alone(real, tokens, attention_mask, caches):
+        return real(tokens, attention_mask, Blind(model.qformer, len(tokens)))
 
-    def cut(tokens, attention_mask, caches):
+    plant(model.qformer, "decode_text", alone)
+
+
+def _no_gradient_through_the_cache(plant, model):
+    def cut(real, tokens, attention_mask, caches):
         for cache in caches:
             cache.keys, cache.values = cache.keys.detach(), cache.values.detach()
         return real(tokens, attention_mask, caches)
 
-    monkeypatch.setattr(model.qformer, "decode_text", cut)
+    plant(model.qformer, "decode_text", cut)
 
 
-def _keys_of_contrast_with_gradient(monkeypatch, model):
-    monkeypatch.setattr(blip2_model, "gathered", lambda tensor: tensor)
-
-
-FOR_STAGE1 = [
-    _mean_over_the_queries,
-    _query_0_alone,
-    _temperature_multiplies,
-    _a_picture_that_belongs_is_false,
-    _negatives_exchanged,
-    _true_and_false_exchanged,
-    _no_label_smoothing,
-    _written_from_cls,
-    _text_behind_sees_what_follows,
-    _text_behind_sees_no_queries,
-    _no_gradient_through_the_cache,
-    _keys_of_contrast_with_gradient,
-]
+FOR_STAGE1 = {
+    "mean over the queries": _mean_over_the_queries,
+    "query 0 alone": lambda plant, model: plant(
+        model, "contrast", lambda real, images, texts: real(images[:, :1], texts)
+    ),
+    "temperature multiplies": _temperature_multiplies,
+    "a picture that belongs is false": lambda plant, model: plant(
+        model, "matching", lambda real, *given: real(*given[:-1], Negatives(OWN, OWN))
+    ),
+    "negatives exchanged": lambda plant, model: plant(
+        model, "matching", lambda real, *given: real(*given[:-1], Negatives(NEGATIVES.texts, NEGATIVES.images))
+    ),
+    "true and false exchanged": lambda plant, model: plant(
+        model, "matching", lambda real, *given: (real(*given)[1], real(*given)[0])
+    ),
+    "no label smoothing": lambda plant, model: setattr(model, "smoothing", 0.0),
+    "written from [CLS]": lambda plant, model: plant(model, "with_start", lambda real, tokens: tokens),
+    "text behind sees what follows": lambda plant, model: plant(
+        layers_of(model), "forward", lambda real, x, queries, **given: real(x, queries, **given | {"causal": False})
+    ),
+    "text behind sees no queries": _text_behind_sees_no_queries,
+    "no gradient through the cache": _no_gradient_through_the_cache,
+    "keys of contrast with gradient": lambda plant, model: plant(blip2_model, "gathered", lambda real, tensor: tensor),
+}
 
 
 def test_every_fault_of_the_first_stage_is_told_from_its_equations(count, perturb):
@@ -771,22 +640,21 @@ def test_every_fault_of_the_first_stage_is_told_from_its_equations(count, pertur
     twins = FORMATS[LAVIS].copies(reference.p)
     wanted = to_ours({k: v.grad for k, v in reference.p.items() if k not in twins}, FORMATS[LAVIS].map)
 
-    def difference(mutate):
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            Asked(monkeypatch)
+    def difference(change=None):
+        with pytest.MonkeyPatch.context() as patch, planting() as plant:
+            Asked(patch)
             mutant = copy.deepcopy(model)
             mutant.smoothing = SMOOTHING
-            if mutate:
-                mutate(monkeypatch, mutant)
+            if change:
+                change(plant, mutant)
             losses = stage1_losses(mutant(context, tokens), mutant.smoothing)
             losses.total().backward()
             found = largest([torch.stack([*losses])], [theirs])
             pairs = [(p.grad, wanted[k]) for k, p in mutant.named_parameters() if p.grad is not None and k in wanted]
             return max(found, *(float((mine - one).abs().max()) for mine, one in pairs if mine.shape == one.shape))
 
-    assert difference(None) <= 1e-5
-    broken = {_cross_attention_in_the_other_blocks, _no_cross_attention}  # what the first layer saw is asked for
-    planted = FOR_STAGE1 + [mutant for mutant in FOR_BOTH + FOR_TEXT if mutant not in broken]
-    missed = {mutate.__name__ for mutate in planted if not difference(mutate) > 1e-4}
+    assert difference() <= 1e-5
+    planted = {name: change for name, change in (FOR_STAGE1 | FOR_BOTH | FOR_TEXT).items() if name not in BROKEN}
+    missed = {name for name, change in planted.items() if not difference(change) > 1e-4}
     assert not missed, f"not caught: {missed}"
     count("blip2.parity.stage1.mutants", "faults planted in the first stage and caught", len(planted), len(planted))

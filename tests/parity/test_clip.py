@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from faults import largest, patches_in_column_order, planting, rolled, wrong_eps
 
 from papers.clip.config import ClipConfig
 from papers.clip.losses import clip_loss
@@ -28,9 +29,9 @@ VIT = ClipConfig(
     text_width=40,
     text_layers=2,
     text_heads=4,
-    context=13,
-    vocabulary=97,
-    end_token=96,
+    context=CONTEXT,
+    vocabulary=VOCABULARY,
+    end_token=VOCABULARY - 1,
 )
 RESNET = replace(VIT, image_size=96, vision_width=8, vision_layers=(1, 2, 1, 1), vision_heads=4, patch=None)
 
@@ -137,67 +138,44 @@ def test_uint8_pictures_give_what_normalised_floats_give(agree):
     agree("clip.parity.uint8", "image features of uint8 pixels against normalised floats", ours, plain)
 
 
-def _swap_key_and_value(model):
+def encoders(model):
+    return model.vision_encoder, model.text_encoder
+
+
+def _swap_key_and_value(plant, model):
     for block in model.text_encoder.blocks:
-        q, k, v = block.attention.qkv.weight.data.chunk(3)
-        block.attention.qkv.weight.data = torch.cat([q, v, k])
+        rolled(block.attention.qkv.weight[VIT.text_width :], VIT.text_width)
 
 
-def _exact_gelu(model):
-    for encoder in (model.vision_encoder, model.text_encoder):
+def _exact_gelu(plant, model):
+    for encoder in encoders(model):
         for block in encoder.blocks:
             block.mlp.activation = torch.nn.GELU()
 
 
-def _no_causal_mask(model):
-    blocks = model.text_encoder.blocks
-    plain = blocks.forward
-    blocks.forward = lambda x, causal: plain(x)
-
-
-def _read_last_position(model):
+def _read_last_position(plant, model):
     model.text_encoder.end_token = 0  # the first padding token instead of the end of the text
 
 
-def _no_input_norm(model):
-    model.vision_encoder.input_norm = torch.nn.Identity()
-
-
-def _wrong_eps(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = 1e-3
-
-
-def _norm_after_projection(model):
-    model.vision_encoder.output_norm = torch.nn.Identity()
-
-
-def _mean_instead_of_class_token(model):
+def _mean_instead_of_class_token(plant, model):
     encoder = model.vision_encoder
-    model.vision_encoder.forward = lambda images: encoder.output_norm(encoder.blocks(encoder.embed(images)).mean(1))
+    plant(encoder, "forward", lambda real, images: encoder.output_norm(encoder.blocks(encoder.embed(images)).mean(1)))
 
 
-def _scale_not_exponentiated(model):
-    model.logit_scale.data = model.logit_scale.data.log()
-
-
-def _skipped_block(model):
-    del model.vision_encoder.blocks[1]
-
-
-def _positions_shifted(model):
-    model.text_encoder.position.data = model.text_encoder.position.data.roll(1, 0)
-
-
-def _patches_in_column_order(model):
-    positions = model.vision_encoder.positions.position
-    grid = positions.data[1:].view(5, 5, -1).transpose(0, 1).reshape(25, -1)
-    positions.data = torch.cat([positions.data[:1], grid])
-
-
-MUTANTS = [value for name, value in list(globals().items()) if name.startswith("_") and callable(value)]
-MUTANTS = [m for m in MUTANTS if getattr(m, "__module__", None) == __name__]
+FAULTS = {
+    "keys and values swapped": _swap_key_and_value,
+    "exact GELU": _exact_gelu,
+    "no causal mask": lambda plant, model: plant(model.text_encoder.blocks, "forward", lambda real, x, causal: real(x)),
+    "read at the last position": _read_last_position,
+    "no input norm": lambda plant, model: setattr(model.vision_encoder, "input_norm", torch.nn.Identity()),
+    "wrong eps": wrong_eps,
+    "no output norm": lambda plant, model: setattr(model.vision_encoder, "output_norm", torch.nn.Identity()),
+    "mean instead of class token": _mean_instead_of_class_token,
+    "scale not exponentiated": lambda plant, model: setattr(model.logit_scale, "data", model.logit_scale.data.log()),
+    "a block skipped": lambda plant, model: model.vision_encoder.blocks.__delitem__(1),
+    "positions shifted": lambda plant, model: rolled(model.text_encoder.position, 1),
+    "patches in column order": patches_in_column_order,
+}
 
 
 def test_every_mutant_is_told_from_the_reference(count, perturb):
@@ -205,18 +183,14 @@ def test_every_mutant_is_told_from_the_reference(count, perturb):
     reference = perturb(make_open_clip(VIT))
     images, tokens = batch(VIT)
     with torch.no_grad():
-        their_images, their_texts, their_loss = reference_loss(reference, images, tokens)
-        sound = loaded(VIT, state(reference), OPENAI_VIT)
-        caught = []
-        for mutate in MUTANTS:
+        theirs = reference_loss(reference, images, tokens)
+        sound, caught = loaded(VIT, state(reference), OPENAI_VIT), []
+        for name, fault in FAULTS.items():
             mutant = copy.deepcopy(sound)
-            mutate(mutant)
-            output = mutant(images, tokens)
-            differences = (output.image_features - their_images, output.text_features - their_texts)
-            difference = max(float(d.abs().max()) for d in (*differences, clip_loss(output) - their_loss))
-            if difference > 1e-5:
-                caught.append(mutate.__name__)
-    assert len(MUTANTS) >= 12
-    missed = {m.__name__ for m in MUTANTS} - set(caught)
-    assert not missed, f"not caught: {missed}"
-    count("clip.parity.mutants", "faults planted in our model and caught", len(caught), len(MUTANTS))
+            with planting() as plant:
+                fault(plant, mutant)
+                output = mutant(images, tokens)
+            if largest((output.image_features, output.text_features, clip_loss(output)), theirs) > 1e-5:
+                caught.append(name)
+    assert len(FAULTS) >= 12 and len(caught) == len(FAULTS), f"not caught: {FAULTS.keys() - set(caught)}"
+    count("clip.parity.mutants", "faults planted in our model and caught", len(caught), len(FAULTS))

@@ -647,7 +647,7 @@ def repeated(_):
     return {"w": torch.ones(1).expand(1 << 40)}
 
 
-MEMO = b"Nr\xff\xff\xff\x7f."  # puts nothing at place 2,147,483,647 of the unpickler's memo
+MEMO = {"binary": b"Nr\xff\xff\xff\x7f.", "text": b"Np2147483647\n."}  # nothing, at place 2,147,483,647 of the memo
 CASES |= {
     "pickle that would execute, bare": Case(
         written(lambda folder: pickle.dumps({"w": Runs(mark(folder))}, 2), "w.pt"), weights, NOT_WEIGHTS.format("")
@@ -663,9 +663,12 @@ CASES |= {
         weights,
         r"w\.pt: asks for (posix|nt)\.system, which weights do not need; not loaded$",
     ),
-    "pickle that asks for 34 GB by one number": Case(
-        torchscript(MEMO), weights, NOT_WEIGHTS.format("a memo of 2,147,483,647 places"), bomb=True
-    ),
+    **{
+        f"pickle that asks for 34 GB by one number, in {form}": Case(
+            torchscript(memo), weights, NOT_WEIGHTS.format("a memo of 2,147,483,647 places"), bomb=True
+        )
+        for form, memo in MEMO.items()
+    },
     "torch archive that unpacks to 80 MB": Case(packed_torch, weights, ENDLESS, bomb=True),
     "tensor that repeats one number 10^12 times": Case(
         torch_saved(repeated), weights, NOT_WEIGHTS.format("is not stored in full"), bomb=True

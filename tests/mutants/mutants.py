@@ -18,8 +18,9 @@ class Mutant(NamedTuple):
 
 
 def read(text: str) -> tuple[Mutant, ...]:
-    """A line `file < tests` begins a block, a line indented by two a fault; behind `- ` and `+ ` stands code as it is."""
+    """`file < tests` begins a block, a line indented by two a fault; behind `- ` and `+ ` stands code as it is."""
     mutants: list[Mutant] = []
+    file, tests = "", ()
     for line in text.splitlines():
         if line.startswith(("    - ", "    + ")):
             field, found = ("old", mutants[-1].old) if line[4] == "-" else ("new", mutants[-1].new)

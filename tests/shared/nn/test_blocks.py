@@ -1,6 +1,7 @@
 """Blocks and encoders against torch's own layers, and what they save: recomputed activations, untouched padding."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from shared.nn.blocks import Block, Blocks, QuickGELU, set_recompute
 from shared.nn.positions import resample_grid
-from shared.nn.text_transformer import CausalTextTransformer
+from shared.nn.text_transformer import CausalTextTransformer, longest
 from shared.nn.vit import VisionTransformer
 
 
@@ -82,13 +83,30 @@ def test_recomputed_activations_change_no_gradient():
         torch.testing.assert_close(ours.grad, theirs.grad, atol=0, rtol=0)
 
 
-def test_recomputing_really_runs_a_block_twice():
-    blocks = Blocks([Block(24, 3)]).train()
-    set_recompute(blocks, True)
+@pytest.mark.parametrize(("recompute", "training", "times"), [(True, True, 2), (False, True, 1), (True, False, 1)])
+def test_a_block_runs_twice_only_where_a_training_recomputes_it(recompute, training, times):
+    blocks = Blocks([Block(24, 3)]).train(training)
+    set_recompute(blocks, recompute)
     runs = []
     blocks[0].attention.register_forward_pre_hook(lambda *_: runs.append(1))
     blocks(torch.randn(1, 4, 24, requires_grad=True)).sum().backward()
-    assert len(runs) == 2
+    assert len(runs) == times
+
+
+def test_stochastic_depth_leaves_out_whole_samples_and_scales_the_others_up():
+    torch.manual_seed(0)
+    block, y = Block(24, 3, drop_path=0.25), torch.randn(4000, 2, 24)
+    found = block.train().kept(y)
+    gone = (found == 0).all(2).all(1)
+    torch.testing.assert_close(found, torch.where(gone[:, None, None], 0.0, y / 0.75))
+    assert float(gone.float().mean()) == pytest.approx(0.25, abs=0.03)
+    assert block.eval().kept(y) is y
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_dropped_sample_passes_by_attention_and_mlp(norm):
+    block, x = Block(24, 3, norm=norm, drop_path=1 - 1e-9).train(), torch.randn(2, 5, 24)
+    torch.testing.assert_close(block(x), x if norm == "pre" else block.mlp_norm(block.attention_norm(x)))
 
 
 def text_tower():
@@ -125,9 +143,27 @@ def test_the_first_end_token_is_the_end():
     torch.testing.assert_close(tower(again), tower(tokens))
 
 
+def test_a_token_enters_with_its_position_added_and_leaves_through_the_norm():
+    torch.manual_seed(0)
+    tower = CausalTextTransformer(50, 16, 24, 0, 3, end_token=49)
+    nn.init.normal_(tower.position)
+    expected = tower.output_norm(tower.token_embedding.weight[49] + tower.position[[2, 8]])
+    torch.testing.assert_close(tower(captions([3, 9])), expected)
+
+
+def test_a_gpu_computes_a_multiple_of_eight_tokens_but_never_more_than_there_are():
+    end = SimpleNamespace(is_meta=False, is_cuda=True, max=lambda: 8)  # the ninth token is the last
+    assert (longest(end, 24), longest(end, 12)) == (16, 12)
+    assert longest(torch.tensor([3, 8]), 24) == 9 and longest(torch.tensor([3, 8], device="meta"), 24) == 24
+
+
 def test_more_tokens_than_the_context_are_refused():
     with pytest.raises(ValueError, match="context of 16"):
         text_tower()(torch.zeros(1, 17, dtype=torch.long))
+
+
+def vit(size=16, patch=4, layers=1, **options):
+    return VisionTransformer(size, patch, 24, layers, 3, mean=(0.5,) * 3, std=(0.2,) * 3, **options)
 
 
 def test_a_picture_that_does_not_divide_into_patches_is_refused():
@@ -136,13 +172,12 @@ def test_a_picture_that_does_not_divide_into_patches_is_refused():
 
 
 def test_a_vit_reads_pictures_of_another_size_by_resampling_its_positions():
-    vit = VisionTransformer(32, 8, 24, 1, 3, mean=(0.5,) * 3, std=(0.2,) * 3).eval()
-    assert vit.tokens(torch.zeros(2, 3, 48, 40, dtype=torch.uint8)).shape == (2, 1 + 6 * 5, 24)
+    assert vit(32, 8).eval().tokens(torch.zeros(2, 3, 48, 40, dtype=torch.uint8)).shape == (2, 1 + 6 * 5, 24)
 
 
 def test_rows_and_columns_of_an_oblong_picture_get_their_own_positions():
     torch.manual_seed(0)
-    model = VisionTransformer(16, 4, 24, 1, 3, mean=(0.5,) * 3, std=(0.2,) * 3)
+    model = vit()
     images = torch.randint(0, 256, (2, 3, 8, 24), dtype=torch.uint8)  # 2 rows of 6 patches
     position = model.positions.position
     expected = resample_grid(position, (4, 4), (2, 6), 1)[1:] + model.patch_embedding(images)
@@ -150,9 +185,23 @@ def test_rows_and_columns_of_an_oblong_picture_get_their_own_positions():
 
 
 def test_leaving_out_the_last_block_is_the_second_last_layer():
-    vit = VisionTransformer(32, 8, 24, 3, 3, mean=(0.5,) * 3, std=(0.2,) * 3).eval()
+    model = vit(32, 8, layers=3).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     before = []
-    vit.blocks[2].register_forward_pre_hook(lambda _, args: before.append(args[0]))
-    vit.tokens(images)
-    torch.testing.assert_close(vit.tokens(images, skip_last_blocks=1), before[0])
+    model.blocks[2].register_forward_pre_hook(lambda _, args: before.append(args[0]))
+    model.tokens(images)
+    torch.testing.assert_close(model.tokens(images, skip_last_blocks=1), before[0])
+
+
+def test_stochastic_depth_rises_from_nothing_to_the_last_block():
+    drops = [[block.drop_path for block in vit(layers=layers, drop_path=0.3).blocks] for layers in (4, 1)]
+    assert drops == [pytest.approx([0.0, 0.1, 0.2, 0.3]), [0.0]]
+
+
+def test_without_a_key_bias_queries_and_values_have_theirs():
+    qkv, x = vit(key_bias=False).blocks[0].attention.qkv, torch.randn(2, 5, 24)
+    nn.init.normal_(qkv.bias)
+    assert qkv.bias.shape == (48,)
+    of_q, of_v = qkv.bias.split(24)
+    expected = x @ qkv.weight.T + torch.cat([of_q, torch.zeros(24), of_v])
+    torch.testing.assert_close(qkv(x), expected)

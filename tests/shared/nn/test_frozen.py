@@ -46,6 +46,16 @@ def test_training_mode_does_not_reach_the_frozen_part():
     torch.testing.assert_close(model.encoder(x), expected)
 
 
+def test_numbers_come_in_the_frozen_parts_precision_and_indices_as_they_are():
+    table = Frozen(nn.Embedding(5, 3), torch.bfloat16)
+    assert table(torch.tensor([4, 1])).dtype == torch.bfloat16
+    seen = []
+    part = nn.Identity()
+    part.forward = lambda *given: seen.extend(given)
+    Frozen(part, torch.bfloat16)(torch.ones(2), torch.tensor([1]), None)
+    assert [getattr(one, "dtype", one) for one in seen] == [torch.bfloat16, torch.int64, None]
+
+
 def test_the_state_dict_holds_the_trained_part_alone_and_loads_strictly():
     model = Head()
     assert set(model.state_dict()) == {"head.weight", "head.bias"}

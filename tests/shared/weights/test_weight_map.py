@@ -260,12 +260,6 @@ def test_a_storage_that_is_cut_or_packed_is_refused(scripted, tmp_path):
         read_tensors(tmp_path / "bomb.pt")
 
 
-def test_one_opcode_cannot_ask_for_gigabytes(scripted, tmp_path):
-    for memo in (b"Nr\xff\xff\xff\x7f.", b"Np2147483647\n."):
-        with pytest.raises(UserError, match="a memo of 2,147,483,647 places"):
-            read_tensors(rewritten(scripted["trace"], tmp_path / "memo.pt", **{"data.pkl": memo}))
-
-
 def test_a_torch_archive_is_read_with_weights_only(tmp_path):
     state = Tiny().state_dict()
     for wrapped in (state, {"state_dict": state, "epoch": 3}, {"model": state, "optimizer": {"lr": 1.0}}):
@@ -275,17 +269,6 @@ def test_a_torch_archive_is_read_with_weights_only(tmp_path):
     same(read_tensors(tmp_path / "old.bin"), state)
 
 
-def test_a_malicious_torch_archive_is_refused_and_nothing_runs(tmp_path):
-    import os
-
-    witness = tmp_path / "witness"
-    for zipped in (True, False):
-        torch.save({"x": Evil(os.system, f"touch {witness}")}, tmp_path / "e.pt", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(UserError, match=r"e.pt: refused as a weight file"):
-            read_tensors(tmp_path / "e.pt")
-    assert not witness.exists()
-
-
 def test_a_file_that_holds_more_than_tensors_is_refused(tmp_path):
     torch.save({"w": torch.ones(1), "epoch": 3, "name": "x"}, tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"not a state dict, these are no tensors: epoch, name"):
@@ -293,24 +276,6 @@ def test_a_file_that_holds_more_than_tensors_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "w.pt")
     with pytest.raises(UserError, match=r"not a state dict"):
         read_tensors(tmp_path / "w.pt")
-
-
-def test_a_tensor_that_repeats_itself_to_any_size_is_refused(tmp_path):
-    torch.save({"w": torch.ones(1).expand(1 << 40)}, tmp_path / "w.pt")
-    with pytest.raises(
-        UserError, match=r"w.pt: refused as a weight file \('w' \(1099511627776,\) is not stored in full"
-    ):
-        read_tensors(tmp_path / "w.pt")
-
-
-def test_a_packed_torch_archive_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    torch.save({"w": torch.zeros(20 << 20)}, tmp_path / "w.pt")
-    with zipfile.ZipFile(tmp_path / "w.pt") as old, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
-    with pytest.raises(UserError, match=r"bomb.pt: unpacks to more than"):
-        read_tensors(tmp_path / "bomb.pt")
 
 
 def test_a_header_is_read_without_its_tensors(tmp_path, monkeypatch):

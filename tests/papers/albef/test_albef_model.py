@@ -2,13 +2,12 @@
 tests/parity/test_albef.py."""
 
 import copy
-import socket
 from dataclasses import replace
 
 import albef_ranks
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import on_two_ranks
 from tests_common import CATALOG, ROOT
 from torch.nn import functional as F
 
@@ -245,12 +244,7 @@ def test_the_first_position_alone_is_what_all_layers_give_there(dropout):
 
 
 def test_the_queue_is_the_same_on_both_ranks_and_holds_all_of_them_in_order():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(albef_ranks.on_rank, args=(port, results), nprocs=2)
-    first, second = (found for _, found in sorted((results.get() for _ in range(2)), key=lambda pair: pair[0]))
+    first, second = on_two_ranks(albef_ranks.on_rank)
     alone, rows = albef_ranks.training(), albef_ranks.ROWS  # one rank with the whole batch
     for index, (one, other) in enumerate(zip(first, second, strict=True)):
         assert one[1:] == other[1:], "the ranks' queues differ"

@@ -1,13 +1,12 @@
 """BLIP-2's wiring: what each objective compares and trains, two ranks, the bridge to a frozen language model, sizes."""
 
-import socket
 from dataclasses import replace
 
 import blip2_ranks
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import on_two_ranks
 from torch import nn
 
 from papers.blip2 import model as blip2
@@ -322,30 +321,20 @@ def test_the_stages_norm_and_projections_begin_as_published():
 
 
 def test_two_ranks_contrast_and_match_with_all_and_train_as_one_rank_with_the_whole_batch():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(blip2_ranks.on_rank, args=(port, results), nprocs=2, join=False)
-    found, ended = {}, False
-    while not ended:  # a rank that fails is raised by join; one that waits for room in the queue gets it
-        ended = context.join(timeout=0.05)
-        while not results.empty():
-            with_ids, rank, one = results.get()
-            found[with_ids, rank] = one
+    found = on_two_ranks(blip2_ranks.on_rank)
     rows = blip2_ranks.ROWS
     for with_ids in (False, True):
         whole = blip2_ranks.step(0, slice(None), with_ids)
         for rank in (0, 1):
-            one, own = found[with_ids, rank], slice(rank * rows, (rank + 1) * rows)
+            one, own = found[rank][with_ids], slice(rank * rows, (rank + 1) * rows)
             for ours, alone in zip(one["similar"], whole["similar"], strict=True):
                 close(torch.tensor(ours), torch.tensor(alone)[own])  # (B, M)
             assert one["targets"] == whole["targets"][own] and one["same"] == whole["same"][own]
-        losses = [torch.tensor(found[with_ids, rank]["losses"]) for rank in (0, 1)]
+        losses = [torch.tensor(found[rank][with_ids]["losses"]) for rank in (0, 1)]
         close(sum(losses) / 2, torch.tensor(whole["losses"]))
         for name, gradient in whole["gradients"].items():
             torch.testing.assert_close(
-                torch.tensor(found[with_ids, 0]["gradients"][name]), gradient, atol=2e-5, rtol=1e-3, msg=name
+                torch.tensor(found[0][with_ids]["gradients"][name]), gradient, atol=2e-5, rtol=1e-3, msg=name
             )
 
 

@@ -1,13 +1,10 @@
 """Two real ranks on CPU: the gathered contrastive losses and their gradients equal those of the whole batch on one."""
 
-import os
-import socket
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_two_ranks
 from torch.nn import functional as F
 
 from shared.losses.contrastive import chunked_contrastive_loss, contrastive_loss
@@ -38,30 +35,20 @@ def step(loss, shard=slice(None), scale=7.0, weight=1.0):
     return [x.tolist() for x in (value.detach(), images.grad, texts.grad, scale.grad)]
 
 
-def on_rank(rank, port, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def on_rank(rank):
     shard = slice(rank * 3, rank * 3 + 3)
     found = {}
     for name, loss in LOSSES.items():
         for scale in (7.0, 100.0):
             found[name, scale] = step(loss, shard, scale)
         found[name, "weighted"] = step(loss, shard, weight=rank + 1.0)
-    results.put((rank, found))
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks():
     """What each of the two ranks found, in order."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(on_rank, args=(port, results), nprocs=2)
-    return [found for _, found in sorted((results.get() for _ in range(2)), key=lambda pair: pair[0])]
+    return on_two_ranks(on_rank)
 
 
 @pytest.mark.parametrize("scale", [7.0, 100.0])

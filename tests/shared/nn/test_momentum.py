@@ -1,12 +1,8 @@
 """Momentum encoders and queues: the exact average, the order of the queue, the same on two real ranks."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_two_ranks
 from torch import nn
 from torch.testing import assert_close
 
@@ -135,26 +131,17 @@ def test_batches_that_do_not_fit_the_queue_are_refused():
         queue.push(*batch(0, 11))
 
 
-def on_rank(rank, port, results):
+def on_rank(rank):
     """Two ranks with seeds of their own push pairs of their own, in three steps that pass the queue's end."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(rank)
     queue = FeatureQueue(SIZE, WIDTH)
     for step in range(3):
         queue.push(*batch(4 * step + 2 * rank, 2))
-    results.put((rank, {name: value.tolist() for name, value in queue.state_dict().items()}))
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: value.tolist() for name, value in queue.state_dict().items()}
 
 
 def test_two_ranks_hold_the_queue_that_one_would_hold():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(on_rank, args=(port, results), nprocs=2)
-    first, second = (found for _, found in sorted((results.get() for _ in range(2)), key=lambda pair: pair[0]))
+    first, second = on_two_ranks(on_rank)
     alone = FeatureQueue(SIZE, WIDTH)
     for step in range(3):
         alone.push(*batch(4 * step, 4))

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from faults import in_each, largest, layers_in_reverse, patches_in_column_order, planting, rolled, wrong_eps
+from pairs import of_uint8_and_floats, pictures, retrieval_loss, state, texts
 from references import blip_pretraining as naive
 
 from papers.blip import model as blip_model
@@ -54,21 +54,6 @@ def make(kind, config=CONFIG):
     return kind(transformers.BlipConfig.from_dict(hf_config(config)))
 
 
-def texts(size, length=CONFIG.context, config=CONFIG, seed=1):
-    """[CLS] words [SEP] padding, of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.zeros(size, length, dtype=torch.long)
-    for row in range(size):
-        used = 5 + (row * 3) % (length - 4)
-        tokens[row, :used] = torch.randint(1, config.start_token, (used,), generator=generator)
-        tokens[row, 0], tokens[row, used - 1] = config.start_token, config.end_token
-    return tokens
-
-
-def pictures(size, seed=2):
-    return torch.randn(size, 3, CONFIG.image_size, CONFIG.image_size, generator=torch.Generator().manual_seed(seed))
-
-
 def first(token, tokens):
     tokens = tokens.clone()
     tokens[:, 0] = token
@@ -80,10 +65,6 @@ def targets_of(tokens, prompt=0):
     labels = tokens.masked_fill(tokens == CONFIG.pad_token, -100)
     labels[:, :prompt] = -100
     return labels
-
-
-def state(module):
-    return {k: v.detach().clone() for k, v in module.state_dict().items()}
 
 
 def filled(format, published, config=CONFIG):
@@ -122,13 +103,7 @@ def retrieval(model, tokens, images):
     """(cosines, match logits, a loss of both) of a matcher of ours."""
     image_tokens = model.encode_image(images)
     cosines = model.features_of(image_tokens) @ model.text_features(tokens).T
-    return retrieval_loss(cosines, model.match(tokens, image_tokens))
-
-
-def retrieval_loss(cosines, matches):
-    labels = torch.arange(len(matches)) % 2
-    loss = F.cross_entropy(cosines / 0.07, torch.arange(len(cosines))) + F.cross_entropy(matches, labels)
-    return cosines, matches, loss
+    return retrieval_loss(cosines, model.match(tokens, image_tokens), 0.07)
 
 
 def their_retrieval(reference, tokens, images):
@@ -136,13 +111,13 @@ def their_retrieval(reference, tokens, images):
     given = {"pixel_values": images, "attention_mask": attention_mask}
     itc = reference(input_ids=first(CONFIG.start_token, tokens), use_itm_head=False, **given).itm_score
     itm = reference(input_ids=first(CONFIG.encode_token, tokens), use_itm_head=True, **given).itm_score
-    return retrieval_loss(itc, itm)
+    return retrieval_loss(itc, itm, 0.07)
 
 
 def test_captioning_equals_transformers(agree, perturb):
     torch.manual_seed(0)
     reference = perturb(make(transformers.BlipForConditionalGeneration))
-    tokens, images = texts(5), pictures(5)
+    tokens, images = texts(5, CONFIG), pictures(5)
     their_logits, their_loss = their_captions(reference, tokens, images)
     their_loss.backward()
     ours = filled("transformers-captioning", state(reference))
@@ -156,7 +131,7 @@ def test_captioning_equals_transformers(agree, perturb):
 def test_retrieval_heads_equal_transformers(agree, perturb):
     torch.manual_seed(0)
     reference = perturb(make(transformers.BlipForImageTextRetrieval))
-    tokens, images = texts(6), pictures(6)
+    tokens, images = texts(6, CONFIG), pictures(6)
     their_cosines, their_matches, their_loss = their_retrieval(reference, tokens, images)
     their_loss.backward()
     ours = filled("transformers-retrieval", state(reference))
@@ -174,7 +149,7 @@ def test_question_answering_equals_transformers(agree, perturb):
     question at a time, and ours all of them at once."""
     torch.manual_seed(0)
     reference = perturb(make(transformers.BlipForQuestionAnswering, WIDE))
-    questions, answers, images = texts(5), texts(5, length=9, seed=3), pictures(5)
+    questions, answers, images = texts(5, CONFIG), texts(5, CONFIG, length=9, seed=3), pictures(5)
     told = (answers[:, 1:] != 0).sum()
     their_loss = 0.0
     for question, answer, image in zip(questions, answers, images, strict=True):
@@ -197,7 +172,7 @@ def test_answers_are_ranked_as_transformers_scores_them(perturb):
     torch.manual_seed(0)
     reference = perturb(make(transformers.BlipForQuestionAnswering, WIDE))
     ours = filled("transformers-vqa", state(reference), WIDE)
-    questions, answers, images = texts(4), texts(7, length=9, seed=5), pictures(4)
+    questions, answers, images = texts(4, CONFIG), texts(7, CONFIG, length=9, seed=5), pictures(4)
     with torch.no_grad():
         states = ours.ask(questions, ours.encode_image(images))
         found = ours.rank(states, questions, answers, candidates=7)
@@ -247,11 +222,7 @@ def test_the_image_encoder_equals_timm_under_the_authors_names(agree, perturb):
 
 def test_uint8_pictures_give_what_normalised_floats_give(agree):
     torch.manual_seed(0)
-    model = Blip(CONFIG).eval()
-    pixels = torch.randint(0, 256, (3, 3, CONFIG.image_size, CONFIG.image_size), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.mean, CONFIG.std))
-    with torch.no_grad():
-        ours, plain = model.encode_image(pixels), model.encode_image((pixels / 255 - mean) / std)
+    ours, plain = of_uint8_and_floats(Blip(CONFIG).eval().encode_image, CONFIG)
     agree("blip.parity.uint8", "picture tokens of uint8 pixels against normalised floats", ours, plain)
 
 
@@ -276,7 +247,7 @@ def test_pretraining_equals_its_equations_over_two_steps(by_picture, agree, pert
     with torch.no_grad():
         model.temperature.fill_(0.11)
     before = copy.deepcopy(model)
-    images, tokens, ids = pictures(5), texts(5), torch.tensor([7, 3, 7, 1, 0])
+    images, tokens, ids = pictures(5), texts(5, CONFIG), torch.tensor([7, 3, 7, 1, 0])
     if by_picture:  # a picture that the queue knows
         model.queue.ids[4] = before.queue.ids[4] = 3
     answer = blip_model.Negatives(images=torch.tensor([1, 0, 4, 2, 3]), texts=torch.tensor([3, 4, 1, 0, 1]))
@@ -354,7 +325,7 @@ def test_pictures_seen_once_train_as_pictures_seen_by_every_text(agree, perturb)
     """Keys and values of the pictures are computed once for all texts: gradients as without."""
     torch.manual_seed(0)
     model = perturb(BlipPretraining(CONFIG))
-    images, tokens = pictures(4), texts(4)
+    images, tokens = pictures(4), texts(4, CONFIG)
     answer = blip_model.Negatives(images=torch.tensor([1, 0, 3, 2]), texts=torch.tensor([3, 2, 1, 0]))
     grads = []
     for recompute in (False, True):
@@ -428,7 +399,7 @@ def test_every_mutant_is_told_from_the_reference(count, perturb):
         "transformers-captioning": (transformers.BlipForConditionalGeneration, captions, their_captions),
         "transformers-retrieval": (transformers.BlipForImageTextRetrieval, retrieval, their_retrieval),
     }
-    tokens, images = texts(5), pictures(5)
+    tokens, images = texts(5, CONFIG), pictures(5)
     caught = {name: [] for name in FAULTS}
     for format, (kind, ours_runs, theirs_runs) in heads.items():
         reference = perturb(make(kind))
@@ -449,7 +420,7 @@ def test_every_fault_of_pretraining_is_told_from_its_equations(count, perturb, m
     """Faults in what no library computes: each has to move a loss of a step behind one of training."""
     torch.manual_seed(0)
     sound = perturb(BlipPretraining(CONFIG)).train()
-    images, tokens, ids = pictures(5), texts(5), torch.tensor([7, 3, 7, 1, 0])
+    images, tokens, ids = pictures(5), texts(5, CONFIG), torch.tensor([7, 3, 7, 1, 0])
     faults = {
         "the teacher stands still": lambda m: setattr(m, "config", replace(m.config, momentum=1.0)),
         "the teacher is the student": lambda m: setattr(m, "config", replace(m.config, momentum=0.0)),
@@ -491,7 +462,7 @@ def test_question_answering_starts_with_pretrained_weights(config, perturb):
     torch.manual_seed(0)
     blip = perturb(Blip(config))
     vqa = BlipVqa.started_from(blip)
-    tokens = texts(2)
+    tokens = texts(2, CONFIG)
     with torch.no_grad():
         ours = vqa.ask(tokens, vqa.encode_image(pictures(2)))
         assert torch.equal(ours, blip.ground(tokens, blip.encode_image(pictures(2))))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faults import exchanged, in_each, largest, layers_in_reverse, planting, rolled
+from pairs import of_uint8_and_floats, pictures, retrieval_loss, state, texts
 from references.blip2_stage1 import Reference
 
 from papers.blip2 import model as blip2_model
@@ -89,10 +90,6 @@ def make(kind, perturb, **given):
     return reference
 
 
-def state(module):
-    return {k: v.detach().clone() for k, v in module.state_dict().items()}
-
-
 def filled(format, reference, config=CONFIG):
     """(image encoder, model) of ours with the reference's weights, through our converter."""
     published, language = without_language(state(reference))
@@ -128,17 +125,6 @@ def agree_by_size(agree, key, what, mine, theirs):
     agree(f"blip2.parity.{key}.gradients", f"all gradients of {what} against transformers", mine, theirs)
 
 
-def texts(size, length=CONFIG.context, seed=1):
-    """[CLS] words [SEP] padding, of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.zeros(size, length, dtype=torch.long)
-    for row in range(size):
-        used = 5 + (row * 3) % (length - 4)
-        tokens[row, :used] = torch.randint(1, CONFIG.start_token, (used,), generator=generator)
-        tokens[row, 0], tokens[row, used - 1] = CONFIG.start_token, CONFIG.end_token
-    return tokens
-
-
 def words(size, length, vocabulary, seed=3):
     """A language model's tokens (B, T) of different lengths, 4 and more, and where they are; padding is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -147,10 +133,6 @@ def words(size, length, vocabulary, seed=3):
     return torch.randint(3, vocabulary - 1, (size, length), generator=generator).masked_fill(
         ~attention_mask, 1
     ), attention_mask
-
-
-def pictures(size, seed=2):
-    return torch.randn(size, 3, 30, 30, generator=torch.Generator().manual_seed(seed))
 
 
 def features(size=BATCH, seed=4):
@@ -182,30 +164,24 @@ def test_queries_equal_transformers_qformer(agree, perturb):
 # ---- retrieval heads
 
 
-def retrieval_loss(cosines, matches):
-    labels = torch.arange(len(matches)) % 2
-    loss = F.cross_entropy(cosines / 0.5, torch.arange(len(cosines))) + F.cross_entropy(matches, labels)
-    return cosines, matches, loss
-
-
 def our_retrieval(encoder, model, tokens, images):
     """(cosines, match logits, a loss of both)."""
     seen = encoder.tokens(images)
     cosines = torch.einsum("b q e, t e -> b t q", model.image_features(seen)[1], model.text_features(tokens)).amax(-1)
-    return retrieval_loss(cosines, model.match(seen, tokens))
+    return retrieval_loss(cosines, model.match(seen, tokens), 0.5)
 
 
 def their_retrieval(reference, tokens, images):
     given = {"pixel_values": images, "input_ids": tokens, "attention_mask": (tokens != 0).long()}
     itc = reference(**given, use_image_text_matching_head=False).logits_per_image
     itm = reference(**given, use_image_text_matching_head=True).logits_per_image
-    return retrieval_loss(itc, itm)
+    return retrieval_loss(itc, itm, 0.5)
 
 
 def test_retrieval_heads_equal_transformers(agree, perturb):
     reference = make(transformers.Blip2ForImageTextRetrieval, perturb, text_input=True)
     encoder, model = filled("transformers-retrieval", reference)
-    tokens, images = texts(BATCH), pictures(BATCH)
+    tokens, images = texts(BATCH, CONFIG), pictures(BATCH)
     theirs = their_retrieval(reference, tokens, images)
     mine = our_retrieval(encoder, model, tokens, images)
     theirs[-1].backward()
@@ -307,12 +283,7 @@ def test_the_converter_returns_every_tensor_of_transformers_exactly(name, agree,
 def test_uint8_pictures_give_what_normalised_floats_give(agree):
     torch.manual_seed(0)
     encoder, model = vision_encoder(VISION_CONFIG).eval(), Blip2Qformer(CONFIG).eval()
-    pixels = torch.randint(0, 256, (3, 3, 30, 30), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (VISION_CONFIG.mean, VISION_CONFIG.std))
-    with torch.no_grad():
-        ours, plain = (
-            model.image_features(encoder.tokens(images))[0] for images in (pixels, (pixels / 255 - mean) / std)
-        )
+    ours, plain = of_uint8_and_floats(lambda images: model.image_features(encoder.tokens(images))[0], VISION_CONFIG)
     agree("blip2.parity.uint8", "the queries' states of uint8 pixels against normalised floats", ours, plain)
 
 
@@ -363,7 +334,7 @@ def their_losses(reference, context, tokens, ids):
 def test_the_first_stage_equals_its_equations(by_picture, agree, perturb, monkeypatch):
     model, asked = stage1(perturb), Asked(monkeypatch)
     reference = reference_of(model)
-    context, tokens, ids = features(), texts(BATCH), IDS if by_picture else None
+    context, tokens, ids = features(), texts(BATCH, CONFIG), IDS if by_picture else None
     losses = stage1_losses(model(context, tokens, ids), SMOOTHING)
     sides, theirs = their_losses(reference, context, tokens, ids.tolist() if by_picture else None)
     key = f"blip2.parity.stage1.{'by-picture' if by_picture else 'own-pair'}"
@@ -534,7 +505,7 @@ def test_every_mutant_is_told_from_transformers(count, perturb):
     causal = (*words(BATCH, 11, OPT.vocabulary), pictures(BATCH))
     seq2seq = (*words(BATCH, 9, T5.vocabulary, seed=5), *words(BATCH, 8, T5.vocabulary), pictures(BATCH))
     runs = {
-        "retrieval": (our_retrieval, their_retrieval, (texts(BATCH), pictures(BATCH)), FOR_TEXT),
+        "retrieval": (our_retrieval, their_retrieval, (texts(BATCH, CONFIG), pictures(BATCH)), FOR_TEXT),
         "opt": (our_causal, their_causal, causal, FOR_GENERATION),
         "t5": (our_seq2seq, their_seq2seq, seq2seq, FOR_GENERATION),
     }
@@ -632,7 +603,7 @@ FOR_STAGE1 = {
 
 def test_every_fault_of_the_first_stage_is_told_from_its_equations(count, perturb):
     """By the losses, or where these stay as they are by the gradients."""
-    context, tokens = features(), texts(BATCH)
+    context, tokens = features(), texts(BATCH, CONFIG)
     model = stage1(perturb)
     reference = reference_of(model)
     _, theirs = their_losses(reference, context, tokens, None)

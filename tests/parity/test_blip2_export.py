@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pairs import levels_apart, loaded, pictures, texts
 from PIL import Image
-from test_blip2 import CONFIG, OPT, T5, pictures, texts, their_config, words
+from test_blip2 import CONFIG, OPT, T5, their_config, words
 
 from papers.blip2 import config as configs
 from papers.blip2.config import SPECIALS, with_tokenizer
@@ -16,7 +17,6 @@ from papers.blip2.model import Blip2, Blip2Qformer, Prompt, vision_encoder
 from papers.blip2.weights import KINDS, convert, export, gathered, hf_spec, load_file
 from shared.backbones.hf_lm import ADAPTERS, PUBLISHED, Published
 from shared.core.errors import UserError
-from shared.data.images import fitted_image
 from shared.tokenizers.bert import BertTokenizer
 from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights.export import export_hf
@@ -72,17 +72,11 @@ def lm(folder, language, perturb, pieces=None):
     return folder
 
 
-def loaded(kind, folder):
-    model, info = getattr(transformers, KINDS[kind].architecture).from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
 def test_transformers_loads_the_retrieval_folder_and_gives_our_scores(made, tmp_path, agree):
     model, encoder, source, _ = made(replace(CONFIG, tokenizer="small-bpe"))
     export(source, tmp_path / "folder", "blip2-test", "transformers-retrieval")
-    theirs = loaded("transformers-retrieval", tmp_path / "folder")
-    tokens, images = texts(4), pictures(4)
+    theirs = loaded(KINDS["transformers-retrieval"].architecture, tmp_path / "folder")
+    tokens, images = texts(4, CONFIG), pictures(4)
     given = {"pixel_values": images, "input_ids": tokens, "attention_mask": (tokens != 0).long()}
     with torch.no_grad():
         seen = encoder.tokens(images)
@@ -104,7 +98,7 @@ def test_transformers_loads_the_generation_folder_and_gives_our_logits(
     place = lm(tmp_path / language.name, language, perturb, pieces)
     model, encoder, source, _ = made(replace(CONFIG, language=language))
     export(source, tmp_path / "folder", "blip2-test", "transformers-generation")
-    theirs = loaded("transformers-generation", tmp_path / "folder")
+    theirs = loaded(KINDS["transformers-generation"].architecture, tmp_path / "folder")
     assert theirs.config.image_token_index == (pieces or language.vocabulary)
     if language is T5:
         activation, x = theirs.language_model.encoder.block[0].layer[-1].DenseReluDense.act, torch.linspace(-3, 3, 9)
@@ -144,7 +138,7 @@ def test_transformers_asks_with_the_exported_processor_as_ours_would(made, tmp_p
     processor = transformers.Blip2Processor.from_pretrained(tmp_path / "folder")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 55, 3), dtype=np.uint8))
     inputs = processor(images=image, text="w3 w7 w1", return_tensors="pt")
-    theirs = loaded("transformers-generation", tmp_path / "folder")
+    theirs = loaded(KINDS["transformers-generation"].architecture, tmp_path / "folder")
     ids = inputs["input_ids"][0].tolist()
     assert ids[: CONFIG.queries] == [50] * CONFIG.queries and ids[-3:] == [7, 11, 5]
     told = theirs.generate(**inputs, max_new_tokens=4, num_beams=2)
@@ -177,14 +171,7 @@ def test_transformers_tokenizer_and_pictures_are_ours(made, tmp_path):
         for text in TEXTS:
             ids = theirs(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
             assert ids.tolist() == own([text], CONFIG.context).tolist(), text
-    rough = np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8)
-    image = Image.fromarray(rough).resize((85, 55), Image.Resampling.BICUBIC)
-    image.save(tmp_path / "picture.png")
-    ours = torch.tensor(fitted_image((tmp_path / "picture.png").read_bytes(), 30, whole=True))
-    processor = transformers.BlipImageProcessor.from_pretrained(folder)
-    pixels = processor(image, return_tensors="pt").pixel_values[0]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.vision.mean, CONFIG.vision.std))
-    assert float(((pixels * std + mean) * 255 - ours).abs().max()) < 1.01
+    assert levels_apart(transformers.BlipImageProcessor.from_pretrained(folder), CONFIG.vision, tmp_path) < 1.01
 
 
 def test_the_card_states_origin_licence_and_citation(made, tmp_path):

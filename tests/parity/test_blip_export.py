@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_blip import CONFIG, WIDE, first, pictures, texts
+from pairs import levels_apart, loaded, pictures, texts
+from test_blip import CONFIG, WIDE, first
 
 from papers.blip import config as configs
 from papers.blip.config import with_tokenizer
@@ -14,7 +13,6 @@ from papers.blip.model import Blip, BlipPretraining
 from papers.blip.tasks import BlipVqa
 from papers.blip.weights import KINDS, convert, export
 from shared.core.errors import UserError
-from shared.data.images import fitted_image
 from shared.tokenizers.bert import BertTokenizer
 from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights.load import save_weights
@@ -43,20 +41,14 @@ def made(tmp_path, perturb, monkeypatch):
     return make
 
 
-def loaded(kind, folder):
-    model, info = getattr(transformers, KINDS[kind].architecture).from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
 @pytest.mark.parametrize("to", [kind for kind in KINDS if kind != "transformers-vqa"])
 @pytest.mark.parametrize("kind", [BlipPretraining, Blip])
 def test_transformers_loads_the_folder_and_gives_our_logits(to, kind, made, tmp_path, agree):
     model, source, _ = made(kind)
     export(source, tmp_path / "folder", "blip-test", to)
-    theirs = loaded(to, tmp_path / "folder")
+    theirs = loaded(KINDS[to].architecture, tmp_path / "folder")
     blip = getattr(model, "blip", model)
-    tokens, images = texts(4, config=model.config), pictures(4)
+    tokens, images = texts(4, model.config), pictures(4)
     attention_mask = (tokens != 0).long()
     with torch.no_grad():
         image_tokens = blip.encode_image(images)
@@ -75,8 +67,8 @@ def test_transformers_loads_the_folder_and_gives_our_logits(to, kind, made, tmp_
 def test_transformers_answers_as_ours_from_an_exported_folder(made, tmp_path, agree):
     model, source, _ = made(BlipVqa, WIDE)
     export(source, tmp_path / "folder", "blip-test", "transformers-vqa")
-    theirs = loaded("transformers-vqa", tmp_path / "folder")
-    question, answer = texts(1, config=model.config), texts(1, length=9, config=model.config, seed=3)
+    theirs = loaded(KINDS["transformers-vqa"].architecture, tmp_path / "folder")
+    question, answer = texts(1, model.config), texts(1, model.config, length=9, seed=3)
     question, answer = question[question != 0][None], answer[answer != 0][None]
     with torch.no_grad():
         ours = model(pictures(1), question, answer, torch.tensor([0])) / (answer.shape[1] - 1)
@@ -108,13 +100,7 @@ def test_transformers_tokenizer_and_pictures_are_ours(made, tmp_path):
                 continue  # to ours these are letters, to a tokenizer of transformers its own token
             theirs = processor.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
             assert theirs.tolist() == words([text], CONFIG.context).tolist(), text
-    rough = np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8)
-    image = Image.fromarray(rough).resize((85, 55), Image.Resampling.BICUBIC)
-    image.save(tmp_path / "picture.png")
-    ours = torch.tensor(fitted_image((tmp_path / "picture.png").read_bytes(), CONFIG.image_size, whole=True))
-    theirs = processor.image_processor(image, return_tensors="pt").pixel_values[0]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.mean, CONFIG.std))
-    assert float(((theirs * std + mean) * 255 - ours).abs().max()) < 1.01
+    assert levels_apart(processor.image_processor, CONFIG, tmp_path) < 1.01
 
 
 def test_the_card_states_origin_licence_and_citation(made, tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from faults import largest, patches_in_column_order, planting, rolled, wrong_eps
+from pairs import of_uint8_and_floats, state
 
 from papers.clip.config import ClipConfig
 from papers.clip.losses import clip_loss
@@ -79,10 +80,6 @@ def reference_loss(reference, images, tokens):
     return *features, ClipLoss()(*features, output["logit_scale"])
 
 
-def state(module: torch.nn.Module) -> dict:
-    return {k: v.detach().clone() for k, v in module.state_dict().items() if k != "attn_mask"}
-
-
 def loaded(config: ClipConfig, published: dict, weight_map: dict) -> Clip:
     ours = Clip(config).eval()
     ours.load_state_dict(to_ours(published, weight_map), strict=True)
@@ -130,11 +127,7 @@ def test_the_converter_returns_every_published_tensor_exactly(name, agree, pertu
 
 def test_uint8_pictures_give_what_normalised_floats_give(agree):
     torch.manual_seed(0)
-    model = Clip(VIT).eval()
-    pixels = torch.randint(0, 256, (3, 3, VIT.image_size, VIT.image_size), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (VIT.mean, VIT.std))
-    with torch.no_grad():
-        ours, plain = model.encode_image(pixels), model.encode_image((pixels / 255 - mean) / std)
+    ours, plain = of_uint8_and_floats(Clip(VIT).eval().encode_image, VIT)
     agree("clip.parity.uint8", "image features of uint8 pixels against normalised floats", ours, plain)
 
 

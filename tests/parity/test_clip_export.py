@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pairs import loaded, normalised
 from PIL import Image
 from test_clip import RESNET
 from test_clip import VIT as SMALL
@@ -93,17 +94,11 @@ def trained_here(tmp_path, perturb, monkeypatch):
     return model, words, tmp_path / "model.safetensors"
 
 
-def load_transformers(folder):
-    model, info = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
 def logits_of(library, folder, images, tokens):
     """Normalised pictures and ids -> the library's logits per image."""
     with torch.no_grad():
         if library == "transformers":
-            return load_transformers(folder)(pixel_values=images, input_ids=tokens).logits_per_image
+            return loaded("CLIPModel", folder)(pixel_values=images, input_ids=tokens).logits_per_image
         model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
         image_features, text_features, scale = model.eval()(images, tokens)
         return scale * image_features @ text_features.T
@@ -113,11 +108,6 @@ def our_logits(model, images, tokens):
     with torch.no_grad():
         output = model(images, tokens)
         return output.logit_scale * output.image_features @ output.text_features.T
-
-
-def normalised(pixels, config):
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
-    return (pixels / 255 - mean) / std
 
 
 @pytest.mark.parametrize(("names", "config", "library"), CASES)

@@ -54,6 +54,12 @@ def log_probability(table, prompt, text):
 PROMPTS = torch.tensor([[1, 7], [1, 4], [1, 9], [1, 7]])
 
 
+def test_beams_may_choose_among_the_whole_vocabulary_and_no_more():
+    assert all(generate(Table(tables()), PROMPTS, GenerationSettings((STOP,), 3, beams=6)).tokens)  # 12 candidates
+    with pytest.raises(UserError, match="7 beams choose among 14 words, the vocabulary has 12"):
+        generate(Table(tables()), PROMPTS, GenerationSettings((STOP,), 3, beams=7))
+
+
 def test_greedy_takes_the_likeliest_word_until_a_stop_token():
     made = tables()
     found = generate(Table(made), PROMPTS, GenerationSettings((STOP,), 6))

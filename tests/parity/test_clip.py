@@ -30,9 +30,9 @@ VIT = ClipConfig(
     text_width=40,
     text_layers=2,
     text_heads=4,
-    context=CONTEXT,
-    vocabulary=VOCABULARY,
-    end_token=VOCABULARY - 1,
+    context=13,
+    vocabulary=97,
+    end_token=96,
 )
 RESNET = replace(VIT, image_size=96, vision_width=8, vision_layers=(1, 2, 1, 1), vision_heads=4, patch=None)
 

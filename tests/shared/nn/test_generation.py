@@ -98,6 +98,12 @@ def test_a_stop_token_counts_in_the_length_that_divides():
     assert found.scores[0] == pytest.approx(log_probability(made[0], [1], [4, STOP]) / 2**1.5, abs=1e-5)
 
 
+def test_a_rule_that_forbids_nothing_changes_no_score_of_beams():
+    made, settings = tables(), {"stop": (STOP,), "max_new_tokens": 6, "beams": 3}
+    plain, ruled = (generate(Table(made), PROMPTS, GenerationSettings(**settings, no_repeat_ngram=n)) for n in (0, 9))
+    assert ruled.tokens == plain.tokens and ruled.scores == pytest.approx(plain.scores, abs=1e-5)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_finished_texts_leave_the_batch(beams):
     made = tables(stop=4.0)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shared.tokenizers.base import Tokenizer
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, official code data/__init__.py
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -52,30 +55,9 @@ class BlipConfig:
             raise ValueError(f"sharing is one of {', '.join(SHARINGS)}, not {self.sharing!r}")
 
 
-class TokenizerInfo(Protocol):
-    """What is asked of a tokenizer (shared/tokenizers/base.py)."""
-
-    kind: str
-    vocab_size: int
-    pad: int
-    start: int
-    end: int
-    decode_start: int
-    encode_start: int
-
-
-def with_tokenizer(config: BlipConfig, tokenizer: TokenizerInfo) -> BlipConfig:
+def with_tokenizer(config: BlipConfig, tokenizer: Tokenizer) -> BlipConfig:
     """The configuration with the vocabulary and the ids of a tokenizer that was made with SPECIALS."""
-    return replace(
-        config,
-        vocabulary=tokenizer.vocab_size,
-        pad_token=tokenizer.pad,
-        start_token=tokenizer.start,
-        end_token=tokenizer.end,
-        decode_token=tokenizer.decode_start,
-        encode_token=tokenizer.encode_start,
-        tokenizer=tokenizer.kind,
-    )
+    return replace(config, **tokenizer.config_fields(SPECIALS))
 
 
 def base() -> BlipConfig:

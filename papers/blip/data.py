@@ -15,7 +15,7 @@ from torch import Tensor
 from papers.blip.config import SPECIALS, VARIANTS, BlipConfig, with_tokenizer
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
-from shared.data.dataset import DatasetBundle, Split, flat
+from shared.data.dataset import DatasetBundle, RetrievalSet, Split, flat
 from shared.data.recipe import load_dataset, scene_pack
 from shared.data.synthetic.minimal_pairs import minimal_pairs
 from shared.experiments.effects import once_a_seed
@@ -35,30 +35,13 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvalSet:
-    """Held-out pictures (I, 3, H, W) and right captions; text t belongs to picture owner[t]."""
-
-    images: Tensor
-    texts: list[str]
-    owner: Tensor  # (T,)
-
-    @property
-    def references(self) -> list[list[str]]:
-        """The texts of each picture."""
-        texts: list[list[str]] = [[] for _ in self.images]
-        for text, picture in zip(self.texts, self.owner.tolist(), strict=True):
-            texts[picture].append(text)
-        return texts
-
-
-@dataclass(frozen=True)
 class ExperimentData:
     dataset: DatasetBundle
     tokenizer: Tokenizer
     config: BlipConfig
     clean: list[Text]
     web: list[Text]
-    eval_set: EvalSet
+    eval_set: RetrievalSet
 
     @property
     def web_pictures(self) -> list[int]:
@@ -92,9 +75,8 @@ def build_data(recipe: BlipRecipe, seed: int) -> ExperimentData:
         momentum=recipe.momentum or base.momentum,
         temperature=recipe.temperature or base.temperature,
     )
-    clean, web = (
-        scenes_parted(dataset.train, recipe.clean) if dataset.train.noisy is not None else parted(dataset, recipe)
-    )
+    generated = dataset.train.noisy is not None
+    clean, web = scenes_parted(dataset.train, recipe.clean) if generated else parted(dataset, recipe)
     if min(len(clean), len(web)) < recipe.batch:
         raise UserError(
             f"data {recipe.data}: {len(clean)} clean and {len(web)} web texts do not fill a batch of {recipe.batch}; "
@@ -108,10 +90,12 @@ data_of = once_a_seed(build_data)
 
 def scenes_parted(train: Split, count: int) -> tuple[list[Text], list[Text]]:
     """The first `count` pictures with captions of their own are the clean ones, all others the web."""
-    clean, web = [], []
-    for row, (several, noisy) in enumerate(zip(train.captions, train.noisy.tolist(), strict=True)):
-        part = clean if not noisy and len(clean) < count else web
-        part += [Text(row, text, not noisy) for text in several]
+    assert train.noisy is not None, "scenes say it of every picture"
+    clean: list[Text] = []
+    web: list[Text] = []
+    for row, (several, wrong) in enumerate(zip(train.captions, train.noisy.tolist(), strict=True)):
+        part = clean if not wrong and len(clean) < count else web
+        part += [Text(row, text, not wrong) for text in several]
     return clean, web
 
 
@@ -119,7 +103,8 @@ def parted(dataset: DatasetBundle, recipe: BlipRecipe) -> tuple[list[Text], list
     """Of a published set: pictures with a plain title of their own are the clean ones, with those titles alone; all
     titles of the others are the web."""
     plain = plain_titles([several for part in (dataset.train, dataset.val, dataset.test) for several in part.captions])
-    clean, web = [], []
+    clean: list[Text] = []
+    web: list[Text] = []
     for row, several in enumerate(dataset.train.captions):
         right = [text for text in several if text in plain]
         if right and len(clean) < recipe.clean:
@@ -144,14 +129,14 @@ def plain_titles(captions: Sequence[Sequence[str]]) -> set[str]:
     }
 
 
-def eval_set_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> EvalSet:
+def eval_set_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> RetrievalSet:
     """Of scenes groups that differ in one detail, each caption a near miss for its group (minimal_pairs.py);
     of a published set its test pictures with plain titles, and these titles alone."""
     if pack := scene_pack(recipe, dataset):
         near = minimal_pairs(
             pack, "test", recipe.test_pairs, size=recipe.image_size, seed=seed, options=recipe.scene_options
         )
-        return EvalSet(near.images, near.captions, torch.arange(len(near)))
+        return RetrievalSet(near.images, near.captions, torch.arange(len(near)))
     test = dataset.test
     plain = plain_titles([several for part in (dataset.train, dataset.val, dataset.test) for several in part.captions])
     titles = [[text for text in several if text in plain] for several in test.captions]
@@ -159,4 +144,4 @@ def eval_set_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> EvalSe
         titles = [list(several) for several in test.captions]
     rows = [row for row, several in enumerate(titles) if several]
     owner, texts = flat([titles[row] for row in rows])
-    return EvalSet(test.images[torch.tensor(rows)], texts, owner)
+    return RetrievalSet(test.images[torch.tensor(rows)], texts, owner)

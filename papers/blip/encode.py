@@ -137,64 +137,68 @@ def write(
     model: Blip,
     tokenizer: Tokenizer,
     images: Tensor,
-    how: GenerationConfig,
+    config: GenerationConfig,
     batch: int = BATCH,
     generator: torch.Generator | None = None,
 ) -> list[str]:
     """One caption a picture (I, 3, H, W), without the prompt. The same pictures, seed and order give the same texts,
     in calls of any size where they share a generator; without one each call begins with the seed."""
-    settings = how.settings(tokenizer)
-    start = torch.tensor(how.prompt_tokens(tokenizer), device=device_of(model))
-    generator = generator or torch.Generator().manual_seed(how.seed)
+    generator = generator or torch.Generator().manual_seed(config.seed)
     texts = []
     for some in images.split(batch):
         with torch.inference_mode():
-            decoding = model.decoding(model.encode_image(some.to(device_of(model))))
-        found = generate(decoding, start.expand(len(some), -1), settings, generator=generator)
-        texts += [tokenizer.decode(tokens) for tokens in found.tokens]
+            image_tokens = model.encode_image(some.to(device_of(model)))
+        texts += write_captions(model, tokenizer, image_tokens, config, generator)
     return texts
+
+
+@torch.inference_mode()
+def write_captions(
+    model: Blip,
+    tokenizer: Tokenizer,
+    image_tokens: Tensor,
+    config: GenerationConfig,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """As `write`, of pictures that are encoded (I, 1 + N, D)."""
+    start = torch.tensor(config.prompt_tokens(tokenizer), device=image_tokens.device).expand(len(image_tokens), -1)
+    decoding = model.decoding(image_tokens)
+    captions = generate(decoding, start, config.settings(tokenizer), generator=generator)
+    return [tokenizer.decode(tokens) for tokens in captions.tokens]
 
 
 # ---- answers
 
 
+@torch.inference_mode()
+def see(model: BlipVqa, images: Tensor) -> Tensor:
+    """Pictures (I, 3, H, W) -> (I, S, D); a video (I, F, 3, H, W) is seen as the tokens of its frames in a row."""
+    if images.ndim == 4:
+        return model.encode_image(images.to(device_of(model)))
+    tokens = model.encode_image(rearrange(images, "i f c h w -> (i f) c h w").to(device_of(model)))
+    return rearrange(tokens, "(i f) n d -> i (f n) d", f=images.shape[1])
+
+
+@torch.inference_mode()
 def write_answers(
-    model: BlipVqa, tokenizer: Tokenizer, images: Tensor, questions: Sequence[str], beams: int = 3, longest: int = 10
+    model: BlipVqa, tokenizer: Tokenizer, seen: Tensor, questions: Sequence[str], beams: int = 3, longest: int = 10
 ) -> list[str]:
-    """An answer in the model's own words to each picture's question (I, 3, H, W). longest: tokens with [DEC], as the
+    """An answer in the model's own words to each picture's question. seen (I, S, D); longest: tokens with [DEC], as the
     official code counts (models/blip_vqa.py)."""
-    states, asked = question_states(model, tokenizer, images, questions)
+    asked = tokens_of(tokenizer, questions, model.config).to(seen.device)
+    decoding = model.decoding(model.ask(asked, seen), asked)
     start = torch.full_like(asked[:, :1], tokenizer.decode_start)
-    settings = GenerationSettings((tokenizer.end,), longest - 1, beams=beams)
-    with torch.inference_mode():
-        found = generate(model.decoding(states, asked), start, settings)
-    return [tokenizer.decode(tokens) for tokens in found.tokens]
+    answers = generate(decoding, start, GenerationSettings((tokenizer.end,), longest - 1, beams=beams))
+    return [tokenizer.decode(tokens) for tokens in answers.tokens]
 
 
 @torch.inference_mode()
 def rank_answers(
-    model: BlipVqa, tokenizer: Tokenizer, images: Tensor, questions: Sequence[str], answers: Tensor
-) -> list[int]:
-    """Which of the answers (A, L) each question is answered with."""
-    states, asked = question_states(model, tokenizer, images, questions)
-    return model.rank(states, asked, answers.to(asked.device)).tolist()
-
-
-@torch.inference_mode()
-def question_states(
-    model: BlipVqa, tokenizer: Tokenizer, images: Tensor, questions: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """What the decoder looks at (I, L, D), and the questions' tokens (I, L). A video (I, F, 3, H, W) is seen as the
-    tokens of its frames in a row."""
-    device = device_of(model)
-    asked = tokens_of(tokenizer, questions, model.config).to(device)
-    if images.ndim == 5:
-        frames = images.shape[1]
-        tokens = model.encode_image(rearrange(images, "i f c h w -> (i f) c h w").to(device))
-        seen = rearrange(tokens, "(i f) n d -> i (f n) d", f=frames)
-    else:
-        seen = model.encode_image(images.to(device))
-    return model.ask(asked, seen), asked
+    model: BlipVqa, tokenizer: Tokenizer, seen: Tensor, questions: Sequence[str], answers: Tensor
+) -> Tensor:
+    """Which of the answers (A, L) each question is answered with. seen (I, S, D) -> (I,)"""
+    asked = tokens_of(tokenizer, questions, model.config).to(seen.device)
+    return model.rank(model.ask(asked, seen), asked, answers.to(seen.device))
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ share what config.sharing says. Axes as in model.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -141,10 +142,15 @@ def cross_attention_kv(layers: BertLayers, context: Tensor, rows: Tensor | None 
     for layer in layers:
         attention = layer.cross_attention
         keys, values = rearrange(attention.kv(context), "b s (two h k) -> two b h s k", two=2, h=attention.heads)
-        filled.append(LayerCache(None, CrossAttentionKV(keys, values, rows)))
+        filled.append(_of_picture(CrossAttentionKV(keys, values, rows)))
     return filled
 
 
 def again(seen: list[LayerCache], rows: Tensor | None) -> list[LayerCache]:
     """The same keys and values for other rows."""
-    return [LayerCache(None, cache.context.of(rows)) for cache in seen]
+    return [_of_picture(cast(CrossAttentionKV, cache.context).of(rows)) for cache in seen]
+
+
+def _of_picture(kv: CrossAttentionKV) -> LayerCache:
+    """What a layer sees of a picture; no text stands before."""
+    return LayerCache(None, kv)  # type: ignore[arg-type]  # neither is appended to

@@ -5,7 +5,7 @@ ITC."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,12 @@ from shared.losses.image_text import (
     same_picture_targets,
     similarities,
 )
-from shared.nn.bert import INIT_STD, BertDecoding, LayerCache, initialise_bert
+from shared.nn.bert import BertDecoding, LayerCache, init_std, initialise_bert
 from shared.nn.momentum import FeatureQueue, follow
 from shared.nn.positions import resample_square
 from shared.nn.vit import VisionTransformer
 
+M = TypeVar("M", bound=nn.Module)
 TEMPERATURES = 0.001, 0.5  # what the learned one is kept within (official code, models/blip_pretrain.py)
 NEGATIVE_FLOOR = 1e-4  # added to the probability of every hard negative (ibid.)
 
@@ -50,14 +51,9 @@ def vision_encoder(config: BlipConfig) -> VisionTransformer:
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=init_std(config.vision_width))
             nn.init.zeros_(child.bias)
-    for table in (encoder.positions.class_token, encoder.positions.position):
+    for table in encoder.positions.parameters():
         nn.init.normal_(table, std=init_std(config.vision_width))
     return encoder
-
-
-def init_std(width: int) -> float:
-    """The standard deviation of initial weights: 0.02, as published, from 768 on; more where a sum has fewer terms."""
-    return INIT_STD * max(1.0, 768 / width) ** 0.5
 
 
 def picture_tokens(encoder: VisionTransformer, images: Tensor) -> Tensor:
@@ -73,6 +69,9 @@ class Blip(nn.Module):
 
     Tokens (R, T) are what the tokenizer gives, [CLS] text [SEP] padding; each mode puts its own first token on a copy.
     """
+
+    text_encoder: Any  # a TextEncoder; None in a captioner
+    text_decoder: Any  # a TextDecoder; None in a matcher
 
     def __init__(self, config: BlipConfig, *, encoder: bool = True, decoder: bool = True):
         super().__init__()
@@ -159,7 +158,7 @@ class Blip(nn.Module):
         return self.text_decoder.decoding(image_tokens)
 
 
-def copied(source: nn.Module, target: nn.Module) -> nn.Module:
+def copied(source: nn.Module, target: M) -> M:
     """Every tensor of `target` taken from the same path in `source`, borrowed modules followed, positions for another
     picture size interpolated as the official code does (models/vit.py); target, changed.
 
@@ -167,7 +166,7 @@ def copied(source: nn.Module, target: nn.Module) -> nn.Module:
     """
     tensors = {}
     for key, tensor in target.state_dict().items():
-        place = source
+        place: Any = source
         for name in key.split("."):
             place = getattr(place, name)
         if key.endswith("positions.position"):
@@ -266,8 +265,7 @@ class BlipPretraining(nn.Module):
             negatives = hard_negatives(batch, same, NEGATIVE_FLOOR if ids is None else 0.0)
             matches, mismatches, seen = self.matching(tokens, image_tokens, negatives)
         if objectives.lm:
-            shared = seen and self.config.sharing in ("all", "all_but_sa")
-            filled = again(seen, None) if shared else None
+            filled = again(seen, None) if seen and self.config.sharing in ("all", "all_but_sa") else None
             logits, next_tokens = blip.caption_targets(tokens, image_tokens, prompt, filled)
         return PretrainingOutput(student, targets, matches, mismatches, logits, next_tokens, self.temperature)
 

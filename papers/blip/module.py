@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import lightning
 import torch
@@ -13,9 +14,10 @@ from papers.blip.losses import blip_losses
 from papers.blip.model import TEMPERATURES, BlipPretraining, Objectives
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
-from shared.data.padding import trim_padding
+from shared.data.padding import noise_texts, trim_padding
 from shared.nn.blocks import set_recompute
 from shared.nn.distributed import world
+from shared.training.callbacks import log_losses
 from shared.training.optim import adamw, warmup_cosine
 from shared.training.strategies import whole
 
@@ -52,7 +54,7 @@ class BlipModule(lightning.LightningModule):
         if self.recipe.compile:
             self.model.compile()
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         """AdamW over all trained parameters alike: nothing is exempt from weight decay (official code, pretrain.py)."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return adamw(trained, self.recipe, lambda step: learning_rate_share(step, self.recipe))
@@ -66,17 +68,11 @@ class BlipModule(lightning.LightningModule):
         self.clamp_temperature()
         if not self.recipe.compile:  # which wants one shape
             tokens = trim_padding(tokens, self.model.config.pad_token)
-        ids = ids if self.recipe.by_picture else None
-        output = self.model(images, tokens, ids, self.alpha(self.global_step), self.objectives, self.prompt)
+        partners, alpha = ids if self.recipe.by_picture else None, self.alpha(self.global_step)
+        output = self.model(images, tokens, partners, alpha, self.objectives, self.prompt)
         losses = blip_losses(output, self.model.config.label_smoothing)
-        for name, loss in losses._asdict().items():
-            if loss is not None:
-                self.log(f"loss_{name}", loss.detach())
-        if self.objectives.itc:
-            self.log("temperature", output.temperature.detach())
-        total = losses.total()
-        self.log("loss", total.detach())
-        return total
+        beside = {"temperature": output.temperature} if self.objectives.itc else {}
+        return log_losses(self, losses._asdict(), losses.total(), **beside)
 
     def alpha(self, step: int) -> float:
         """The teacher's share, ramped linearly from 0 (0-based step)."""
@@ -111,11 +107,8 @@ def example(pictures: int) -> tuple[BlipModule, tuple[Tensor, ...]]:
     config = replace(VARIANTS["blip-tiny"](), label_smoothing=0.0, momentum=0.5, queue=8, temperature=0.3)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (pictures, 3, config.image_size, config.image_size), generator=generator).byte()
-    tokens = torch.randint(1, config.start_token, (pictures, config.context), generator=generator)
-    tokens[:, 0] = config.start_token
-    ends = torch.randint(2, config.context, (pictures,), generator=generator)
-    tokens[torch.arange(pictures), ends] = config.end_token
-    tokens[torch.arange(config.context) > ends[:, None]] = config.pad_token
+    ids = config.start_token, config.end_token, config.pad_token
+    tokens = noise_texts(pictures, config.context, *ids, generator)
     recipe = BlipRecipe(
         model="blip-tiny", steps=60, learning_rate=1e-2, warmup_steps=10, alpha=0.0, by_picture=True
     )  # fmt: skip

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shared.core.errors import UserError
-from shared.data.recipe import SceneRecipe
+from shared.data.recipe import EasySceneRecipe
 
 
 @dataclass
-class BlipRecipe(SceneRecipe):
+class BlipRecipe(EasySceneRecipe):
     """What BLIP's recipes have beside every paper's."""
 
     weight_decay: float = 0.05  # of every parameter, as in the official code
@@ -26,12 +26,6 @@ class BlipRecipe(SceneRecipe):
 
     clean: int = 200  # of the pairs, those whose captions are right, as COCO's are; the others are the web
     caption_noise: float = 0.25  # share of the web's captions that belong to another picture (scenes)
-    classes: int = 16  # easier scenes than by default
-    objects: int = 1
-    clutter: float = 0.0
-    noise: float = 4.0
-    jitter: float = 0.5
-    small: float = 0.0
 
     vision_steps: int = (
         0  # of a classifier whose image encoder all models start from, as the paper's from DeiT; 0: none

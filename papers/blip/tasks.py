@@ -15,14 +15,13 @@ from papers.blip.model import (
     TextDecoder,
     TextEncoder,
     copied,
-    init_std,
     picture_tokens,
     starting_with,
     vision_encoder,
 )
 from shared.core.errors import UserError
 from shared.nn.attention import Attention
-from shared.nn.bert import BertDecoding, initialise_bert
+from shared.nn.bert import BertDecoding, init_std, initialise_bert
 
 ANSWERS_RANKED = 128  # by their first token, before whole answers are compared (official code, configs/vqa.yaml)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,16 +116,8 @@ SHARED = (  # what encoder and decoder have in common when all but self-attentio
 )
 
 
-def _captioner(config: BlipConfig) -> Blip:
-    return Blip(config, encoder=False)
-
-
-def _matcher(config: BlipConfig) -> Blip:
-    return Blip(config, decoder=False)
-
-
-def _matcher_in_training(config: BlipConfig) -> BlipPretraining:
-    return BlipPretraining(config, decoder=False)
+_captioner, _matcher = partial(Blip, encoder=False), partial(Blip, decoder=False)
+_matcher_in_training = partial(BlipPretraining, decoder=False)
 
 
 def _official(table: dict, build: Callable, mark: str, tied: tuple = (), optional: tuple = ()) -> WeightFormat:
@@ -161,16 +154,6 @@ OURS = {  # files under our own names; the first that fits
         ("captioner", _captioner, (HEAD,)),
     )
 }
-
-
-def ours_of(published: Mapping[str, Tensor], format: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published tensors under our names, shapes as in `expected` (a state dict)."""
-    return FORMATS[format].to_ours(published, expected)
-
-
-def published_of(state: Mapping[str, Tensor], format: str) -> dict[str, Tensor]:
-    """Our state dict under the published names, whole: copies and numbered positions too."""
-    return FORMATS[format].to_published(state)
 
 
 # ---- in
@@ -245,7 +228,7 @@ def as_in(tensors: Mapping[str, Tensor], config: BlipConfig) -> BlipConfig:
 
 def load_model(
     variant: str, weights: Path | None, tokenizer: Path | None, manifest: Path, use: str
-) -> tuple[nn.Module, Tokenizer]:
+) -> tuple[Any, Tokenizer]:
     """A model for a use (caption | ask | retrieval) and its tokenizer: the manifest's weights, or a local file with the
     tokenizer.json that it was trained with. A training's file gives its Blip; whether that can do what is asked, it
     says itself."""
@@ -265,7 +248,7 @@ def load_model(
     return useful(load_file(weights, with_tokenizer(config, small)), use, weights), small
 
 
-def useful(model: nn.Module, use: str, place: object) -> nn.Module:
+def useful(model: nn.Module, use: str, place: object) -> Any:
     """The model itself, without what only training needs; UserError where it cannot do what is asked."""
     model = model.blip if isinstance(model, BlipPretraining) else model
     able = {
@@ -293,7 +276,7 @@ def convert(source: Path, target: Path, variant: str, to: str) -> None:
             tables = [v for k, v in header if k.endswith(("word_embeddings.weight", "word.weight"))]
             config = replace(config, vocabulary=len(tables[0])) if tables else config
         state = load_file(source, config).state_dict()
-        return state, lambda: published_of(state, to)
+        return state, lambda: FORMATS[to].to_published(state)
 
     formats.convert(source, target, variant, to, FORMATS, read)
 
@@ -330,20 +313,26 @@ def export(
     export_hf(folder, spec, model_card(catalog, "blip", source, variant, spec))
 
 
-def hf_spec(model: nn.Module, tokenizer: Tokenizer, to: str) -> HfSpec:
-    config: BlipConfig = model.config
+def hf_spec(model: Blip | BlipVqa, tokenizer: Tokenizer, to: str) -> HfSpec:
+    config, state = model.config, model.state_dict()
     if isinstance(model, Blip):  # one that was trained with all objectives can do more than one class has room for
-        model = copied(model, FORMATS[to].build(config))
+        state = copied(model, FORMATS[to].build(config)).state_dict()
     processor = {"processor_class": "BlipProcessor"}
+    # The first token of a mode is put there by whoever calls the model: transformers' generate does, match does not.
+    special = {"[DEC]": tokenizer.decode_start, "[ENC]": tokenizer.encode_start}
+    more = {
+        "clean_up_tokenization_spaces": isinstance(tokenizer, BertTokenizer),
+        "additional_special_tokens": ["[ENC]"],
+    }
     files = {
         "config.json": {"architectures": [KINDS[to].architecture], **hf_config(config)},
         "preprocessor_config.json": preprocessor_config(
             "BlipImageProcessor", config, size=whole_square(config), **processor
         ),
-        **tokenizer_files(tokenizer, config),
+        **bert_files(tokenizer, config.context, "BlipProcessor", special, **more),
     }
     loaded_by = f"transformers' `{KINDS[to].architecture}` loads it"
-    return HfSpec(published_of(model.state_dict(), to), files, loaded_by, KINDS[to].task, "blip", USAGE[to])
+    return HfSpec(FORMATS[to].to_published(state), files, loaded_by, KINDS[to].task, "blip", USAGE[to])
 
 
 def hf_config(config: BlipConfig) -> dict[str, Any]:
@@ -383,17 +372,6 @@ def hf_config(config: BlipConfig) -> dict[str, Any]:
         "text_config": text,
         "vision_config": vision,
     }
-
-
-def tokenizer_files(tokenizer: Tokenizer, config: BlipConfig) -> dict[str, Any]:
-    """The first token of a mode is put there by whoever calls the model: transformers' generate does, its match does
-    not."""
-    special = {"[DEC]": tokenizer.decode_start, "[ENC]": tokenizer.encode_start}
-    more = {
-        "clean_up_tokenization_spaces": isinstance(tokenizer, BertTokenizer),
-        "additional_special_tokens": ["[ENC]"],
-    }
-    return bert_files(tokenizer, config.context, "BlipProcessor", special, **more)
 
 
 USAGE = {

@@ -7,7 +7,6 @@ were trained here too: vision.safetensors, language_model.safetensors with token
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from papers.blip2.config import VARIANTS, Blip2Config, LanguageConfig, VisionConfig
-from papers.blip2.frozen import HALF, encoder_beside, encoder_with, frozen_encoder, load_encoder
+from papers.blip2.config import PUBLISHED, VARIANTS, Blip2Config, LanguageConfig, VisionConfig
+from papers.blip2.frozen import (
+    HALF,
+    LanguageModelBundle,
+    encoder_beside,
+    encoder_with,
+    frozen_encoder,
+    load_encoder,
+    load_language_model_bundle,
+    small_language_model,
+    speak_through,
+)
 from papers.blip2.model import Blip2
-from papers.blip2.text import PromptTokenizer, load_prompt_tokenizer, prompt_tokenizer_of
-from papers.blip2.weights import Loaded, check_entry, config_of, load_file
+from papers.blip2.text import prompt_tokenizer_of
+from papers.blip2.weights import check_entry, config_of, load_file
 from shared.backbones.vision import Encoder
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
 from shared.core.files import sha256, write_whole
 from shared.nn.blocks import ACTIVATIONS
-from shared.nn.causal_lm import LanguageModel, SmallLanguageModel
 from shared.nn.frozen import Frozen
 from shared.nn.packed_linear import pack
 from shared.tokenizers.load import load_tokenizer
@@ -40,13 +48,11 @@ SIZES = ("queries", "width", "layers", "heads", "mlp_width", "cross_every", "emb
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """All that answers about a picture. chat: a conversation written out by the language model's template, where it has
-    one. trained_here: on scenes and the prompts of this repository."""
+    """All that answers about a picture. trained_here: on scenes and the prompts of this repository."""
 
     model: Blip2
     encoder: Encoder
-    words: PromptTokenizer
-    chat: Callable[[Sequence[Mapping[str, str]]], str] | None
+    language: LanguageModelBundle
     trained_here: bool
 
 
@@ -74,7 +80,7 @@ def keep_frozen(
         vision = vision_of(encoder)
         save_weights(encoder.module, folder / VISION)
         seals[VISION] = sha256(folder / VISION)
-    if config.language.family == "small":
+    if config.language_of_stage2.family == "small":
         save_weights(getattr(language_model, "module", language_model), folder / LANGUAGE)
         tokenizer.save(folder / TOKENIZER)
         seals |= {name: sha256(folder / name) for name in (LANGUAGE, TOKENIZER)}
@@ -85,7 +91,7 @@ def keep_frozen(
         "half": encoder.dtype is not None,
         "sizes": {name: getattr(config, name) for name in SIZES},
         "vision": asdict(vision),
-        "language": asdict(config.language),
+        "language": asdict(config.language_of_stage2),
         "sha256": seals,
         "captions": captions,
     }
@@ -96,7 +102,7 @@ def vision_of(encoder: Encoder) -> VisionConfig:
     """The sizes of an encoder that is a ViT of this repository's CLIP, as far as it is read."""
     vit = encoder.module
     embedding, block = vit.patch_embedding, vit.blocks[0]
-    activation = next(name for name, kind in ACTIVATIONS.items() if isinstance(block.mlp.activation, kind))
+    activation = next(name for name, make in ACTIVATIONS.items() if type(block.mlp.activation) is make)
     return VisionConfig(
         "clip",
         image_size=vit.positions.grid[0] * embedding.patch,
@@ -138,13 +144,13 @@ def load_inference_model(
     if (weights / CARD).is_file():
         raise UserError(f"{weights}: a folder; give the model.safetensors in it")
     config = VARIANTS[variant]()
-    if config.language.family == "small" or config.vision.kind not in ("eva", "clip") or not published(variant):
+    if (
+        config.language_of_stage2.family == "small"
+        or config.vision.kind not in ("eva", "clip")
+        or variant not in PUBLISHED
+    ):
         raise UserError(f"{card}: no such file; runs write it beside their weights, it says what they stand between")
     return _of_file(weights, config, manifest)
-
-
-def published(variant: str) -> bool:
-    return variant.startswith("blip2-vit-")
 
 
 def _released(variant: str, manifest: str | Path, use: str) -> InferenceModel:
@@ -160,12 +166,11 @@ def _released(variant: str, manifest: str | Path, use: str) -> InferenceModel:
 
 def _of_file(weights: Path, config: Blip2Config, manifest: str | Path) -> InferenceModel:
     """A published file or folder, the frozen encoder in it, beside it or in the cache."""
-    model, encoder = bridge_of(load_file(weights, config), weights)
+    model, encoder = load_bridge(weights, config)
     if encoder is None:
         vision, half = model.config.vision, torch.float16 if torch.cuda.is_available() else HALF
         encoder = load_encoder(encoder_beside(weights, config, manifest), vision, half)
-    language_model, words, chat = named_language(config.language, manifest)
-    return joined(model, encoder, language_model, words, chat, False)
+    return joined(model, encoder, load_language_model_bundle(config.language_of_stage2, manifest), False)
 
 
 def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manifest: str | Path) -> InferenceModel:
@@ -175,69 +180,37 @@ def _kept(variant: str, weights: Path, tokenizer: Path | None, card: dict, manif
         _check_seal(weights.with_name(name), seal)
     vision, language = card["vision"], card["language"]
     config = replace(VARIANTS[variant](), **card["sizes"], vision=vision, language=language)
-    model, _ = bridge_of(load_file(weights, config), weights)
+    model, _ = load_bridge(weights, config)
     if language.family == "small":
-        pieces = load_tokenizer(tokenizer or weights.with_name(TOKENIZER))
-        small = SmallLanguageModel(
-            language.vocabulary, language.context, language.width, language.layers, language.heads,
-            kv_heads=language.kv_heads, mlp_width=language.mlp_width,
-        )  # fmt: skip
+        prompts = prompt_tokenizer_of(load_tokenizer(tokenizer or weights.with_name(TOKENIZER)), language.context)
+        small = small_language_model(language)
         load_weights(small, weights.with_name(LANGUAGE))
-        speaks: tuple = (small, prompt_tokenizer_of(pieces, language.context), None)
-    else:
-        language_model, words, _ = named_language(language, manifest)
-        speaks = language_model, words, None  # it learned the paper's prompts, and no conversation
+        bundle = LanguageModelBundle(Frozen(small, through=True), prompts, language)
+    else:  # it learned the paper's prompts, and no conversation
+        bundle = replace(load_language_model_bundle(language, manifest), chat=None)
     dtype = HALF if card["half"] else None
     if VISION in card["sha256"]:
         encoder = encoder_with(read_tensors(weights.with_name(VISION)), vision, dtype)
     else:
         encoder = frozen_encoder(card["encoder"], card["layer"], "mini", str(manifest), card["half"])
-    return joined(model, encoder, *speaks, True)
+    return joined(model, encoder, bundle, True)
 
 
-def bridge_of(loaded: Loaded, place: Path) -> Loaded:
-    if not isinstance(loaded.model, Blip2):
-        raise UserError(f"{place}: weights of stage 1, which speak through no language model; give those of stage 2")
-    return loaded
+def load_bridge(weights: Path, config: Blip2Config) -> tuple[Blip2, Encoder | None]:
+    model, encoder = load_file(weights, config)
+    if not isinstance(model, Blip2):
+        raise UserError(f"{weights}: weights of stage 1, which speak through no language model; give those of stage 2")
+    return model, encoder
 
 
-def named_language(
-    language: LanguageConfig, manifest: str | Path
-) -> tuple[LanguageModel, PromptTokenizer, Callable[[Sequence[Mapping[str, str]]], str] | None]:
-    """A language model by name, its words, and its way to write out a conversation, if it has one."""
-    from shared.backbones.hf_lm import half_of
-    from shared.backbones.lm import load_language_model
-
-    model, tokenizer = load_language_model(language.name, manifest=manifest, dtype=half_of(language.name))
-    if model.width != language.width:
-        raise UserError(f"{language.name}: a language model of width {model.width}, expected {language.width}")
-    try:
-        words = load_prompt_tokenizer(tokenizer, model.context)
-    except UserError as error:
-        raise UserError(f"{language.name}: {error}") from None
-    return model, words, tokenizer.chat if tokenizer.template else None
-
-
-def joined(
-    model: Blip2,
-    encoder: Encoder,
-    language_model: Any,
-    words: PromptTokenizer,
-    chat: Callable | None,
-    trained_here: bool,
-) -> InferenceModel:
+def joined(model: Blip2, encoder: Encoder, language: LanguageModelBundle, trained_here: bool) -> InferenceModel:
     """On a GPU where there is one; on a CPU with weights laid out for few rows, as beams are."""
-    if model.projector.out_features != language_model.width:
-        raise UserError(
-            f"these weights speak to a language model of width {model.projector.out_features}, this one's is "
-            f"{language_model.width}: another variant's"
-        )
-    model.language_model = Frozen(language_model, through=True)
+    speak_through(model, language.model)
     model, encoder = on_gpu_if_any(model), on_gpu_if_any(encoder)
     if not torch.cuda.is_available():
-        for part in (model, encoder.module, language_model):
+        for part in (model, encoder.module, language.model.module):
             pack(part)
-    return InferenceModel(model.eval(), encoder, words, chat, trained_here)
+    return InferenceModel(model.eval(), encoder, language, trained_here)
 
 
 def read_card(path: Path) -> dict:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING
+
+from shared.core.errors import UserError
+
+if TYPE_CHECKING:
+    from shared.tokenizers.base import Tokenizer
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, official code lavis/processors/blip_processors.py
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -92,34 +98,19 @@ class Blip2Config:
     end_token: int = 102  # [SEP]
     decode_token: int = 30_522  # [DEC]: image-grounded generation
 
-
-class TokenizerInfo(Protocol):
-    """What is asked of a tokenizer (shared/tokenizers/base.py)."""
-
-    kind: str
-    vocab_size: int
-    pad: int
-    start: int
-    end: int
-    decode_start: int
+    @property
+    def language_of_stage2(self) -> LanguageConfig:
+        """`language`, of a model of stage 2."""
+        if self.language is None:
+            raise UserError(
+                "these are weights of stage 2, but the variant has no language model: give that of a row of Table 2"
+            )
+        return self.language
 
 
-def with_tokenizer(config: Blip2Config, tokenizer: TokenizerInfo) -> Blip2Config:
+def with_tokenizer(config: Blip2Config, tokenizer: Tokenizer) -> Blip2Config:
     """The configuration with the vocabulary and the ids of a tokenizer that was made with SPECIALS."""
-    return replace(
-        config,
-        vocabulary=tokenizer.vocab_size,
-        pad_token=tokenizer.pad,
-        start_token=tokenizer.start,
-        end_token=tokenizer.end,
-        decode_token=tokenizer.decode_start,
-        tokenizer=tokenizer.kind,
-    )
-
-
-def with_language(config: Blip2Config, language: LanguageConfig | None) -> Blip2Config:
-    """Another frozen language model to speak to; None: the same Q-Former in stage 1."""
-    return replace(config, language=language)
+    return replace(config, **tokenizer.config_fields(SPECIALS))
 
 
 # ---- frozen models
@@ -132,8 +123,8 @@ CLIP_VIT_L = VisionConfig(
 )  # fmt: skip
 
 LANGUAGES: dict[str, LanguageConfig] = {
-    one.name: one
-    for one in (
+    language.name: language
+    for language in (
         LanguageConfig("opt-2.7b", "opt", 2560, 50_272, layers=32, heads=32, mlp_width=10_240, context=2048),
         LanguageConfig("opt-6.7b", "opt", 4096, 50_272, layers=32, heads=32, mlp_width=16_384, context=2048),
         LanguageConfig(
@@ -151,14 +142,16 @@ LANGUAGES: dict[str, LanguageConfig] = {
 # ---- the published models
 
 
-def stage1(vision: VisionConfig) -> Blip2Config:
-    """The Q-Former on a frozen encoder at 224 px, as pre-trained in stage 1."""
-    return Blip2Config(vision=vision)
-
-
-def stage2(vision: VisionConfig, language: str) -> Blip2Config:
-    """One row of Table 2."""
-    return Blip2Config(vision=vision, language=LANGUAGES[language])
+PUBLISHED = {  # stage 1 at 224 px, and the rows of Table 2
+    "blip2-vit-l": Blip2Config(CLIP_VIT_L),
+    "blip2-vit-g": Blip2Config(EVA_VIT_G),
+    "blip2-vit-l-opt-2.7b": Blip2Config(CLIP_VIT_L, LANGUAGES["opt-2.7b"]),
+    "blip2-vit-g-opt-2.7b": Blip2Config(EVA_VIT_G, LANGUAGES["opt-2.7b"]),
+    "blip2-vit-g-opt-6.7b": Blip2Config(EVA_VIT_G, LANGUAGES["opt-6.7b"]),
+    "blip2-vit-l-flan-t5-xl": Blip2Config(CLIP_VIT_L, LANGUAGES["flan-t5-xl"]),
+    "blip2-vit-g-flan-t5-xl": Blip2Config(EVA_VIT_G, LANGUAGES["flan-t5-xl"]),
+    "blip2-vit-g-flan-t5-xxl": Blip2Config(EVA_VIT_G, LANGUAGES["flan-t5-xxl"]),
+}
 
 
 def at(size: int, config: Blip2Config, context: int | None = None) -> Blip2Config:
@@ -228,14 +221,7 @@ def small() -> Blip2Config:
 
 
 VARIANTS: dict[str, Callable[[], Blip2Config]] = {
-    "blip2-vit-l": lambda: stage1(CLIP_VIT_L),
-    "blip2-vit-g": lambda: stage1(EVA_VIT_G),
-    "blip2-vit-l-opt-2.7b": lambda: stage2(CLIP_VIT_L, "opt-2.7b"),
-    "blip2-vit-g-opt-2.7b": lambda: stage2(EVA_VIT_G, "opt-2.7b"),
-    "blip2-vit-g-opt-6.7b": lambda: stage2(EVA_VIT_G, "opt-6.7b"),
-    "blip2-vit-l-flan-t5-xl": lambda: stage2(CLIP_VIT_L, "flan-t5-xl"),
-    "blip2-vit-g-flan-t5-xl": lambda: stage2(EVA_VIT_G, "flan-t5-xl"),
-    "blip2-vit-g-flan-t5-xxl": lambda: stage2(EVA_VIT_G, "flan-t5-xxl"),
+    **{name: partial(replace, config) for name, config in PUBLISHED.items()},
     "blip2-tiny": tiny,
     "blip2-tiny-small": tiny_small,
     "blip2-mini": mini,

@@ -13,7 +13,7 @@ from torch import Tensor
 from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config, with_tokenizer
 from papers.blip2.recipe import OPEN, Blip2Recipe
 from papers.blip2.text import PromptTokenizer, clean_caption
-from shared.data.dataset import DatasetBundle, flat
+from shared.data.dataset import DatasetBundle, RetrievalSet, flat
 from shared.data.recipe import load_dataset, scene_pack
 from shared.data.seeded import SeededRandom
 from shared.data.synthetic.captions import KINDS, ask, caption, number_of, with_article
@@ -39,25 +39,13 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvalSet:
-    """Held-out pictures (I, 3, H, W) and right captions, text t belonging to picture owner[t]; further pictures
-    (A, 3, H, W) with questions about them, and those of POPE, whose answers are yes and no equally often. None of these
-    where the pictures are not generated."""
+class EvalSet(RetrievalSet):
+    """With further pictures (A, 3, H, W), questions about them, and those of POPE, whose answers are yes and no equally
+    often. None of these where the pictures are not generated."""
 
-    images: Tensor
-    texts: list[str]
-    owner: Tensor  # (T,)
     question_images: Tensor
     questions: list[Question]
     pope: list[Question]
-
-    @property
-    def references(self) -> list[list[str]]:
-        """The texts of each picture."""
-        texts_of: list[list[str]] = [[] for _ in self.images]
-        for text, picture in zip(self.texts, self.owner.tolist(), strict=True):
-            texts_of[picture].append(text)
-        return texts_of
 
 
 @dataclass(frozen=True)
@@ -147,7 +135,7 @@ def build_data(recipe: Blip2Recipe, seed: int) -> ExperimentData:
     base = VARIANTS[recipe.model]()
     # One vocabulary for all seeds where the texts are generated: the small language model is common to them.
     if base.tokenizer == SmallTokenizer.kind:
-        tokenizer = SmallTokenizer.train(documents, base.vocabulary, SPECIALS)
+        tokenizer: Tokenizer = SmallTokenizer.train(documents, base.vocabulary, SPECIALS)
     else:
         tokenizer = BertTokenizer.uncased(None, SPECIALS)
     config = replace(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 from papers.blip2.model import Blip2, Blip2Qformer
@@ -108,17 +108,32 @@ def write(
 
     Prompts of different lengths are padded on the left.
     """
-    texts, language = [], model.language_model
-    settings = config.settings(tokenizer.stop, language.kind)
+    texts: list[str] = []
+    settings = config.settings(tokenizer.stop, model.language_model.kind)
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         tokens, attention_mask = tokenizer.prompts(prompts[part], device_of(model))
         prefix = prefix_of(model, None if features is None else features[part], len(tokens))
         if before is not None:
             prefix = torch.cat([before.expand(len(prefix), -1, -1), prefix.float()], 1)
-        written = generate(language.decoding(prefix), tokens, settings, attention_mask=attention_mask)
-        texts += [tokenizer.decode(ids) for ids in written.tokens]
+        texts += write_behind(model, tokenizer, prefix, tokens, attention_mask, settings)
     return texts
+
+
+@torch.inference_mode()
+def write_behind(
+    model: Blip2,
+    tokenizer: PromptTokenizer,
+    prefix: Tensor,
+    tokens: Tensor,
+    attention_mask: Tensor,
+    settings: GenerationSettings,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """As `write`, behind visual words (B, Q, W) and prompts (B, T), attention_mask (B, T) False at padding."""
+    decoding = model.language_model.decoding(prefix)
+    texts = generate(decoding, tokens, settings, attention_mask=attention_mask, generator=generator)
+    return [tokenizer.decode(ids) for ids in texts.tokens]
 
 
 def prefix_of(model: Blip2, features: Tensor | None, rows: int) -> Tensor:
@@ -209,8 +224,3 @@ def pope_scores(predictions: Sequence[str], right: Sequence[str]) -> dict[str, f
     scores = pope(predictions, right, "strict")
     names = ("acc", "f1", "yes_ratio", "parse_failures")
     return {f"pope_{name}": 100 * scores[f"pope/{name}@strict"] for name in names}
-
-
-def flat(features: Tensor) -> Tensor:
-    """(I, S, C) -> (I, C): the mean over the tokens, for a probe."""
-    return rearrange(features.float().mean(1, keepdim=True), "i 1 c -> i c")

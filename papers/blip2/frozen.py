@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from papers.blip2.config import CLIP_VIT_L, EVA_VIT_G, LANGUAGES, Blip2Config, LanguageConfig, VisionConfig
+from papers.blip2.config import CLIP_VIT_L, EVA_VIT_G, Blip2Config, LanguageConfig, VisionConfig
 from papers.blip2.model import Blip2, vision_encoder
 from papers.blip2.text import PromptTokenizer, load_prompt_tokenizer
 from shared.backbones.vision import Encoder, efficientnet_encoder, vit_encoder
 from shared.core.errors import UserError
 from shared.core.files import cache_root
 from shared.experiments.pretrained_parts import PretrainedPart, pretrained_part
+from shared.nn.causal_lm import SmallLanguageModel
 from shared.nn.frozen import Frozen
 from shared.weights.fetch import cached
 from shared.weights.formats import load_pretrained, map_openai_vit, map_vit
-from shared.weights.manifest import load_manifest
-from shared.weights.weight_map import WeightMap, carried_to, resample_plainly, to_ours, to_published
+from shared.weights.manifest import MANIFEST, load_manifest
+from shared.weights.weight_map import WeightMap, carried_to, resample_plainly, to_ours
 
 HALF = torch.bfloat16  # of frozen encoders on a CPU
 ENCODER_ENTRIES = {"eva": "blip2-eva-vit-g", "clip": "blip2-clip-vit-l"}  # of the published variants' frozen encoders
@@ -71,10 +72,6 @@ def encoder_of(published: Mapping[str, Tensor], kind: str, expected: Mapping[str
     layers = sum(key.endswith("attention.qkv.weight") for key in expected)
     tensors = {key: tensor for key, tensor in published.items() if _block(key) < layers}
     return carried_to(expected, to_ours(tensors, ENCODERS[kind]), resampling(kind))
-
-
-def encoder_published(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return to_published(state, ENCODERS[kind])
 
 
 def _block(key: str) -> int:
@@ -161,24 +158,60 @@ def frozen_encoder(name: str, layer: str, scale: str, manifest: str, half: bool)
     return efficientnet_encoder(name, layer, int(size[0]) if size else 0, manifest, dtype)
 
 
+# ---- language models
+
+
 @dataclass(frozen=True)
 class LanguageModelBundle:
-    """A frozen language model, its tokenizer, and its sizes."""
+    """A frozen language model, its tokenizer, its sizes, and its way to write out a conversation, where it has one."""
 
-    model: nn.Module
+    model: Frozen
     tokenizer: PromptTokenizer
     config: LanguageConfig
+    chat: Callable[[Sequence[Mapping[str, str]]], str] | None = None
 
 
-@lru_cache(maxsize=1)
-def load_language_model_bundle(name: str, manifest: str) -> LanguageModelBundle:
-    """A language model by name, in the precision that it is kept in."""
+def small_language_model(config: LanguageConfig) -> SmallLanguageModel:
+    """A new one of these sizes, in this repository's own layers."""
+    return SmallLanguageModel(
+        config.vocabulary, config.context, config.width, config.layers, config.heads, kv_heads=config.kv_heads,
+        mlp_width=config.mlp_width,
+    )  # fmt: skip
+
+
+def load_language_model_bundle(
+    config: LanguageConfig,
+    manifest: str | Path = MANIFEST,
+    folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> LanguageModelBundle:
+    """A language model by name. folder: where it lies, in the cache where None; dtype: that which it is kept in."""
     from shared.backbones.hf_lm import half_of
     from shared.backbones.lm import load_language_model
 
-    model, tokenizer = load_language_model(name, manifest=manifest, dtype=half_of(name))
-    model = model if isinstance(model, Frozen) else Frozen(model, through=True)
-    return LanguageModelBundle(model, load_prompt_tokenizer(tokenizer, model.context), LANGUAGES[name])
+    name = config.name
+    model, tokenizer = load_language_model(name, manifest=manifest, folder=folder, dtype=dtype or half_of(name))
+    if model.width != config.width:
+        raise UserError(f"{name}: a language model of width {model.width}, expected {config.width}")
+    try:
+        prompts = load_prompt_tokenizer(tokenizer, model.context)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    frozen = Frozen(cast(nn.Module, model), through=True)
+    return LanguageModelBundle(frozen, prompts, config, tokenizer.chat if tokenizer.template else None)
+
+
+frozen_language_model = lru_cache(maxsize=1)(load_language_model_bundle)  # for arms, which ask one after the other
+
+
+def speak_through(model: Blip2, language_model: Frozen) -> None:
+    """Give a bridge its language model; UserError where its projector is of another width."""
+    if model.projector.out_features != language_model.width:
+        raise UserError(
+            f"these weights speak to a language model of width {model.projector.out_features}, this one's is "
+            f"{language_model.width}: another variant's"
+        )
+    model.language_model = language_model
 
 
 class Silent(nn.Module):
@@ -186,12 +219,9 @@ class Silent(nn.Module):
 
     def __init__(self, config: Blip2Config):
         super().__init__()
-        if config.language is None:
-            raise UserError(
-                "these are weights of stage 2, but the variant has no language model: give that of a row of Table 2"
-            )
-        self.kind, self.width = config.language.kind, config.language.width
-        self.vocabulary, self.context = config.language.vocabulary, config.language.context
+        language = config.language_of_stage2
+        self.name, self.kind, self.width = language.name, language.kind, language.width
+        self.vocabulary, self.context = language.vocabulary, language.context
 
 
 def transformers_language(weights: Path, model: Blip2, folder: Path | None) -> tuple[Any, Any]:
@@ -199,7 +229,7 @@ def transformers_language(weights: Path, model: Blip2, folder: Path | None) -> t
     the weights, else in the cache), and its tokenizer."""
     from shared.backbones.hf_lm import PUBLISHED, Published, read_folder
 
-    name = model.config.language.name
+    name = model.language_model.name
     places = [folder] if folder else [weights.with_name(name), cache_root() / name]
     place = next((place for place in places if (place / "config.json").is_file()), None)
     published = PUBLISHED.get(name, Published(name))

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from papers.blip2.bundle import InferenceModel, load_inference_model
-from papers.blip2.encode import ANSWERING, CAPTION, CAPTIONING, PROMPTS, GenerationConfig, device_of, tidy
+from papers.blip2.encode import ANSWERING, CAPTION, CAPTIONING, PROMPTS, GenerationConfig, device_of, tidy, write_behind
 from shared.core.errors import UserError
 from shared.data.padding import pad_rows
 from shared.inference.predict import GenerationOptions
-from shared.nn.generation import GenerationSettings, generate
 from shared.weights.manifest import MANIFEST
 
 USES = ("caption", "ask", "chat")
@@ -43,7 +42,7 @@ class Blip2Inference:
     def __init__(self, parts: InferenceModel, use: str):
         self.parts, self.use = parts, use
         self.language, self.image_size = parts.model.language_model, parts.model.config.vision.image_size
-        self.template = parts.chat if use == "chat" else None
+        self.template = parts.language.chat if use == "chat" else None
         self.config = {
             "caption": replace(CAPTIONING, shortest=1) if parts.trained_here else CAPTIONING,
             "ask": ANSWERING,
@@ -63,10 +62,9 @@ class Blip2Inference:
         Answer:". UserError where it is too long."""
         if self.use == "caption":
             prompt = text if text is not None else "" if self.parts.trained_here else CAPTION
-        elif WRITTEN_OUT.fullmatch(text):
-            prompt = text.strip()
         else:
-            prompt = PROMPTS[self.language.kind].format(text.strip())
+            prompt = (text or "").strip()
+            prompt = prompt if WRITTEN_OUT.fullmatch(prompt) else PROMPTS[self.language.kind].format(prompt)
         self._check_room(self.tokens(prompt))
         return prompt
 
@@ -82,7 +80,7 @@ class Blip2Inference:
 
     def tokens(self, prompt: str) -> list[int]:
         """A template writes out what stands before and behind a prompt itself."""
-        tokenizer = self.parts.words
+        tokenizer = self.parts.language.tokenizer
         return tokenizer.encode(prompt) if self.template else [*tokenizer.begun(prompt), *tokenizer.behind]
 
     @property
@@ -108,10 +106,13 @@ class Blip2Inference:
         rows = [self.tokens(prompt) for prompt in prompts]
         self._check_room(max(rows, key=len))
         config = replace(self.config, beams=options.beams or self.config.beams)
-        settings = config.settings(self.parts.words.stop, self.language.kind)
+        settings = config.settings(self.parts.language.tokenizer.stop, self.language.kind)
         if options.nucleus is not None:
             settings = replace(settings, beams=1, sample=True, top_p=options.nucleus)
-        texts = written(self.parts, prefix, rows, settings, options.generator)
+        tokens, mask = (part.to(prefix.device) for part in pad_rows(rows, self.parts.language.tokenizer.pad, left=True))
+        texts = write_behind(
+            self.parts.model, self.parts.language.tokenizer, prefix, tokens, mask, settings, options.generator
+        )
         if self.use == "chat" and self.parts.trained_here:
             # it never saw an answer behind another, as TURN writes them: the first is its own
             texts = [text.split(". ")[0] for text in texts]
@@ -120,7 +121,7 @@ class Blip2Inference:
     @torch.inference_mode()
     def score(self, prefix: Tensor, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
         """The log-probability of each answer behind the prompt, its end token included. prefix (B, Q, W) -> (B, A)."""
-        language, tokenizer, device = self.language, self.parts.words, prefix.device
+        language, tokenizer, device = self.language, self.parts.language.tokenizer, prefix.device
         causal = language.kind == "causal"
         rows = [[*tokenizer.encode(f" {text}" if causal else text), tokenizer.stop[0]] for text in answers]
         targets, mask = (part.to(device) for part in pad_rows(rows, tokenizer.stop[0]))  # (A, U)
@@ -145,17 +146,3 @@ def bare(question: str) -> str:
     """A question without the paper's prompt around it."""
     match = re.fullmatch(r"\s*question:(.*?)(?:short )?answer:\s*", question, re.IGNORECASE | re.DOTALL)
     return (match[1] if match else question).strip()
-
-
-@torch.inference_mode()
-def written(
-    parts: InferenceModel,
-    prefix: Tensor,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    generator: torch.Generator | None,
-) -> list[str]:
-    tokens, mask = (part.to(prefix.device) for part in pad_rows(prompts, parts.words.pad, left=True))
-    decoding = parts.model.language_model.decoding(prefix)
-    texts = generate(decoding, tokens, settings, attention_mask=None if mask.all() else mask, generator=generator)
-    return [parts.words.decode(text) for text in texts.tokens]

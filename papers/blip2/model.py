@@ -6,7 +6,7 @@ V vocabulary, R texts, P positions with a target, M partners of ITC on all ranks
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,11 @@ from shared.losses.image_text import (
     next_token_targets,
     same_picture_targets,
 )
-from shared.nn.bert import INIT_STD, TokenHead, initialise_bert
+from shared.nn.bert import TokenHead, init_std, initialise_bert
 from shared.nn.distributed import all_gather, world
 from shared.nn.frozen import Frozen
 from shared.nn.qformer import CrossAttentionKV, QFormer, QFormerDecoding, QueryCache
 from shared.nn.vit import VisionTransformer
-
-if TYPE_CHECKING:
-    from shared.nn.causal_lm import LanguageModel
 
 
 class VisionNorm(nn.LayerNorm):
@@ -43,11 +40,6 @@ class VisionNorm(nn.LayerNorm):
         with torch.autocast(features.device.type, enabled=False):
             normed = F.layer_norm(features.float(), self.normalized_shape, weight, bias, self.eps)
         return normed.to(self.weight.dtype)
-
-
-def init_std(width: int) -> float:
-    """The standard deviation of initial weights: 0.02, as published, from 768 on; more where a sum has fewer terms."""
-    return INIT_STD * max(1.0, 768 / width) ** 0.5
 
 
 def vision_encoder(config: VisionConfig) -> VisionTransformer:
@@ -213,19 +205,20 @@ class Blip2Qformer(nn.Module):
         """
         if objectives.itm and not objectives.itc:
             raise ValueError("ITM draws its hard negatives by ITC's similarities: train both, or neither")
-        similar = targets = matches = mismatches = logits = next_tokens = None
+        similar = targets = matches = mismatches = logits = next_tokens = caches = None
         context = self.vision_norm(features)  # (B, S, C)
         seen = self.qformer.look_at(context)
-        caches = self.qformer.caches() if objectives.itg else None
+        if objectives.itg:
+            caches = self.qformer.caches()
         states = self.qformer.encode_queries(seen, caches=caches)  # (B, Q, D)
         if objectives.itc:
             ids, all_ids = identities(ids, features)
             targets = same_picture_targets(ids, all_ids)
             similar = self.contrast(self.image_vectors(states), self.text_features(tokens))
-        if objectives.itm:
-            negatives = hard_negatives(similar, ids[:, None] == all_ids[None])
-            matches, mismatches = self.matching(context, seen, tokens, negatives)
-        if objectives.itg:
+            if objectives.itm:
+                negatives = hard_negatives(similar, ids[:, None] == all_ids[None])
+                matches, mismatches = self.matching(context, seen, tokens, negatives)
+        if caches is not None:
             logits, next_tokens = self.caption_targets(tokens, caches)
         return Stage1Output(similar, targets, matches, mismatches, logits, next_tokens, self.temperature)
 
@@ -249,7 +242,7 @@ class Blip2Qformer(nn.Module):
         pictures, all_tokens = torch.cat([own, negatives.images, own]), tokens
         if world()[1] > 1:  # the false pictures and texts may be another rank's; gradients go back to it
             false = self.qformer.look_at(all_gather(context)[negatives.images])
-            seen = [here and there.behind(here) for here, there in zip(seen, false, strict=True)]
+            seen = [here and there and there.behind(here) for here, there in zip(seen, false, strict=True)]
             pictures = torch.cat([own, len(own) + own, own])
             tokens = self._of_full_length(tokens)
             all_tokens = gathered(tokens)
@@ -311,8 +304,9 @@ class Stage2Output(NamedTuple):
 class Blip2(nn.Module):
     """Stage 2: the queries' states, projected, are the first words that a frozen language model reads."""
 
-    def __init__(self, config: Blip2Config, language_model: LanguageModel, *, question: bool = False):
-        """language_model: held beside the tree of modules (shared/nn/frozen.py), so neither trained nor saved with it.
+    def __init__(self, config: Blip2Config, language_model: nn.Module, *, question: bool = False):
+        """language_model: answers LanguageModel (shared/nn/causal_lm.py); held beside the tree of modules
+        (shared/nn/frozen.py), so neither trained nor saved with it.
 
         question: the Q-Former keeps its text branch, in which the queries meet a question about the picture
         (fine-tuning for VQA, Sec. 4.3).
@@ -324,16 +318,17 @@ class Blip2(nn.Module):
         if question:  # nobody reads the text's own states after the last layer
             for part in (self.qformer.layers[-1].mlp, self.qformer.layers[-1].mlp_norm):
                 part.requires_grad_(False)
+        if not isinstance(language_model, Frozen):
+            language_model = Frozen(language_model, through=True)
         self.projector = nn.Linear(config.width, language_model.width)
-        held = isinstance(language_model, Frozen)
-        self.language_model = language_model if held else Frozen(language_model, through=True)
+        self.language_model: Frozen = language_model
 
     @classmethod
     def started_from(
         cls,
         stage1: Blip2Qformer | Mapping[str, Tensor],
         config: Blip2Config,
-        language_model: LanguageModel,
+        language_model: nn.Module,
         *,
         question: bool = False,
     ) -> Blip2:
@@ -386,7 +381,7 @@ class Blip2(nn.Module):
         return Stage2Output(self.language_model.logits(states[learned]), tokens[learned])
 
     def _continued(
-        self, prefix: Tensor, tokens: Tensor, attention_mask: Tensor, prompt: int | Tensor
+        self, prefix: Tensor, tokens: Tensor, attention_mask: Tensor, prompt: int | Tensor | Prompt
     ) -> tuple[Tensor, Tensor]:
         """The states that each token follows (B, T, W), and which tokens are learned (B, T)."""
         read = tokens[:, :-1]  # nothing follows the last
@@ -395,7 +390,7 @@ class Blip2(nn.Module):
         return states, attention_mask & (torch.arange(tokens.shape[1], device=tokens.device) >= given)
 
     def _answered(
-        self, prefix: Tensor, tokens: Tensor, attention_mask: Tensor, prompt: int | Prompt
+        self, prefix: Tensor, tokens: Tensor, attention_mask: Tensor, prompt: int | Tensor | Prompt
     ) -> tuple[Tensor, Tensor]:
         """The decoder's states before each token (B, T, W), and which are learned (B, T)."""
         if not isinstance(prompt, Prompt):

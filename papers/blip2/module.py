@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import lightning
 import torch
@@ -16,9 +17,10 @@ from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, Prompt
 from papers.blip2.recipe import Blip2Recipe
 from shared.core.errors import UserError
-from shared.data.padding import trim_masked, trim_padding
+from shared.data.padding import noise_texts, trim_masked, trim_padding
 from shared.nn.blocks import set_recompute
 from shared.nn.frozen import assert_only_trained
+from shared.training.callbacks import log_losses
 from shared.training.optim import decay_groups, optimizer_with_schedule
 
 EVERYTHING = Objectives()
@@ -32,10 +34,12 @@ class BridgeModule(lightning.LightningModule):
     too, where the whole is trained instead of the bridge alone.
     """
 
-    model: nn.Module
-
     def __init__(
-        self, model: nn.Module, recipe: Blip2Recipe, encoder: nn.Module | None = None, beside: Sequence[nn.Module] = ()
+        self,
+        model: Blip2Qformer | Blip2,
+        recipe: Blip2Recipe,
+        encoder: nn.Module | None = None,
+        beside: Sequence[nn.Module] = (),
     ):
         super().__init__()
         self.model, self.recipe = model, recipe
@@ -47,7 +51,7 @@ class BridgeModule(lightning.LightningModule):
         if self.recipe.compile:
             self.model.compile()
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         """AdamW on what is trained; matrices and queries decay, vectors do not (LAVIS, Blip2Base.get_optimizer_params).
         Linear warm-up, then a cosine that ends at min_learning_rate (Sec. 3.4).
 
@@ -92,14 +96,8 @@ class Stage1Module(BridgeModule):
             tokens = trim_padding(tokens, self.model.config.pad_token)
         output = self.model(self.features(seen), tokens, ids if self.recipe.by_picture else None, self.objectives)
         losses = stage1_losses(output, self.model.config.label_smoothing)
-        for name, loss in losses._asdict().items():
-            if loss is not None:
-                self.log(f"loss_{name}", loss.detach())
-        if self.objectives.itc:
-            self.log("temperature", output.temperature.detach())
-        total = losses.total()
-        self.log("loss", total.detach())
-        return total
+        beside = {"temperature": output.temperature} if self.objectives.itc else {}
+        return log_losses(self, losses._asdict(), losses.total(), **beside)
 
 
 class Stage2Module(BridgeModule):
@@ -113,10 +111,9 @@ class Stage2Module(BridgeModule):
         seen, tokens, attention_mask, *given = batch
         if not self.recipe.compile:
             tokens, attention_mask = trim_masked(tokens, attention_mask)
+        prompt: Tensor | Prompt = given[0]
         if self.model.language_model.kind == "seq2seq":
             prompt = Prompt(*(given if self.recipe.compile else trim_masked(*given)))
-        else:
-            [prompt] = given
         loss = stage2_loss(self.model(self.features(seen), tokens, attention_mask, prompt))
         self.log("loss", loss.detach())
         return loss
@@ -174,10 +171,7 @@ def example(pictures: int) -> tuple[Stage1Module, tuple[Tensor, ...]]:
     config = replace(VARIANTS["blip2-tiny"](), label_smoothing=0.0)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(pictures, config.vision.tokens, config.vision.width, generator=generator)
-    tokens = torch.randint(1, config.start_token, (pictures, config.context), generator=generator)
-    tokens[:, 0] = config.start_token
-    ends = torch.randint(2, config.context, (pictures,), generator=generator)
-    tokens[torch.arange(pictures), ends] = config.end_token
-    tokens[torch.arange(config.context) > ends[:, None]] = config.pad_token
+    ids = config.start_token, config.end_token, config.pad_token
+    tokens = noise_texts(pictures, config.context, *ids, generator)
     recipe = Blip2Recipe(paper="blip2", model="blip2-tiny", steps=60, learning_rate=5e-3, warmup_steps=10)
     return Stage1Module(Blip2Qformer(config), recipe), (features, tokens, torch.arange(pictures))

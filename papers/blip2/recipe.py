@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from papers.blip2.config import LANGUAGES
 from shared.core.errors import UserError
-from shared.data.recipe import SceneRecipe
+from shared.data.recipe import EasySceneRecipe
 from shared.data.synthetic.captions import KINDS
 
 LAYERS = ("second-last", "last")
@@ -14,7 +14,7 @@ OPEN = ("what", "colour")  # kinds whose answers are words of the world, not a c
 
 
 @dataclass
-class Blip2Recipe(SceneRecipe):
+class Blip2Recipe(EasySceneRecipe):
     """What BLIP-2's recipes have beside every paper's. `steps`, `batch` and `learning_rate` are those of stage 1."""
 
     weight_decay: float = 0.05
@@ -44,13 +44,6 @@ class Blip2Recipe(SceneRecipe):
     lm_steps: int = 300
     lm_batch: int = 32
     lm_rate: float = 2e-3
-
-    classes: int = 16  # easier scenes than by default
-    objects: int = 1
-    clutter: float = 0.0
-    noise: float = 4.0
-    jitter: float = 0.5
-    small: float = 0.0
     asked_pictures: int = 100  # held-out ones, each with a question of every open kind
     kinds: list[str] = field(default_factory=lambda: ["what", "colour", "yes/no"])  # of questions, some of KINDS
     asked: float = 0.5  # share of stage 2's texts that are questions with answers; the others are captions

@@ -66,7 +66,7 @@ class PromptTokenizer:
         prompt and the others learned (Sec. 3.3), which the seed and its place decide.
         """
         encoded = self._seq2seq(texts, longest, seed) if self.behind else self._causal(texts, longest)
-        width = encoded.prompts.shape[1] if self.behind else encoded.tokens.shape[1]
+        width = (encoded.prompts if isinstance(encoded, Seq2SeqTexts) else encoded.tokens).shape[1]
         if queries + width > self.context:
             raise UserError(
                 f"texts of {width} tokens behind {queries} queries, but the language model's context is "

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from papers.blip2.bundle import keep_frozen
-from papers.blip2.config import with_language
+from papers.blip2.config import LANGUAGES
 from papers.blip2.data import ExperimentData, build_data
-from papers.blip2.frozen import HALF, LanguageModelBundle, frozen_encoder, load_language_model_bundle
+from papers.blip2.frozen import HALF, frozen_encoder, load_language_model_bundle
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.module import Stage1Module, Stage2Module
 from papers.blip2.recipe import Blip2Recipe
@@ -31,7 +31,7 @@ def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
     bert = read_bert(Path(recipe.bert_weights)) if recipe.bert_weights and recipe.stage == 1 else None
     data = build_data(recipe, seed)  # last: of the paper's size it takes hours
     vision = replace(data.config.vision, width=encoder.width)
-    config = replace(with_language(data.config, None), vision=vision)
+    config = replace(data.config, language=None, vision=vision)
     inputs, runs = features_or_images(recipe, data, encoder)
     torch.manual_seed(seed)
     if recipe.stage == 1:
@@ -42,12 +42,16 @@ def prepare(recipe: Blip2Recipe, seed: int) -> Trainable:
         module: Stage1Module | Stage2Module = Stage1Module(qformer, recipe, runs)
         tensors: tuple[Tensor | IndexedTensor, ...] = (IndexedTensor(inputs, rows), tokens, rows)
     else:
-        bundle = named_language_model(recipe)
+        if recipe.language_model == "small":
+            raise UserError(
+                "recipe: the small language model is one of the claims'; name another for stage 2 of training"
+            )
+        bundle = load_language_model_bundle(LANGUAGES[recipe.language_model], recipe.manifest)
         rows, texts = data.stage2_tensors(bundle.tokenizer, recipe.asked, seed, recipe.text_tokens, config.queries)
         qformer = Blip2Qformer(config)
         if recipe.stage1_weights:
             load_weights(qformer, Path(recipe.stage1_weights))
-        model = Blip2.started_from(qformer, with_language(config, bundle.config), bundle.model)
+        model = Blip2.started_from(qformer, replace(config, language=bundle.config), bundle.model)
         module = Stage2Module(model, recipe, runs)
         tensors = (IndexedTensor(inputs, rows), *texts)
     ids = [data.dataset.train.ids[row] for row in rows.tolist()]
@@ -77,9 +81,3 @@ def features_or_images(recipe: Blip2Recipe, data: ExperimentData, encoder: Encod
     folder = cache_root() / "features"
     dtype = HALF if encoder.dtype is not None else torch.float32
     return features_of(encoder, data.dataset.train.images, key="train", folder=folder, dtype=dtype), None
-
-
-def named_language_model(recipe: Blip2Recipe) -> LanguageModelBundle:
-    if recipe.language_model == "small":
-        raise UserError("recipe: the small language model is one of the claims'; name another for stage 2 of training")
-    return load_language_model_bundle(recipe.language_model, recipe.manifest)

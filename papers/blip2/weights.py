@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from papers.blip2.config import SPECIALS, VARIANTS, Blip2Config, at
 from papers.blip2.formats import (
@@ -49,9 +49,6 @@ from shared.weights.load import card, check_card, text_card
 from shared.weights.manifest import Entry
 from shared.weights.safe_load import read_header, read_tensors
 from shared.weights.weight_map import WeightMap, to_ours
-
-if TYPE_CHECKING:
-    from shared.nn.causal_lm import LanguageModel
 
 # ---- in
 
@@ -123,7 +120,7 @@ def state_of(tensors: Mapping[str, Tensor], config: Blip2Config) -> dict[str, Te
     return ours_of(tensors, name, config.vision.kind, expected)
 
 
-def load_file(path: Path, config: Blip2Config, language_model: LanguageModel | None = None) -> Loaded:
+def load_file(path: Path, config: Blip2Config, language_model: nn.Module | None = None) -> Loaded:
     """A weights file or folder under the names of any of FORMATS, or our own: the model that it is of, in eval mode,
     with the picture size and the queries that it has. Without a language model a model of stage 2 can give its prefix
     alone."""
@@ -133,7 +130,7 @@ def load_file(path: Path, config: Blip2Config, language_model: LanguageModel | N
         state = state_of(tensors, own_config)
         own = {key: tensor for key, tensor in state.items() if not key.startswith(VISION)}
         if "projector.weight" in own:
-            model: Blip2 | Blip2Qformer = Blip2(own_config, language_model or Silent(own_config))
+            model: Any = Blip2(own_config, language_model or Silent(own_config))
             if model.projector.out_features != len(own["projector.weight"]):
                 raise UserError(
                     f"its projector gives {len(own['projector.weight'])} numbers, but the language model reads "
@@ -274,7 +271,7 @@ def gathered(
     if encoder is None:
         encoder = load_encoder(encoder_beside(source, config, manifest), model.config.vision)
     seen = encoder.module.state_dict()
-    if kind.stage == 2:
+    if isinstance(model, Blip2):
         return Parts(model, seen, transformers_language(source, model, language), None)
     if config.tokenizer == "bert-wordpiece":
         return Parts(model, seen, None, BertTokenizer.uncased(specials=SPECIALS))
@@ -290,10 +287,10 @@ def hf_spec(parts: Parts, to: str) -> HfSpec:
         **hf_config(config if parts.language else replace(config, language=None)),
     }
     processor = {"processor_class": "Blip2Processor"}
-    if parts.language is None:
+    if parts.tokenizer is not None:
         special, stand = {"[DEC]": parts.tokenizer.decode_start}, ", which stands"
         files = bert_files(parts.tokenizer, config.context, "Blip2Processor", special)
-    else:
+    elif parts.language is not None:
         theirs, tokenizer = parts.language
         image_token = len(tokenizer)
         if image_token >= theirs.get_input_embeddings().num_embeddings:  # a row for the token that pictures stand for

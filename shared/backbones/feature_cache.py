@@ -82,7 +82,7 @@ def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | No
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _identity(encoder: Encoder, images: Tensor, dtype: torch.dtype) -> str:

@@ -114,7 +114,7 @@ def _byte_pairs(words: Sequence[str], merges: Sequence[str], kinds: Sequence[int
     """SmolLM2's tokenizer, as `tokenizers` writes one: GPT-2's byte pairs, each digit for itself."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
     pieces = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=pairs))
     pieces.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

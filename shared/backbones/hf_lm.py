@@ -132,7 +132,7 @@ class CausalAdapter(nn.Module):
 
     kind = "causal"
 
-    def __init__(self, theirs: nn.Module):
+    def __init__(self, theirs: Any):
         super().__init__()
         config = theirs.config
         self.theirs, self.table, self.head = theirs, theirs.get_input_embeddings(), theirs.get_output_embeddings()
@@ -181,7 +181,7 @@ class Seq2SeqAdapter(nn.Module):
 
     kind = "seq2seq"
 
-    def __init__(self, theirs: nn.Module):
+    def __init__(self, theirs: Any):
         super().__init__()
         config = theirs.config
         self.theirs, self.table, self.head = theirs, theirs.get_input_embeddings(), theirs.get_output_embeddings()

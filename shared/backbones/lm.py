@@ -15,9 +15,7 @@ from shared.backbones.gguf import load_gguf
 from shared.backbones.hf_lm import PUBLISHED, Published, load_folder
 from shared.core.errors import UserError
 from shared.core.files import cache_root
-from shared.nn.causal_lm import (
-    LanguageModel,
-)
+from shared.nn.causal_lm import LanguageModel
 from shared.tokenizers.lm import LanguageTokenizer
 from shared.weights.fetch import fetch
 from shared.weights.manifest import MANIFEST, load_manifest

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -21,6 +22,7 @@ from shared.nn.vit import VisionTransformer
 from shared.weights.fetch import fetch
 from shared.weights.load import load_weights
 from shared.weights.manifest import MANIFEST, load_manifest
+from shared.weights.weight_map import Rule, WeightMap
 
 LITE = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 LAYERS = {"last": 0, "second-last": 1}  # how many blocks of a ViT are left out
@@ -71,10 +73,8 @@ class _Tokens(nn.Module):
         self.patch_embedding, self.positions, self.input_norm = vit.patch_embedding, vit.positions, vit.input_norm
         self.blocks = vit.blocks[: len(vit.blocks) - skip_last_blocks]
 
-    embed = VisionTransformer.embed
-
     def forward(self, images: Tensor) -> Tensor:
-        return self.blocks(self.embed(images))
+        return self.blocks(VisionTransformer.embed(cast(VisionTransformer, self), images))
 
 
 # ---- EfficientNet-Lite
@@ -100,7 +100,7 @@ def efficientnet_encoder(
         raise UserError(f"{name}: a picture of {size} px does not divide by its stride of 32")
     import timm
 
-    network = timm.create_model("tf_" + name.replace("-", "_"), pretrained=False)
+    network: Any = timm.create_model("tf_" + name.replace("-", "_"), pretrained=False)
     load_weights(network, fetch(entry), lite_names(network))
     stages, stride = STAGES[_known(layer)]
     module = LiteTokens(network, stages, size, entry.preprocess["mean"], entry.preprocess["std"])
@@ -112,7 +112,10 @@ def efficientnet_encoder(
 class LiteTokens(nn.Module):
     """timm's network up to a stage: resize, normalise, map to tokens. uint8 (B, 3, H, W) -> (B, S, C)."""
 
-    def __init__(self, network: nn.Module, stages: int, size: int, mean: Sequence[float], std: Sequence[float]):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Any, stages: int, size: int, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.stem, self.norm, self.stages = network.conv_stem, network.bn1, network.blocks[:stages]
         self.size = size
@@ -128,10 +131,10 @@ class LiteTokens(nn.Module):
         return rearrange(x, "b c h w -> b (h w) c")
 
 
-def lite_names(network: nn.Module) -> dict[str, str]:
+def lite_names(network: Any) -> WeightMap:
     """Published key -> timm's. The published blocks are numbered through, timm's by stage; the first has no expansion,
     so that timm counts its norms from the depthwise one."""
-    names = {
+    names: dict[str | tuple[str, ...], str | Rule | None] = {
         "_conv_stem.weight": "conv_stem.weight",
         "_conv_head.weight": "conv_head.weight",
         "_fc.weight": "classifier.weight",

@@ -69,6 +69,23 @@ def flat(captions: Sequence[Sequence[str]]) -> tuple[Tensor, list[str]]:
     return torch.tensor(rows, dtype=torch.long), [text for several in captions for text in several]
 
 
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Held-out pictures (I, 3, H, W) and right captions; text t belongs to picture owner[t]."""
+
+    images: Tensor
+    texts: list[str]
+    owner: Tensor  # (T,)
+
+    @property
+    def references(self) -> list[list[str]]:
+        """The texts of each picture."""
+        texts: list[list[str]] = [[] for _ in self.images]
+        for text, picture in zip(self.texts, self.owner.tolist(), strict=True):
+            texts[picture].append(text)
+        return texts
+
+
 @dataclass
 class Composition:
     """Pictures of (thing, colour) pairs that training never showed, and the texts to choose among.

@@ -30,3 +30,13 @@ def trim_masked(tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]
     """The same by the attention_mask (B, T), which is cut too."""
     longest = int(attention_mask.sum(1).max())
     return tokens[:, :longest], attention_mask[:, :longest]
+
+
+def noise_texts(count: int, context: int, start: int, end: int, pad: int, generator: torch.Generator) -> Tensor:
+    """`start`, any ids below it, `end`, padding on the right (N, context): texts of many lengths that say nothing."""
+    tokens = torch.randint(1, start, (count, context), generator=generator)
+    tokens[:, 0] = start
+    ends = torch.randint(2, context, (count,), generator=generator)
+    tokens[torch.arange(count), ends] = end
+    tokens[torch.arange(context) > ends[:, None]] = pad
+    return tokens

@@ -33,6 +33,18 @@ class SceneRecipe(Recipe):
         return SceneOptions((1, self.objects), self.clutter, self.noise, self.jitter, self.small)
 
 
+@dataclass
+class EasySceneRecipe(SceneRecipe):
+    """Scenes of one thing that is large and stands free."""
+
+    classes: int = 16
+    objects: int = 1
+    clutter: float = 0.0
+    noise: float = 4.0
+    jitter: float = 0.5
+    small: float = 0.0
+
+
 def load_dataset(recipe: SceneRecipe, seed: int, pairs: int = 0, **options: Any) -> DatasetBundle:
     """The recipe's data. pairs: others than the recipe's; options: what else `make_dataset` takes."""
     return make_dataset(

@@ -4,6 +4,7 @@ seed leaves, and the effects and notes that are made of measurements."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from shared.tokenizers.base import Tokenizer
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Recipe)
 
 
 def once_a_seed(make: Callable[[Any, int], T]) -> Callable[[Context], T]:
@@ -47,6 +49,11 @@ def stages_of(context: Context, data_digest: str) -> StageCache:
     """What the arms of this recipe, seed and data make once."""
     name = f"{context.seed}-{digest(training_fields(context.recipe))}-{data_digest[:12]}"
     return StageCache(context.folder.parent / "stages" / name, context.seed)
+
+
+def of_stage(recipe: R, steps: int, **changes: Any) -> R:
+    """The recipe of one of an arm's trainings: so many steps, the warm-up no longer than a fifth of them."""
+    return replace(recipe, steps=steps, warmup_steps=min(recipe.warmup_steps, max(1, steps // 5)), **changes)
 
 
 def train_arm(

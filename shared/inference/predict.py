@@ -68,15 +68,13 @@ class Talk(NamedTuple):
 
     begin: Callable[[Tensor], Callable[[str], Reply]]
     size: int
-    whole: bool
 
 
 class Task(NamedTuple):
-    """What is done with pictures. answer: pictures (B, 3, size, size) uint8 -> one text each."""
+    """What is done with pictures, which are squeezed into a square. answer: (B, 3, size, size) uint8 -> a text each."""
 
     answer: Callable[[Tensor], Sequence[str]]
     size: int  # pixels a side
-    whole: bool  # pictures are squeezed into the square, not cut to it
 
 
 # ---- what a model is used for
@@ -94,7 +92,7 @@ def caption_task(
     def answer(images: Tensor) -> list[str]:
         return model.generate(model.encode(images), [prompt] * len(images), options)
 
-    return Task(answer, model.image_size, whole=True)
+    return Task(answer, model.image_size)
 
 
 def ask_task(model: VisionLanguageModel, question: str, answers: Sequence[str] | None, beams: int | None) -> Task:
@@ -107,7 +105,7 @@ def ask_task(model: VisionLanguageModel, question: str, answers: Sequence[str] |
             return model.generate(prefix, prompts, GenerationOptions(beams))
         return [answers[place] for place in model.score(prefix, prompts, answers).argmax(1).tolist()]
 
-    return Task(answer, model.image_size, whole=True)
+    return Task(answer, model.image_size)
 
 
 def chat_task(model: VisionLanguageModel, beams: int | None) -> Talk:
@@ -130,7 +128,7 @@ def chat_task(model: VisionLanguageModel, beams: int | None) -> Talk:
 
         return reply
 
-    return Talk(begin, model.image_size, whole=True)
+    return Talk(begin, model.image_size)
 
 
 def zeroshot(files: Sequence[Path], model: VisionLanguageModel, labels: Sequence[str], template: str) -> Iterator[str]:
@@ -190,7 +188,7 @@ def answered(files: Sequence[Path], task: Task, skipped: list[str]) -> Iterator[
     kept, images = [], []
     for path in files:
         try:
-            images.append(fitted_image(path.read_bytes(), task.size, whole=task.whole))
+            images.append(fitted_image(path.read_bytes(), task.size, whole=True))
             kept.append(path)
         except (PictureError, OSError) as wrong:
             reason = (wrong.strerror or str(wrong)) if isinstance(wrong, OSError) else str(wrong)
@@ -206,7 +204,7 @@ def talk(path: Path, task: Talk, lines: TextIO) -> int:
     import torch
 
     try:
-        image = fitted_image(path.read_bytes(), task.size, whole=task.whole)
+        image = fitted_image(path.read_bytes(), task.size, whole=True)
     except (PictureError, OSError) as wrong:
         raise UserError(f"{one_line(str(path))}: {getattr(wrong, 'strerror', None) or wrong}") from None
     reply = task.begin(torch.from_numpy(np.stack([image])))

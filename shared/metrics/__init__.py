@@ -9,7 +9,15 @@ from shared.metrics.classification import (
     zero_shot_classifier,
 )
 from shared.metrics.names import Scored, metric_name
-from shared.metrics.pairs import dialogue_ranking, nlvr2, nlvr2_statement, rerank, rerank_both, reranked_hits
+from shared.metrics.pairs import (
+    dialogue_ranking,
+    nlvr2,
+    nlvr2_statement,
+    rerank,
+    rerank_both,
+    reranked_hits,
+    reranked_points,
+)
 from shared.metrics.pope import pope
 from shared.metrics.probe import Probe, few_shot, linear_probe
 from shared.metrics.retrieval import RetrievalHits, retrieval_hits, retrieval_hits_from_features
@@ -34,6 +42,7 @@ __all__ = [
     "rerank",
     "rerank_both",
     "reranked_hits",
+    "reranked_points",
     "retrieval_hits",
     "retrieval_hits_from_features",
     "topk_accuracy",

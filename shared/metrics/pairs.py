@@ -5,7 +5,7 @@ Legend: N queries, M candidates, I images, T texts, k re-ranked candidates.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +91,21 @@ def reranked_hits(
         raise ValueError(f"i2t has shape {tuple(i2t.shape)}, t2i {tuple(t2i.shape)}: expected (I, T) and (T, I)")
     forth, back = (retrieval_hits(scores, text_to_image, ks, protocol) for scores in (i2t, t2i.T))
     return {name: (forth if name.startswith("retrieval/i2t_") else back)[name] for name in forth}
+
+
+def reranked_points(
+    i2t: Tensor, t2i: Tensor, itc: Mapping[str, float], text_to_image: Tensor, candidates: int
+) -> dict[str, float]:
+    """R@1 in points where the best `candidates` by contrast were re-ranked: `r1`, the mean of both directions, of which
+    contrast alone gives `itc_r1`; `i2t_r1` and `t2i_r1`. itc: `retrieval_hits` at 1 of contrast alone."""
+    protocol = f"itc-top{candidates}-itm+itc"
+    hits = reranked_hits(i2t, t2i, text_to_image, ks=(1,), protocol=protocol)
+    return {
+        "r1": 50 * sum(hits.values()),
+        "itc_r1": 50 * sum(itc.values()),
+        "i2t_r1": 100 * hits[f"retrieval/i2t_r1@{protocol}"],
+        "t2i_r1": 100 * hits[f"retrieval/t2i_r1@{protocol}"],
+    }
 
 
 def dialogue_ranking(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

@@ -205,6 +205,11 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp_min(0)
 
 
+def init_std(width: int) -> float:
+    """The standard deviation of initial weights: 0.02, as published, from 768 on; more where a sum has fewer terms."""
+    return INIT_STD * max(1.0, 768 / width) ** 0.5
+
+
 def initialise_bert(module: nn.Module, std: float = INIT_STD) -> None:
     """BERT's scheme: normals of 0.02, zero biases, unit norms."""
     for child in module.modules():

@@ -53,7 +53,7 @@ class CrossAttentionKV:
             return self.keys, self.values
         return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
 
-    def of(self, rows: Tensor) -> CrossAttentionKV:
+    def of(self, rows: Tensor | None) -> CrossAttentionKV:
         """The same keys and values for others to look at."""
         return CrossAttentionKV(self.keys, self.values, rows)
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from shared.data.dataset import RetrievalSet
+
 # Okabe and Ito 2008, without the yellow that vanishes on white
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#444444"]
 _RIGHT = {None: ("", "#1f2937"), True: ("✓ ", "#17663f"), False: ("✗ ", "#9d2a25")}  # mark and colour of a text
@@ -376,6 +378,13 @@ def retrieval_examples(
         ]
         samples.append(Sample(png(images[row]), queries[row], ranked))
     return samples
+
+
+def ranked_captions(scores: Tensor, eval_set: RetrievalSet, most: int) -> list[Sample]:
+    """`retrieval_examples` of a set; right are a picture's own texts."""
+    queries, owner = [texts[0] for texts in eval_set.references], eval_set.owner.tolist()
+    right = lambda row, text: owner[text] == row  # noqa: E731
+    return retrieval_examples(scores, eval_set.images, queries, eval_set.texts, right, most=most)
 
 
 def png(image: Tensor, size: int = 96) -> bytes:

@@ -79,6 +79,14 @@ class Tokenizer(ABC):
             batch[row, : len(ids)] = torch.tensor(ids)
         return batch
 
+    def config_fields(self, specials: Sequence[str]) -> dict[str, Any]:
+        """What BLIP's and BLIP-2's configurations take of a tokenizer: its kind, vocabulary and ids, those of specials
+        among them. UserError for a special that it was made without."""
+        ids = {"pad": self.pad, "start": self.start, "end": self.end}
+        ids |= {name.removesuffix("_start"): self._special(name) for name in specials}
+        fields = {f"{name}_token": id for name, id in ids.items()}
+        return {"tokenizer": self.kind, "vocabulary": self.vocab_size, **fields}
+
     @property
     def mask(self) -> int:
         return self._special("mask")

@@ -17,7 +17,7 @@ from shared.tokenizers.small_bpe import SmallTokenizer
 
 
 def for_transformers(
-    tokenizer: BertTokenizer | SmallTokenizer, ids: Mapping[str, int], ends: tuple[str, str] = ("[CLS]", "[SEP]")
+    tokenizer: Tokenizer, ids: Mapping[str, int], ends: tuple[str, str] = ("[CLS]", "[SEP]")
 ) -> dict[str, Any]:
     """The tokenizer.json from which transformers builds a tokenizer that gives our ids, between the two `ends`.
 
@@ -47,7 +47,7 @@ def for_transformers(
 
 
 def bert_files(
-    tokenizer: BertTokenizer | SmallTokenizer, context: int, processor: str, special: Mapping[str, int], **more: Any
+    tokenizer: Tokenizer, context: int, processor: str, special: Mapping[str, int], **more: Any
 ) -> dict[str, Any]:
     """{file: content} from which transformers builds a tokenizer that gives our ids, [CLS] text [SEP] and padding.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.nn.generation import Decoding, GenerationSettings, generate
 from shared.tools.bench_output import Job
 from shared.tools.bench_timing import DTYPES, race
 
@@ -82,6 +83,32 @@ def stepper(
         return tuple(part.detach() for part in losses) if several else losses.detach()
 
     return step
+
+
+def beam_writers(
+    decoding: Callable[[Tensor], Decoding],
+    theirs: nn.Module,
+    normalised: Callable[[Tensor], Tensor],
+    ids: Callable[[Tensor], Tensor],
+    stop: int,
+    beams: int,
+    new_tokens: int,
+) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Functions of pictures and a prompt (B, P) that give new tokens (B, new_tokens), by beam search: of ours, by what
+    `decoding` makes of pictures, and of a model of transformers, to which `ids` turns the prompt."""
+    settings = GenerationSettings((stop,), new_tokens, new_tokens, beams=beams)
+
+    def our_texts(pixels: Tensor, prompts: Tensor) -> Tensor:
+        return torch.tensor(generate(decoding(pixels), prompts, settings).tokens)
+
+    def their_texts(pixels: Tensor, prompts: Tensor) -> Tensor:
+        given = ids(prompts)
+        lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        picture = {"pixel_values": normalised(pixels), "attention_mask": torch.ones_like(given)}
+        tokens = theirs.generate(input_ids=given, **picture, num_beams=beams, do_sample=False, **lengths)
+        return tokens[:, -new_tokens:].cpu()
+
+    return {"ours": our_texts, "transformers": their_texts}
 
 
 def compiled(model: nn.Module) -> nn.Module:

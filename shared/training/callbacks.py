@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -109,3 +110,17 @@ class NonFiniteGuard(Callback):
             f"{', '.join(map(str, bad))} (loss {losses[-1]:g}{which}); all ranks stopped, nothing was updated, "
             f"the last checkpoint is good; all names: {path}; lower learning_rate, or look at these samples"
         )
+
+
+def log_losses(
+    module: lightning.LightningModule, losses: Mapping[str, Tensor | None], total: Tensor, **beside: Tensor
+) -> Tensor:
+    """Log `loss_<name>` of the losses that were computed, what stands beside them, and their total as `loss`, which is
+    returned."""
+    for name, loss in losses.items():
+        if loss is not None:
+            module.log(f"loss_{name}", loss.detach())
+    for name, value in beside.items():
+        module.log(name, value.detach())
+    module.log("loss", total.detach())
+    return total

@@ -214,6 +214,7 @@ def _one_try(url: str, part: _Part, size: int | None, report: Callable[[int, int
     if have and note:
         headers |= {"Range": f"bytes={have}-", "If-Range": note.version}
     with _open(url, headers) as answer:
+        length: int | None
         if answer.status == 206 and have and note:
             total = _continues(answer.headers, have, note, size)
             if total is None:

@@ -203,6 +203,7 @@ def _from_path(entry: Entry) -> Path:
 
 
 def _from_urls(entry: Entry, temporary: Path, part: Path, keep: bool, report: Report) -> None:
+    assert entry.sha256 is not None, "fetch refuses what has none"
     try:
         download.download(
             entry.source["urls"],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from shared.core.errors import UserError
-from shared.core.files import ROOT, _home, sha256
+from shared.core.files import ROOT
 from shared.weights import download
 
 MANIFEST = ROOT / "checkpoints_manifest.yaml"
@@ -138,20 +138,6 @@ def _leads_out(file: object) -> bool:
         return True
     parts = file.split("/")
     return any(part in ("", ".", "..") for part in parts) or parts[-1].startswith(".")
-
-
-def local_entry(path: str | Path, *, kind: str = "checkpoint", say: Callable[[str], None] = print) -> Entry:
-    """An entry for a file that the user named on the command line: not pinned beforehand, so its hash is said aloud."""
-    path = _home(path)
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give the path of an existing one")
-        digest, size = sha256(path), path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a file that can") from None
-    say(f"{path}: sha256 {digest}, {size:,} bytes (not pinned by the manifest)")
-    source = {"type": "path", "path": str(path)}
-    return Entry("local", "a file named on the command line", kind, source, path.name, digest, size)
 
 
 def _how_to_pin(path: str) -> str:

@@ -151,7 +151,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
     def __init__(self, archive: SafeArchive, root: str):
         program = archive.read(f"{root}/data.pkl")
         for opcode, argument, _ in pickletools.genops(program):  # one number makes the C unpickler's memo that long
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(program):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument is not None and argument > len(program):
                 raise ValueError(f"a memo of {argument:,} places")
         super().__init__(io.BytesIO(program))
         self.archive, self.root = archive, root

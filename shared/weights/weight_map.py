@@ -61,7 +61,7 @@ def to_ours(
             target = _fill(rule.key, numbers)
             if target in ours:
                 raise UserError(f"weight map: two rows give '{target}'; keep one")
-            parts = [_inwards(published[key], rule, key) for key in keys]
+            parts = [_inwards(published[key], rule, key) for key in keys if key is not None]
             ours[target] = parts[0] if len(parts) == 1 else torch.cat(parts)
         if rule is not None and expected is None and not any(matches):
             missing += sources

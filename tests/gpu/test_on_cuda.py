@@ -147,7 +147,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one_in_fp64(c
 
 def test_beams_write_the_same_words_as_transformers_on_either_device():
     pytest.importorskip("transformers")
-    config = blip2_bench.opt_tiny()
+    config = blip2_bench.OPT_TINY
     written = []
     for device in ("cpu", GPU):
         torch.manual_seed(0)

@@ -7,7 +7,9 @@ wants pictures and texts equally wide, they are.
 
 import copy
 from dataclasses import replace
+from functools import partial
 
+import batches
 import pytest
 import torch
 from faults import in_each, largest, layers_in_reverse, patches_in_column_order, planting, rolled, wrong_eps
@@ -19,7 +21,7 @@ from papers.blip.config import BlipConfig
 from papers.blip.losses import blip_losses
 from papers.blip.model import Blip, BlipPretraining, Objectives
 from papers.blip.tasks import BlipVqa
-from papers.blip.weights import FORMATS, hf_config, ours_of, published_of
+from papers.blip.weights import FORMATS, hf_config
 from shared.nn.blocks import QuickGELU, set_recompute
 from shared.weights.weight_map import to_ours
 
@@ -48,6 +50,7 @@ CONFIG = BlipConfig(
 )
 WIDE = replace(CONFIG, text_width=48)
 PROMPT = 3
+texts = partial(batches.texts, config=CONFIG)
 
 
 def make(kind, config=CONFIG):
@@ -69,7 +72,7 @@ def targets_of(tokens, prompt=0):
 
 def filled(format, published, config=CONFIG):
     ours = FORMATS[format].build(config).eval()
-    ours.load_state_dict(ours_of(published, format, ours.state_dict()), strict=True)
+    ours.load_state_dict(FORMATS[format].to_ours(published, ours.state_dict()), strict=True)
     return ours
 
 
@@ -195,7 +198,7 @@ def test_the_converter_returns_every_tensor_of_transformers_exactly(format, agre
     }
     kind, config = kinds[format]
     published = state(perturb(make(kind, config)))
-    back = published_of(filled(format, published, config).state_dict(), format)
+    back = FORMATS[format].to_published(filled(format, published, config).state_dict())
     what = f"{format} weights, to ours and back"
     agree(f"blip.parity.{format}.converter", what, back, published, tolerance=0.0)
     make(kind, config).load_state_dict(back, strict=True)

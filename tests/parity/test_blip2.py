@@ -6,11 +6,14 @@ No two sizes coincide, so that a transposed or swapped axis cannot pass by accid
 
 import copy
 from dataclasses import replace
+from functools import partial
 
+import batches
 import pytest
 import torch
 import torch.nn.functional as F
 from faults import exchanged, in_each, largest, layers_in_reverse, planting, rolled
+from language_models import text_config
 from pairs import of_uint8_and_floats, pictures, retrieval_loss, state, texts
 from references.blip2_stage1 import Reference
 
@@ -56,29 +59,19 @@ CONFIG = Blip2Config(
 OPT = LanguageConfig("opt-test", "opt", 36, 89, layers=2, heads=2, mlp_width=56, context=64)
 T5 = LanguageConfig("t5-test", "t5", 44, 83, layers=2, heads=3, mlp_width=60, context=64, head_width=9)
 BATCH = 6
+texts = partial(batches.texts, config=CONFIG)
 
 
 # ---- theirs and ours with the same weights
 
 
 def their_config(language=OPT, text_input=False):
-    if language is OPT:
-        text = {
-            "model_type": "opt", "vocab_size": 89, "hidden_size": 36, "ffn_dim": 56, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 64, "word_embed_proj_dim": 36, "dropout": 0.0,
-            "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
-        }  # fmt: skip
-    else:
-        text = {
-            "model_type": "t5", "vocab_size": 83, "d_model": 44, "d_kv": 9, "d_ff": 60, "num_layers": 2,
-            "num_decoder_layers": 2, "num_heads": 3, "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu",
-            "initializer_factor": 0.3, "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
-            "decoder_start_token_id": 0,
-        }  # fmt: skip
     sizes = hf_config(replace(CONFIG, language=None if text_input else language))
     sizes["vision_config"]["initializer_range"] = 0.2
     image_token = None if text_input else language.vocabulary - 1
-    return transformers.Blip2Config.from_dict(sizes | {"text_config": text, "image_token_index": image_token})
+    return transformers.Blip2Config.from_dict(
+        sizes | {"text_config": text_config(language), "image_token_index": image_token}
+    )
 
 
 def make(kind, perturb, **given):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,12 @@ from papers.blip.config import VARIANTS, BlipConfig, caption, retrieval
 from papers.blip.losses import blip_losses
 from papers.blip.model import Blip, BlipPretraining, copied, starting_with
 from papers.blip.module import trim_padding
-from papers.blip.weights import FORMATS, hf_config, published_of
+from papers.blip.weights import FORMATS, hf_config
 from shared.losses.image_text import Negatives, next_token_targets
-from shared.nn.generation import GenerationSettings, generate
 from shared.nn.momentum import FeatureQueue, follow, momentum_copy
 from shared.tools.bench import pick
 from shared.tools.bench_output import Job, Sweep
-from shared.tools.bench_setup import Setup, longest, normaliser, pictures_and_texts, stepper
+from shared.tools.bench_setup import Setup, beam_writers, longest, normaliser, pictures_and_texts, stepper
 
 KINDS = {"captioning": "BlipForConditionalGeneration", "retrieval": "BlipForImageTextRetrieval"}
 A_PICTURE_OF = (1037, 3861, 1997)  # in BERT's vocabulary; in a smaller one some other words
@@ -58,26 +58,17 @@ def theirs_of(blip: Blip, kind: str) -> nn.Module:
 
     sizes = transformers.BlipConfig.from_dict(hf_config(blip.config))
     theirs = getattr(transformers, KINDS[kind])(sizes)
-    theirs.load_state_dict(published_of(blip.state_dict(), f"transformers-{kind}"))
+    theirs.load_state_dict(FORMATS[f"transformers-{kind}"].to_published(blip.state_dict()))
     return theirs
 
 
-class TheirBlip(nn.Module):
-    """transformers' networks, shared among encoder and decoder as the paper shares them, with the methods of Blip that
-    BlipPretraining calls."""
+class TheirMatcher(nn.Module):
+    """transformers' networks for retrieval, with the methods of Blip."""
 
-    def __init__(self, blip: Blip):
+    def __init__(self, retrieval: nn.Module, config: BlipConfig):
         super().__init__()
-        self.config = blip.config
-        self.retrieval = theirs_of(copied(blip, Blip(blip.config, decoder=False)), "retrieval")
-        self.decoder = theirs_of(copied(blip, Blip(blip.config, encoder=False)), "captioning").text_decoder
-        encoder = self.retrieval.text_encoder
-        self.decoder.set_input_embeddings(encoder.embeddings.word_embeddings)
-        self.decoder.bert.embeddings = encoder.embeddings
-        self.decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
-        for own, shared in zip(self.decoder.bert.encoder.layer, encoder.encoder.layer, strict=True):
-            own.crossattention, own.intermediate, own.output = shared.crossattention, shared.intermediate, shared.output
-        self.normalised = normaliser(self, self.config.mean, self.config.std)
+        self.config, self.retrieval = config, retrieval
+        self.normalised = normaliser(retrieval, config.mean, config.std)
 
     def attention_mask(self, tokens: Tensor) -> Tensor:
         return tokens != self.config.pad_token
@@ -88,20 +79,36 @@ class TheirBlip(nn.Module):
     def features_of(self, image_tokens: Tensor) -> Tensor:
         return F.normalize(self.retrieval.vision_proj(image_tokens[:, 0]).float(), dim=-1)
 
-    def text_features(self, tokens: Tensor) -> Tensor:
-        tokens = starting_with(self.config.start_token, tokens)
-        states = self.retrieval.text_encoder(
-            tokens, attention_mask=self.attention_mask(tokens).long()
-        ).last_hidden_state
+    def image_features(self, images: Tensor) -> Tensor:
+        return self.features_of(self.encode_image(images))
+
+    def text_features(self, tokens: Tensor, *given: Tensor) -> Tensor:
+        """given: the attention mask, which the teacher is told."""
+        states = self._states(starting_with(self.config.start_token, tokens))
         return F.normalize(self.retrieval.text_proj(states[:, 0]).float(), dim=-1)
 
     def match(self, tokens: Tensor, image_tokens: Tensor) -> Tensor:
         """Texts (R, T) and a picture for each (R, S, D) -> ITM logits (R, 2)."""
         tokens = starting_with(self.config.encode_token, tokens)
-        states = self.retrieval.text_encoder(
-            tokens, attention_mask=self.attention_mask(tokens).long(), encoder_hidden_states=image_tokens
-        ).last_hidden_state
-        return self.retrieval.itm_head(states[:, 0])
+        return self.retrieval.itm_head(self._states(tokens, encoder_hidden_states=image_tokens)[:, 0])
+
+    def _states(self, tokens: Tensor, **picture: Tensor) -> Tensor:
+        mask = self.attention_mask(tokens).long()
+        return self.retrieval.text_encoder(tokens, attention_mask=mask, **picture).last_hidden_state
+
+
+class TheirBlip(TheirMatcher):
+    """The same with a decoder, shared as the paper shares it, and what BlipPretraining calls beside."""
+
+    def __init__(self, blip: Blip):
+        super().__init__(theirs_of(copied(blip, Blip(blip.config, decoder=False)), "retrieval"), blip.config)
+        self.decoder = theirs_of(copied(blip, Blip(blip.config, encoder=False)), "captioning").text_decoder
+        encoder = self.retrieval.text_encoder
+        self.decoder.set_input_embeddings(encoder.embeddings.word_embeddings)
+        self.decoder.bert.embeddings = encoder.embeddings
+        self.decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
+        for own, shared in zip(self.decoder.bert.encoder.layer, encoder.encoder.layer, strict=True):
+            own.crossattention, own.intermediate, own.output = shared.crossattention, shared.intermediate, shared.output
 
     def caption_targets(self, tokens: Tensor, image_tokens: Tensor, prompt: int, seen: None) -> tuple[Tensor, Tensor]:
         """Logits (R * T, V) and targets (R * T,): transformers has no way to leave padding out."""
@@ -111,25 +118,14 @@ class TheirBlip(nn.Module):
         return logits.flatten(0, 1), next_token_targets(tokens, attention_mask, prompt).flatten()
 
 
-class TheirMomentum(nn.Module):
+class TheirMomentum(TheirMatcher):
     """The teacher, of transformers' networks, with the methods of Momentum."""
 
     def __init__(self, blip: TheirBlip):
-        super().__init__()
-        self.config, self.normalised = blip.config, blip.normalised
-        self.retrieval = momentum_copy(blip.retrieval)
+        super().__init__(momentum_copy(blip.retrieval), blip.config)
 
     def follow(self, blip: TheirBlip, momentum: float) -> None:
         follow(self.retrieval, blip.retrieval, momentum)
-
-    def image_features(self, images: Tensor) -> Tensor:
-        return TheirBlip.features_of(self, TheirBlip.encode_image(self, images))
-
-    def text_features(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        return TheirBlip.text_features(self, tokens)
-
-    def attention_mask(self, tokens: Tensor) -> Tensor:
-        return tokens != self.config.pad_token
 
 
 class TheirPretraining(BlipPretraining):
@@ -156,27 +152,15 @@ class TheirPretraining(BlipPretraining):
 def writers(config: BlipConfig, device: str, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Functions of pictures and a prompt (B, P) that give new tokens (B, NEW_TOKENS), by beam search."""
     ours, theirs = (model.to(dtype).eval() for model in pair("captioning", config, device))
-    normalised = normaliser(theirs, config.mean, config.std)
-    generation = GenerationSettings(
-        stop=(config.end_token,), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, beams=BEAMS
+    return beam_writers(
+        lambda pixels: ours.decoding(ours.encode_image(pixels)),
+        theirs,
+        normaliser(theirs, config.mean, config.std),
+        lambda prompts: F.pad(prompts, (0, 1), value=config.end_token),  # as its processor gives it; it drops the end
+        config.end_token,
+        BEAMS,
+        NEW_TOKENS,
     )
-
-    def our_captions(pixels: Tensor, prompts: Tensor) -> Tensor:
-        return torch.tensor(generate(ours.decoding(ours.encode_image(pixels)), prompts, generation).tokens)
-
-    def their_captions(pixels: Tensor, prompts: Tensor) -> Tensor:
-        closed = F.pad(prompts, (0, 1), value=config.end_token)  # as its processor gives it; it drops the end again
-        tokens = theirs.generate(
-            pixel_values=normalised(pixels),
-            input_ids=closed,
-            attention_mask=torch.ones_like(closed),
-            num_beams=BEAMS,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-        )
-        return tokens[:, prompts.shape[1] :].cpu()
-
-    return {"ours": our_captions, "transformers": their_captions}
 
 
 def caption_steps(config: BlipConfig, device: str, precision: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -213,9 +197,7 @@ def pretraining_steps(
     def losses(model: BlipPretraining, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         return tuple(blip_losses(model(pixels, tokens, alpha=ALPHA), config.label_smoothing))
 
-    return {
-        name: stepper(model.to(device), functools.partial(losses, model), precision) for name, model in models.items()
-    }
+    return {name: stepper(model.to(device), partial(losses, model), precision) for name, model in models.items()}
 
 
 def matchers(config: BlipConfig, device: str, dtype: torch.dtype) -> dict[str, dict[str, Callable]]:
@@ -224,35 +206,18 @@ def matchers(config: BlipConfig, device: str, dtype: torch.dtype) -> dict[str, d
     features: pictures -> (B, E). match: pictures, a text for each (B, T) -> ITM logits (B, 2). rank: one picture, texts
     (R, T) -> (R, 2).
     """
-    ours, theirs = (model.to(dtype).eval() for model in pair("retrieval", config, device))
-    normalised = normaliser(theirs, config.mean, config.std)
+    ours, retrieval = (model.to(dtype).eval() for model in pair("retrieval", config, device))
+    theirs = TheirMatcher(retrieval, config)
 
     def our_match(pixels: Tensor, tokens: Tensor) -> Tensor:
         return ours.match(tokens, ours.encode_image(pixels))
 
-    def states(pixels: Tensor) -> Tensor:
-        return theirs.vision_model(pixel_values=normalised(pixels)).last_hidden_state
-
-    def grounded(tokens: Tensor) -> dict[str, Tensor]:
-        tokens = starting_with(config.encode_token, tokens)
-        return {"input_ids": tokens, "attention_mask": (tokens != config.pad_token).long()}
-
     def their_match(pixels: Tensor, tokens: Tensor) -> Tensor:
-        return theirs(pixel_values=normalised(pixels), **grounded(tokens)).itm_score
+        return theirs.match(tokens, theirs.encode_image(pixels).expand(len(tokens), -1, -1))
 
-    def their_rank(pixels: Tensor, tokens: Tensor) -> Tensor:
-        seen = states(pixels).expand(len(tokens), -1, -1)
-        output = theirs.text_encoder(**grounded(tokens), encoder_hidden_states=seen).last_hidden_state
-        return theirs.itm_head(output[:, 0])
-
-    return {
-        "features": {
-            "ours": ours.image_features,
-            "transformers": lambda pixels: F.normalize(theirs.vision_proj(states(pixels)[:, 0]), dim=-1),
-        },
-        "match": {"ours": our_match, "transformers": their_match},
-        "rank": {"ours": our_match, "transformers": their_rank},
-    }
+    matched = {"ours": our_match, "transformers": their_match}
+    features = {"ours": ours.image_features, "transformers": theirs.image_features}
+    return {"features": features, "match": matched, "rank": matched}
 
 
 # ---- what they are given
@@ -273,6 +238,10 @@ def prompts(config: BlipConfig, batch: int, device: str) -> Tensor:
     return torch.tensor([[config.decode_token, *words]] * batch, device=device)
 
 
+def pictures_and_prompts(config: BlipConfig, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    return inputs(config, batch, device)[0], prompts(config, batch, device)
+
+
 # ---- the sweeps
 
 
@@ -286,40 +255,38 @@ def title(what: str, setup: Setup, config: BlipConfig) -> str:
 
 def caption_sweep(setup: Setup) -> list[Sweep]:
     config = config_of(variant_of(setup), caption)
-    models = functools.cache(lambda: writers(config, setup.device, setup.dtype))
-
-    def job(batch: int) -> Job:
-        def given() -> tuple[Tensor, Tensor]:
-            return inputs(config, batch, setup.device)[0], prompts(config, batch, setup.device)
-
-        return setup.writing_race(
-            f"batch {batch}", models, given, items=batch, unit="captions/s", batch=batch, new_tokens=NEW_TOKENS
+    models = functools.cache(partial(writers, config, setup.device, setup.dtype))
+    jobs = [
+        setup.writing_race(
+            f"batch {batch}",
+            models,
+            partial(pictures_and_prompts, config, batch, setup.device),
+            items=batch, unit="captions/s", batch=batch, new_tokens=NEW_TOKENS,
         )
-
-    what = title(f"CAPTIONING, beam {BEAMS}, {NEW_TOKENS} new tokens", setup, config)
-    return [Sweep("blip-caption", what, [job(batch) for batch in setup.sizes((1, 8), (1, 64))])]
+        for batch in setup.sizes((1, 8), (1, 64))
+    ]  # fmt: skip
+    return [Sweep("blip-caption", title(f"CAPTIONING, beam {BEAMS}, {NEW_TOKENS} new tokens", setup, config), jobs)]
 
 
 def step_sweep(setup: Setup) -> list[Sweep]:
     config = config_of(variant_of(setup))
     kinds = {"LM": caption_steps, "ITC, ITM and LM": pretraining_steps}
-
-    def job(kind: str, batch: int) -> Job:
-        tokens = longest(batch, config.context)
-        return setup.race(
-            f"{kind}, batch {batch}, captions of up to {tokens} tokens",
-            lambda: kinds[kind](config, setup.device, setup.precision),
-            lambda: inputs(config, batch, setup.device),
-            items=batch, unit="pictures/s", training=True, batch=batch, tokens=tokens,
-        )  # fmt: skip
-
-    jobs = [job(kind, batch) for kind in kinds for batch in setup.sizes((4, 8), (32, 64))]
+    jobs = [
+        setup.race(
+            f"{kind}, batch {batch}, captions of up to {longest(batch, config.context)} tokens",
+            partial(steps, config, setup.device, setup.precision),
+            partial(inputs, config, batch, setup.device),
+            items=batch, unit="pictures/s", training=True, batch=batch, tokens=longest(batch, config.context),
+        )
+        for kind, steps in kinds.items()
+        for batch in setup.sizes((4, 8), (32, 64))
+    ]  # fmt: skip
     return [Sweep("blip-step", title("TRAINING STEP", setup, config), jobs)]
 
 
 def inference_sweep(setup: Setup) -> list[Sweep]:
     config = config_of(variant_of(setup), retrieval)
-    models = functools.cache(lambda: matchers(config, setup.device, setup.dtype))
+    models = functools.cache(partial(matchers, config, setup.device, setup.dtype))
 
     def job(setting: str, what: str, batch: int, texts: int) -> Job:
         def given() -> tuple[Tensor, ...]:

@@ -25,6 +25,7 @@ from papers.blip.encode import (
     rank_answers,
     reranked,
     score_candidates,
+    see,
     tokens_of,
     write,
     write_answers,
@@ -137,8 +138,8 @@ def candidates(folder: Path, tokenizer: Tokenizer, config: BlipConfig) -> tuple[
 def ranked_answers(run: Run, released: Released, questions: Sequence[AskedPicture], images: Tensor) -> list[str]:
     answers, listed = candidates(run.data, released.tokenizer, released.model.config)
     texts = [clean_question(question.question, QUESTION_WORDS) for question in questions]
-    places = rank_answers(released.model, released.tokenizer, images[:, 0], texts, listed)
-    return [answers[place] for place in places]
+    places = rank_answers(released.model, released.tokenizer, see(released.model, images[:, 0]), texts, listed)
+    return [answers[place] for place in places.tolist()]
 
 
 def judged(run: Run, released: Released, pairs: Sequence[JudgedPair], images: Tensor) -> list[bool]:
@@ -185,7 +186,7 @@ def video_hits(*given: Any) -> dict[str, float]:
 
 def video_answers(run: Run, released: Released, questions: Sequence[AskedClip], images: Tensor) -> list[str]:
     texts = [clean_question(question.question, QUESTION_WORDS) for question in questions]
-    return write_answers(released.model, released.tokenizer, images, texts)
+    return write_answers(released.model, released.tokenizer, see(released.model, images), texts)
 
 
 def exact_answers(run: Run, released: Released, questions: Sequence[AskedClip], answers: Sequence[str]) -> dict:

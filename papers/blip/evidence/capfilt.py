@@ -18,14 +18,13 @@ from papers.blip.encode import GenerationConfig, match_probability, tokens_of, w
 from papers.blip.evidence.capfilt_page import Decision, read_lines, write_lines
 from papers.blip.model import Blip, BlipPretraining, Objectives
 from papers.blip.module import CAPTIONER, FILTER, PRETRAINING, BlipModule
-from papers.blip.recipe import BlipRecipe
 from papers.blip.train import classifying_encoder, start_from
 from shared.core.files import write_whole
 from shared.core.paper_package import Context
 from shared.core.recipe import digest
 from shared.data.dataset import DatasetBundle
 from shared.data.loader import Batches
-from shared.experiments.effects import stages_of, train_arm
+from shared.experiments.effects import of_stage, stages_of, train_arm
 from shared.experiments.stage_cache import StageCache
 from shared.weights.load import save_weights
 from shared.weights.safe_load import read_tensors
@@ -100,9 +99,10 @@ class CapFilt:
         prompt: str = "",
     ) -> dict:
         """-> `curves` by samples seen, and `waited`. The prompt belongs to the captioner's texts alone."""
-        recipe = recipe_for(self.context.recipe, len(texts), steps, rate)
+        recipe = self.context.recipe
         # the filter is tuned as for retrieval, where all texts of a picture are its partners (official code)
-        recipe = replace(recipe, by_picture=recipe.by_picture or objectives == FILTER)
+        by_picture, rate = recipe.by_picture or objectives == FILTER, rate or recipe.learning_rate
+        recipe = of_stage(recipe, steps or recipe.steps, pairs=len(texts), learning_rate=rate, by_picture=by_picture)
         prompt = prompt if objectives.lm and not objectives.itc else ""
         learned = len(GenerationConfig(prompt).prompt_tokens(self.data.tokenizer)) if prompt else 0
         module = BlipModule(model, recipe, objectives, learned).train()
@@ -155,18 +155,6 @@ class CapFilt:
     def bootstrapped(self, by: str = "captioner", judge: str = "filter", search: Search = "nucleus") -> list[Decision]:
         """Captioner and filter together: all texts of the web pictures, each with the filter's decision."""
         return [*self.decisions(judge, "web"), *self.decisions(judge, "written", by, search)]
-
-
-def recipe_for(recipe: BlipRecipe, texts: int, steps: int | None, rate: float | None) -> BlipRecipe:
-    """The recipe of one training of a seed's: so many texts and steps, the warm-up no longer than a fifth of them."""
-    steps = steps or recipe.steps
-    return replace(
-        recipe,
-        pairs=texts,
-        steps=steps,
-        learning_rate=rate or recipe.learning_rate,
-        warmup_steps=min(recipe.warmup_steps, max(1, steps // 5)),
-    )
 
 
 def judged(

@@ -12,7 +12,7 @@ from papers.blip.model import Blip
 from papers.blip.recipe import BlipRecipe
 from shared.core.paper_package import Claim, Context
 from shared.experiments.effects import difference, means, save_first_seed
-from shared.metrics import caption_scores, reranked_hits, retrieval_hits_from_features
+from shared.metrics import caption_scores, reranked_points, retrieval_hits_from_features
 
 __all__ = ["ARMS", "CLAIMS", "load"]
 
@@ -25,17 +25,11 @@ def measure(model: Blip, data: ExperimentData, recipe: BlipRecipe) -> dict:
     eval_set = data.eval_set
     tokens = tokens_of(data.tokenizer, eval_set.texts, data.config)
     pictures = encoded(model.eval(), eval_set.images)
-    i2t, t2i = reranked(model, pictures, tokens, recipe.candidates)
-    protocol = f"itc-top{recipe.candidates}-itm+itc"
-    hits = reranked_hits(i2t, t2i, eval_set.owner, ks=(1,), protocol=protocol)
-    plain = retrieval_hits_from_features(pictures.features, text_features(model, tokens), eval_set.owner, ks=(1,))
-    return {
-        "r1": 50 * sum(hits.values()),
-        "itc_r1": 50 * sum(plain.values()),
-        "i2t_r1": 100 * hits[f"retrieval/i2t_r1@{protocol}"],
-        "t2i_r1": 100 * hits[f"retrieval/t2i_r1@{protocol}"],
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    itc = retrieval_hits_from_features(pictures.features, text_features(model, tokens), eval_set.owner, ks=(1,))
+    points = reranked_points(
+        *reranked(model, pictures, tokens, recipe.candidates), itc, eval_set.owner, recipe.candidates
+    )
+    return points | {"parameters": sum(p.numel() for p in model.parameters())}
 
 
 def filtered(decisions: Sequence[Decision]) -> dict:
@@ -72,37 +66,31 @@ def on_texts(context: Context, texts: Sequence[Text], sharing: str = "all_but_sa
     return stats | measure(model.blip, work.data, context.recipe)
 
 
-def filter_only(context: Context) -> dict:
-    decisions = CapFilt.of(context).decisions("filter", "web")
-    return on_texts(context, kept_of(decisions)) | filtered(decisions)
+def on_web(sharing: str = "all_but_sa", longer: bool = False) -> Callable[[Context], dict]:
+    """Like `noisy`, with encoder and decoder sharing something else (Table 3), or for longer."""
+
+    def arm(context: Context) -> dict:
+        return on_texts(context, CapFilt.of(context).data.web, sharing, context.recipe.longer if longer else 1.0)
+
+    return arm
+
+
+def on_kept(decide: Callable[[CapFilt], list[Decision]]) -> Callable[[Context], dict]:
+    """On the texts that the filter keeps."""
+
+    def arm(context: Context) -> dict:
+        work = CapFilt.of(context)
+        decisions = decide(work)
+        if context.first and context.arm == "both":
+            show(decisions, work.data, context)
+        return on_texts(context, kept_of(decisions)) | filtered(decisions)
+
+    return arm
 
 
 def captioner_only(context: Context) -> dict:
     work = CapFilt.of(context)
     return on_texts(context, [*work.data.web, *work.written("captioner", "nucleus")])
-
-
-def both(context: Context) -> dict:
-    work = CapFilt.of(context)
-    decisions = work.bootstrapped()
-    if context.first:
-        show(decisions, work.data, context)
-    return on_texts(context, kept_of(decisions)) | filtered(decisions)
-
-
-def both_beam(context: Context) -> dict:
-    decisions = CapFilt.of(context).bootstrapped(search="beam")
-    return on_texts(context, kept_of(decisions)) | filtered(decisions)
-
-
-def coupled(context: Context) -> dict:
-    """One model, fine-tuned with all three losses, writes and judges (Table 4)."""
-    decisions = CapFilt.of(context).bootstrapped("coupled", "coupled")
-    return on_texts(context, kept_of(decisions)) | filtered(decisions)
-
-
-def longer(context: Context) -> dict:
-    return on_texts(context, CapFilt.of(context).data.web, longer=context.recipe.longer)
 
 
 def continued(context: Context) -> dict:
@@ -112,15 +100,6 @@ def continued(context: Context) -> dict:
     texts = [*kept_of(work.bootstrapped()), *work.data.clean]
     stats = work.train(model, texts, context.folder, context.arm)
     return stats | measure(model.blip, work.data, context.recipe)
-
-
-def sharing(mode: str) -> Callable[[Context], dict]:
-    """Table 3: pre-trained like `noisy`, with encoder and decoder sharing something else."""
-
-    def arm(context: Context) -> dict:
-        return on_texts(context, CapFilt.of(context).data.web, mode)
-
-    return arm
 
 
 def captioning(name: str, prompted: bool) -> Callable[[Context], dict]:
@@ -162,16 +141,16 @@ def show(decisions: Sequence[Decision], data: ExperimentData, context: Context) 
 
 ARMS: dict[str, Callable[[Context], dict]] = {
     "noisy": noisy,
-    "filter_only": filter_only,
+    "filter_only": on_kept(lambda work: work.decisions("filter", "web")),
     "captioner_only": captioner_only,
-    "both": both,
-    "both_beam": both_beam,
-    "coupled": coupled,
-    "longer": longer,
+    "both": on_kept(lambda work: work.bootstrapped()),
+    "both_beam": on_kept(lambda work: work.bootstrapped(search="beam")),
+    "coupled": on_kept(lambda work: work.bootstrapped("coupled", "coupled")),  # one model does both (Table 4)
+    "longer": on_web(longer=True),
     "continued": continued,
-    "share_all": sharing("all"),
-    "share_all_but_ca": sharing("all_but_ca"),
-    "share_none": sharing("none"),
+    "share_all": on_web("all"),
+    "share_all_but_ca": on_web("all_but_ca"),
+    "share_none": on_web("none"),
     "captioner": captioning("captioner", prompted=True),
     "captioner_bare": captioning("captioner-bare", prompted=False),
 }

@@ -86,11 +86,4 @@ def retrieval_examples(model, data: ExperimentData, recipe: BlipRecipe) -> list[
     eval_set = data.eval_set
     tokens = tokens_of(data.tokenizer, eval_set.texts, model.config)
     scores, _ = reranked(model, encoded(model, eval_set.images), tokens, recipe.candidates)  # (I, T)
-    return plots.retrieval_examples(
-        scores,
-        eval_set.images,
-        [several[0] for several in eval_set.references],
-        eval_set.texts,
-        lambda row, text: int(eval_set.owner[text]) == row,
-        most=min(RANKED, recipe.candidates),
-    )
+    return plots.ranked_captions(scores, eval_set, min(RANKED, recipe.candidates))

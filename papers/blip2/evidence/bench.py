@@ -13,6 +13,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from papers.blip2.config import CLIP_VIT_L, LANGUAGES, VARIANTS, Blip2Config, LanguageConfig, VisionConfig
 from papers.blip2.formats import VISION, published_of, transformers_qformer, with_language
+from papers.blip2.frozen import small_language_model
 from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, vision_encoder
 from papers.blip2.module import trim_padding
@@ -28,12 +30,10 @@ from shared.backbones.hf_lm import CausalAdapter
 from shared.backbones.vision import Encoder, vit_encoder
 from shared.core.errors import UserError
 from shared.losses.image_text import IGNORED, next_token_targets
-from shared.nn.causal_lm import SmallLanguageModel
-from shared.nn.generation import GenerationSettings, generate
 from shared.nn.packed_linear import pack
 from shared.tools.bench import pick
 from shared.tools.bench_output import Job, Sweep
-from shared.tools.bench_setup import Setup, longest, normaliser, pictures_and_texts, stepper
+from shared.tools.bench_setup import Setup, beam_writers, longest, normaliser, pictures_and_texts, stepper
 from shared.weights.weight_map import to_published
 
 BEAMS, NEW_TOKENS = 5, 20
@@ -47,30 +47,16 @@ OPT_125M = LanguageConfig("opt-125m", "opt", 768, 50_272, layers=12, heads=12, m
 EVA_SMALL = VisionConfig("eva", 224, 14, width=512, layers=14, heads=8, mlp_ratio=4.3637)
 
 
-def opt_125m() -> Blip2Config:
-    """The paper's Q-Former between an encoder and a language model that two cores can bear."""
-    return Blip2Config(vision=EVA_SMALL, language=OPT_125M)
-
-
-def vit_l_smollm2() -> Blip2Config:
-    """The paper's smaller encoder and the language model of the offline chain."""
-    return Blip2Config(vision=CLIP_VIT_L, language=LANGUAGES["smollm2-135m"])
-
-
-def opt_tiny() -> Blip2Config:
-    """For tests: everything small, and no two sizes alike."""
-    vision = VisionConfig("eva", 28, 7, width=40, layers=2, heads=5, mlp_ratio=3.5)
-    language = LanguageConfig("opt-tiny", "opt", 36, 117, layers=2, heads=3, mlp_width=68, context=320)
-    return Blip2Config(
-        vision=vision, language=language, queries=6, width=48, layers=3, heads=4, mlp_width=72, embed_width=28,
-        vocabulary=101, positions=33, context=19, start_token=98, end_token=99, decode_token=100, tokenizer="small-bpe",
-    )  # fmt: skip
-
-
+OPT_TINY = Blip2Config(  # for tests: everything small, and no two sizes alike
+    VisionConfig("eva", 28, 7, width=40, layers=2, heads=5, mlp_ratio=3.5),
+    LanguageConfig("opt-tiny", "opt", 36, 117, layers=2, heads=3, mlp_width=68, context=320),
+    queries=6, width=48, layers=3, heads=4, mlp_width=72, embed_width=28, vocabulary=101, positions=33, context=19,
+    start_token=98, end_token=99, decode_token=100, tokenizer="small-bpe",
+)  # fmt: skip
 CONFIGS: dict[str, Callable[[], Blip2Config]] = {
-    "opt-tiny": opt_tiny,
-    "opt-125m": opt_125m,
-    "vit-l-smollm2-135m": vit_l_smollm2,
+    "opt-tiny": lambda: OPT_TINY,
+    "opt-125m": lambda: Blip2Config(EVA_SMALL, OPT_125M),  # what two cores can bear around the paper's Q-Former
+    "vit-l-smollm2-135m": lambda: Blip2Config(CLIP_VIT_L, LANGUAGES["smollm2-135m"]),  # of the offline chain
     **{name: make for name, make in VARIANTS.items() if make().language is not None and make().language.family != "t5"},
 }
 
@@ -81,14 +67,6 @@ def config_of(variant: str) -> Blip2Config:
 
 
 # ---- the contestants
-
-
-def language_model(config: LanguageConfig) -> nn.Module:
-    """One of these sizes in this repository's own layers."""
-    return SmallLanguageModel(
-        config.vocabulary, config.context, config.width, config.layers, config.heads, kv_heads=config.kv_heads,
-        mlp_width=config.mlp_width,
-    )  # fmt: skip
 
 
 def frozen_encoder(config: VisionConfig) -> Encoder:
@@ -231,36 +209,30 @@ def writers(config: Blip2Config, device: str, dtype: torch.dtype) -> dict[str, C
         pack(part)
     for part in (theirs.vision_model, theirs.language_projection, theirs.language_model):
         part.to(dtype)
-    normalised = normaliser(theirs.vision_model, config.vision.mean, config.vision.std)
-    generation = GenerationSettings((2,), NEW_TOKENS, NEW_TOKENS, beams=BEAMS)
     image_token = theirs.config.image_token_index
 
-    def our_texts(pixels: Tensor, prompts: Tensor) -> Tensor:
-        return torch.tensor(generate(ours.decoding(encoder(pixels)), prompts, generation).tokens)
+    def behind_picture(prompts: Tensor) -> Tensor:
+        return torch.cat([prompts.new_full((len(prompts), config.queries), image_token), prompts], dim=1)
 
-    def their_texts(pixels: Tensor, prompts: Tensor) -> Tensor:
-        questions = torch.cat([prompts.new_full((len(prompts), config.queries), image_token), prompts], dim=1)
-        tokens = theirs.generate(
-            pixel_values=normalised(pixels),
-            input_ids=questions,
-            attention_mask=torch.ones_like(questions),
-            num_beams=BEAMS,
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-        )
-        return tokens[:, -NEW_TOKENS:].cpu()
-
-    return {"ours": our_texts, "transformers": their_texts}
+    return beam_writers(
+        lambda pixels: ours.decoding(encoder(pixels)),
+        theirs,
+        normaliser(theirs.vision_model, config.vision.mean, config.vision.std),
+        behind_picture,
+        2,
+        BEAMS,
+        NEW_TOKENS,
+    )
 
 
-def stage2_steps(config: Blip2Config, setup: Setup, pixels: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Stage 2's step on the features of `pixels`, computed before, and with the encoder run in it: functions of tokens
-    (B, T) and attention_mask (B, T) that give the loss before it."""
+def stage2_steps(config: Blip2Config, setup: Setup, batch: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Stage 2's step on features of pictures that were computed before, and with the encoder run in it: functions of
+    tokens (B, T) and attention_mask (B, T) that give the loss before it."""
+    pixels, _ = inputs(config, batch, setup.device)
     torch.manual_seed(0)
     half = setup.precision == "bf16"
     with torch.device(setup.device):
-        encoder, lm = frozen_encoder(config.vision), language_model(config.language)
+        encoder, lm = frozen_encoder(config.vision), small_language_model(config.language)
     for parameter in lm.parameters():  # a new one says anything of anything: its loss would compare nothing
         if parameter.ndim == 2:
             parameter.data.mul_(5)
@@ -292,7 +264,7 @@ def stage1_steps(
         return tuple(loss for loss in (parts.itc, parts.itm, parts.itg) if loss is not None)
 
     models = stage1_models(config, kind, device)
-    return {name: stepper(model, functools.partial(losses, model), precision) for name, model in models.items()}
+    return {name: stepper(model, partial(losses, model), precision) for name, model in models.items()}
 
 
 # ---- what they are given
@@ -320,6 +292,16 @@ def prompts(config: Blip2Config, batch: int, device: str) -> Tensor:
     return torch.tensor([[word % config.language.vocabulary for word in A_PHOTO_OF]] * batch, device=device)
 
 
+def pictures_and_prompts(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    return inputs(config, batch, device)[0], prompts(config, batch, device)
+
+
+def features_and_texts(config: Blip2Config, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    shape = (batch, config.vision.tokens, config.vision.width)
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return features.to(device), inputs(config, batch, device)[1]
+
+
 # ---- the sweeps
 
 
@@ -328,36 +310,34 @@ def generate_sweep(setup: Setup) -> list[Sweep]:
     config = config_of(name)
     if config.language.family != "opt" or config.vision.kind != "eva":
         raise UserError(f"bench: transformers' side writes by OPT of what EVA sees, {name} has other parts")
-    models = functools.lru_cache(maxsize=1)(lambda dtype: writers(config, setup.device, dtype))
-
-    def job(one: Setup, batch: int) -> Job:
-        return one.writing_race(
-            f"{one.precision}, batch {batch}",
-            lambda: models(one.dtype),
-            lambda: (inputs(config, batch, one.device)[0], prompts(config, batch, one.device)),
-            items=batch, unit="texts/s", precision=one.precision, batch=batch, new_tokens=NEW_TOKENS,
-        )  # fmt: skip
-
-    precisions = [replace(setup, precision=peak["precision"]) for peak in setup.peaks]
+    models = functools.lru_cache(maxsize=1)(partial(writers, config, setup.device))
+    jobs = [
+        of_precision.writing_race(
+            f"{of_precision.precision}, batch {batch}",
+            partial(models, of_precision.dtype),
+            partial(pictures_and_prompts, config, batch, setup.device),
+            items=batch, unit="texts/s", precision=of_precision.precision, batch=batch, new_tokens=NEW_TOKENS,
+        )
+        for of_precision in [replace(setup, precision=peak["precision"]) for peak in setup.peaks]
+        for batch in setup.sizes((1, 8), (1, 64))
+    ]  # fmt: skip
     what = f"GENERATION, beam {BEAMS}, {config.queries} queries, {NEW_TOKENS} new tokens: {name}"
-    jobs = [job(one, batch) for one in precisions for batch in setup.sizes((1, 8), (1, 64))]
     return [Sweep("blip2-generate", what, jobs)]
 
 
 def step_sweep(setup: Setup) -> list[Sweep]:
     sizes = {"vit-l-smollm2-135m": 2, "opt-125m": 2, "blip2-mini": 32}  # batches that two cores can bear
     variants = [setup.variant] if setup.variant else setup.on(list(sizes), [PUBLISHED])
-
-    def job(variant: str, batch: int) -> Job:
-        config = config_of(variant)
-        return setup.race(
+    jobs = [
+        setup.race(
             f"{variant}, batch {batch}",
-            lambda: stage2_steps(config, setup, inputs(config, batch, setup.device)[0]),
-            lambda: language_inputs(config, batch, setup.device),
+            partial(stage2_steps, config, setup, batch),
+            partial(language_inputs, config, batch, setup.device),
             items=batch, unit="pictures/s", training=True, at_least=setup.on(0.05, 0.1), variant=variant, batch=batch,
-        )  # fmt: skip
-
-    jobs = [job(name, batch) for name in variants for batch in setup.sizes((sizes.get(name, 2),), (64,))]
+        )
+        for variant, config in zip(variants, map(config_of, variants), strict=True)
+        for batch in setup.sizes((sizes.get(variant, 2),), (64,))
+    ]  # fmt: skip
     return [Sweep("blip2-step", f"STAGE 2, a training step, {setup.precision}", jobs)]
 
 
@@ -367,24 +347,17 @@ def stage1_sweep(setup: Setup) -> list[Sweep]:
         "transformers": ("ITC and ITM", Objectives(itg=False)),
         "repeated": ("ITC, ITM and ITG", Objectives()),
     }
-
-    def job(kind: str, batch: int) -> Job:
-        what, objectives = kinds[kind]
-
-        def given() -> tuple[Tensor, Tensor]:
-            shape = (batch, config.vision.tokens, config.vision.width)
-            features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-            return features.to(setup.device), inputs(config, batch, setup.device)[1]
-
-        return setup.race(
+    jobs = [
+        setup.race(
             f"{what}, batch {batch}",
-            lambda: stage1_steps(config, setup.device, setup.precision, kind, objectives),
-            given,
+            partial(stage1_steps, config, setup.device, setup.precision, kind, objectives),
+            partial(features_and_texts, config, batch, setup.device),
             items=batch, unit="pictures/s", training=True, objectives=what, batch=batch,
             tokens=longest(batch, config.context),
-        )  # fmt: skip
-
-    jobs = [job(kind, batch) for kind in kinds for batch in setup.sizes((3,), (64,))]
+        )
+        for kind, (what, objectives) in kinds.items()
+        for batch in setup.sizes((3,), (64,))
+    ]  # fmt: skip
     name = setup.variant or setup.on("vit-l", PUBLISHED)
     return [Sweep("blip2-stage1", f"STAGE 1, a training step, cached features, {setup.precision}: {name}", jobs)]
 
@@ -393,21 +366,21 @@ def tokens_sweep(setup: Setup) -> list[Sweep]:
     """The language model's pass as it grows with what stands for a picture: O((m + n)^2) at the worst."""
     languages = [config_of(setup.variant).language] if setup.variant else [LANGUAGES["smollm2-135m"], OPT_125M]
 
+    def models(language: LanguageConfig, batch: int) -> dict[str, Callable[[], Tensor]]:
+        torch.manual_seed(0)
+        model = small_language_model(replace(language, context=512)).to(setup.device, setup.dtype).eval()
+        embeddings = model.embed(torch.ones(batch, TEXT_TOKENS, dtype=torch.long, device=setup.device)).detach()
+
+        def call(visual: int) -> Tensor:
+            model.states(torch.cat([embeddings.new_ones(batch, visual, model.width), embeddings], dim=1), None)
+            return torch.zeros(())
+
+        return {f"{visual} visual tokens": partial(call, visual) for visual in VISUAL_TOKENS}
+
     def job(language: LanguageConfig, batch: int) -> Job:
-        def models() -> dict[str, Callable[[], Tensor]]:
-            torch.manual_seed(0)
-            model = language_model(replace(language, context=512)).to(setup.device, setup.dtype).eval()
-            embeddings = model.embed(torch.ones(batch, TEXT_TOKENS, dtype=torch.long, device=setup.device)).detach()
-
-            def call(visual: int) -> Tensor:
-                model.states(torch.cat([embeddings.new_ones(batch, visual, model.width), embeddings], dim=1), None)
-                return torch.zeros(())
-
-            return {f"{visual} visual tokens": functools.partial(call, visual) for visual in VISUAL_TOKENS}
-
         race = setup.race(
-            f"{language.name}, batch {batch}", models, tuple, items=batch, unit="pictures/s", share=False,
-            at_least=setup.on(0.02, 0.05), language_model=language.name, batch=batch, text=TEXT_TOKENS,
+            f"{language.name}, batch {batch}", partial(models, language, batch), tuple, items=batch, unit="pictures/s",
+            share=False, at_least=setup.on(0.02, 0.05), language_model=language.name, batch=batch, text=TEXT_TOKENS,
         )  # fmt: skip
         return replace(
             race, run=lambda: [{"visual": v, **row} for v, row in zip(VISUAL_TOKENS, race.run(), strict=True)]

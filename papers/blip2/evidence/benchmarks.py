@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from papers.blip2.config import Blip2Config
+from papers.blip2.config import SPECIALS, Blip2Config, LanguageConfig
 from papers.blip2.encode import ANSWERING, CAPTIONING, Encoded, answer, caption, encoded, reranked
-from papers.blip2.frozen import ENCODER_ENTRIES, load_encoder
+from papers.blip2.frozen import ENCODER_ENTRIES, load_encoder, load_language_model_bundle, speak_through
 from papers.blip2.model import Blip2
 from papers.blip2.recipe import Blip2Recipe
-from papers.blip2.text import PromptTokenizer, clean_caption, clean_question, load_prompt_tokenizer
+from papers.blip2.text import PromptTokenizer, clean_caption, clean_question
 from papers.blip2.weights import config_of, holds_encoder, load_file
 from shared.backbones.vision import Encoder
 from shared.core.device import on_gpu_if_any
@@ -42,7 +42,6 @@ from shared.experiments.benchmarks import (
 )
 from shared.metrics import vqa_accuracy
 from shared.metrics.vqa import normalise
-from shared.tokenizers.base import Tokenizer
 from shared.tokenizers.bert import BertTokenizer
 from shared.weights.manifest import Entry
 
@@ -143,30 +142,21 @@ def load(weights: Weights) -> Released:
         encoder = load_encoder(encoder_path, model.config.vision, half)
     if isinstance(model, Blip2) != (variant.language is not None):
         raise UserError(f"{path}: weights of another stage than {weights.id}'s")
-    tokenizer = tokenizer_of(model.config) if variant.language is None else speaking(model, folder, variant)
+    if variant.language is None:
+        tokenizer = BertTokenizer.uncased(specials=SPECIALS)
+    else:
+        tokenizer = speaking(model, folder, variant.language)
     size = model.config.vision.image_size
     return Released(on_gpu_if_any(model).eval(), tokenizer, size, on_gpu_if_any(encoder))
 
 
-def speaking(model: Blip2, folder: Path, variant: Blip2Config) -> PromptTokenizer:
+def speaking(model: Blip2, folder: Path, language: LanguageConfig) -> PromptTokenizer:
     """Give the model its language model; FlanT5 in bfloat16, OPT in float16, as released, both in fp32 on a CPU."""
-    from shared.backbones.lm import load_language_model
-    from shared.nn.frozen import Frozen
-
-    half = torch.bfloat16 if variant.language.kind == "seq2seq" else torch.float16
+    half = torch.bfloat16 if language.kind == "seq2seq" else torch.float16
     dtype = half if torch.cuda.is_available() else torch.float32
-    language, tokenizer = load_language_model(variant.language.name, folder=folder, dtype=dtype)
-    if language.width != model.projector.out_features:
-        raise UserError(
-            f"{folder}: a language model of width {language.width}, but the weights speak to one of "
-            f"{model.projector.out_features}"
-        )
-    model.language_model = Frozen(language, through=True)
-    return load_prompt_tokenizer(tokenizer, language.context)
-
-
-def tokenizer_of(config: Blip2Config) -> Tokenizer:
-    return BertTokenizer.uncased(specials=("decode_start",))
+    bundle = load_language_model_bundle(language, folder=folder, dtype=dtype)
+    speak_through(model, bundle.model)
+    return bundle.tokenizer
 
 
 @torch.inference_mode()

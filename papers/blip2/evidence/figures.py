@@ -113,11 +113,4 @@ def retrieval_examples(work: StagePipeline, recipe: Blip2Recipe) -> list[Sample]
     data, (model, _) = work.data, work.stage1()
     eval_set = data.eval_set
     scores, _ = reranked(model, encoded(model, work.features("held")), data.tokens(eval_set.texts), recipe.candidates)
-    return plots.retrieval_examples(
-        scores,
-        eval_set.images,
-        [several[0] for several in eval_set.references],
-        eval_set.texts,
-        lambda row, text: int(eval_set.owner[text]) == row,
-        most=min(RANKED, recipe.candidates),
-    )
+    return plots.ranked_captions(scores, eval_set, min(RANKED, recipe.candidates))

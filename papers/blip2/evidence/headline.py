@@ -21,13 +21,14 @@ from papers.blip2.evidence.measuring import (
     rows_of,
     save_first_seed,
 )
-from papers.blip2.evidence.stages import StagePipeline, stage2_recipe, warmed
+from papers.blip2.evidence.stages import StagePipeline, stage2_recipe
 from papers.blip2.frozen import LanguageModelBundle
 from papers.blip2.model import Blip2
 from papers.blip2.module import WordsModule, unwrapped
 from papers.blip2.recipe import OPEN
 from shared.core.paper_package import Context
 from shared.core.recipe import SEED_BASE
+from shared.experiments.effects import of_stage
 
 
 def headline(context: Context) -> dict:
@@ -89,11 +90,9 @@ def headline_start(work: StagePipeline, bundle: LanguageModelBundle) -> Blip2:
         return model
 
     def train(folder: Path) -> tuple[Blip2, dict]:
-        features, word_recipe = work.features("train"), warmed(stage2_recipe(recipe), recipe.headline_word_steps)
-        targets, rows = (
-            word_targets(bundle, work.data.open_answers(), model.config.queries),
-            torch.arange(len(features)),
-        )
+        features, word_recipe = work.features("train"), of_stage(stage2_recipe(recipe), recipe.headline_word_steps)
+        targets = word_targets(bundle, work.data.open_answers(), model.config.queries)
+        rows = torch.arange(len(features))
         fit_projector(model.to(work.device), features, targets)
         module = WordsModule(model, word_recipe, float(targets.var()))
         tensors = work.indexed(features, rows), work.indexed(targets, rows)

@@ -25,7 +25,7 @@ from papers.blip2.evidence.stages import StagePipeline
 from papers.blip2.frozen import LanguageModelBundle
 from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.recipe import Blip2Recipe
-from shared.metrics import caption_scores, reranked_hits, retrieval_hits
+from shared.metrics import caption_scores, reranked_points, retrieval_hits
 from shared.weights.load import save_weights
 
 
@@ -34,16 +34,8 @@ def retrieval(work: StagePipeline, model: Blip2Qformer) -> dict:
     eval_set, candidates = work.data.eval_set, work.recipe.candidates
     tokens = work.data.tokens(eval_set.texts).to(work.device)
     pictures = encoded(model.eval(), work.features("held").to(work.device))  # re-ranking reads them often
-    i2t, t2i = reranked(model, pictures, tokens, candidates)
-    protocol = f"itc-top{candidates}-itm+itc"
-    hits = reranked_hits(i2t, t2i, eval_set.owner, ks=(1,), protocol=protocol)
-    itc_hits = retrieval_hits(cosines(pictures, text_features(model, tokens)), eval_set.owner, ks=(1,))
-    return {
-        "r1": 50 * sum(hits.values()),
-        "itc_r1": 50 * sum(itc_hits.values()),
-        "i2t_r1": 100 * hits[f"retrieval/i2t_r1@{protocol}"],
-        "t2i_r1": 100 * hits[f"retrieval/t2i_r1@{protocol}"],
-    }
+    itc = retrieval_hits(cosines(pictures, text_features(model, tokens)), eval_set.owner, ks=(1,))
+    return reranked_points(*reranked(model, pictures, tokens, candidates), itc, eval_set.owner, candidates)
 
 
 def question_answering(work: StagePipeline, model: Blip2, bundle: LanguageModelBundle) -> dict:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from papers.blip2.config import LANGUAGES, Blip2Config, LanguageConfig, with_language
+from papers.blip2.config import LANGUAGES, Blip2Config, LanguageConfig
 from papers.blip2.data import LANGUAGE_SEED, ExperimentData, data_of
-from papers.blip2.frozen import HALF, LanguageModelBundle, frozen_encoder, load_language_model_bundle
-from papers.blip2.model import Blip2, Blip2Qformer, Objectives, init_std
+from papers.blip2.frozen import HALF, LanguageModelBundle, frozen_encoder, frozen_language_model, small_language_model
+from papers.blip2.model import Blip2, Blip2Qformer, Objectives
 from papers.blip2.module import EVERYTHING, BridgeModule, FrozenWatch, Stage1Module, Stage2Module, unwrapped
 from papers.blip2.recipe import Blip2Recipe
 from papers.blip2.text import prompt_tokenizer_of
@@ -25,9 +25,9 @@ from shared.core.recipe import digest, training_fields
 from shared.data.loader import Batches, IndexedTensor
 from shared.data.padding import pad_rows
 from shared.data.synthetic.captions import KINDS
-from shared.experiments.effects import stages_of, train_arm
+from shared.experiments.effects import of_stage, stages_of, train_arm
 from shared.experiments.stage_cache import StageCache
-from shared.nn.bert import INIT_STD
+from shared.nn.bert import INIT_STD, init_std
 from shared.nn.causal_lm import SmallLanguageModel
 from shared.nn.frozen import Frozen
 from shared.nn.packed_linear import pack
@@ -95,7 +95,7 @@ class StagePipeline:
         def train(folder: Path) -> tuple[Blip2Qformer, dict]:
             model, features = work.new_qformer(), work.features("train")
             rows, tokens = self.data.stage1_pairs()
-            module = Stage1Module(model, warmed(self.recipe, self.recipe.steps), objectives=objectives)
+            module = Stage1Module(model, of_stage(self.recipe, self.recipe.steps), objectives=objectives)
             return model, self.fit(module, (self.indexed(features, rows), tokens, rows), folder, "stage1")
 
         losses = "".join(name for name, on in objectives._asdict().items() if on)
@@ -111,7 +111,7 @@ class StagePipeline:
 
     def bridge_from(self, qformer: Blip2Qformer | Mapping[str, Tensor], bundle: LanguageModelBundle) -> Blip2:
         torch.manual_seed(self.context.seed)
-        return Blip2.started_from(qformer, with_language(self.config(), bundle.config), bundle.model)
+        return Blip2.started_from(qformer, replace(self.config(), language=bundle.config), bundle.model)
 
     def stage2(self, name: str, bundle: LanguageModelBundle, fresh: bool = False) -> tuple[Blip2, dict]:
         """A bridge that speaks to the bundle's language model, and the stats of its training."""
@@ -180,8 +180,8 @@ class StagePipeline:
 
     def config(self) -> Blip2Config:
         """Stage 1's, with the width of the encoder at hand."""
-        config = with_language(self.data.config, None)
-        return replace(config, vision=replace(config.vision, width=self.encoder().width), queries=self.queries)
+        vision = replace(self.data.config.vision, width=self.encoder().width)
+        return replace(self.data.config, language=None, vision=vision, queries=self.queries)
 
     def features(self, split: str, dtype: torch.dtype | None = None) -> Tensor:
         """(I, S, C) on the CPU, computed once a seed, of the pictures that are trained on (`train`), searched (`held`)
@@ -202,7 +202,7 @@ class StagePipeline:
         name = (which == "headline" and recipe.headline_model) or recipe.language_model
         if name == "small":
             return self.small_language_model(larger=which == "larger")
-        bundle = load_language_model_bundle(name, recipe.manifest)
+        bundle = frozen_language_model(LANGUAGES[name], recipe.manifest)
         bundle.model.to(self.device)
         pack(unwrapped(bundle.model), through=True)  # on a CPU alone
         return bundle
@@ -235,7 +235,7 @@ class StagePipeline:
 def new_language_model(config: LanguageConfig) -> SmallLanguageModel:
     """Begun with larger numbers than its published cousins: so narrow a model learns to look back sooner."""
     torch.manual_seed(LANGUAGE_SEED)
-    model = SmallLanguageModel(config.vocabulary, config.context, config.width, config.layers, config.heads)
+    model = small_language_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -265,17 +265,9 @@ def train_language_model(
     return {"loss": sum(last) / len(last)}
 
 
-# ---- recipes of the stages
-
-
-def warmed(recipe: Blip2Recipe, steps: int) -> Blip2Recipe:
-    """The warm-up no longer than a fifth of the steps."""
-    return replace(recipe, steps=steps, warmup_steps=min(recipe.warmup_steps, max(1, steps // 5)))
-
-
 def stage2_recipe(recipe: Blip2Recipe, headline: bool = False) -> Blip2Recipe:
     """Stage 2's steps, batch and rate in the place of stage 1's."""
     kind = "headline" if headline else "stage2"
     steps, batch, rate = (getattr(recipe, f"{kind}_{name}") for name in ("steps", "batch", "rate"))
-    recipe = replace(recipe, batch=batch, learning_rate=rate, min_learning_rate=recipe.stage2_min_rate)
-    return warmed(recipe, steps)
+    end = recipe.stage2_min_rate
+    return of_stage(recipe, steps, batch=batch, learning_rate=rate, min_learning_rate=end)

@@ -1,7 +1,9 @@
 """The data of BLIP's claims, what its arms measure, and effects on measurements whose answer is known."""
 
 from dataclasses import replace
+from functools import partial
 
+import arms
 import pytest
 import torch
 
@@ -11,7 +13,6 @@ from papers.blip.evidence.capfilt import CapFilt, kept_of
 from papers.blip.evidence.capfilt_page import Decision
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
-from shared.core.paper_package import Context
 from shared.data.dataset import DatasetBundle, Split
 from shared.experiments import effects
 
@@ -27,17 +28,7 @@ def data():
     return build_data(SMALL, 3)
 
 
-def context(folder, arm, recipe=SMALL, seed=3):
-    (folder / "arms" / f"{arm}-{seed}").mkdir(parents=True)
-    return Context(recipe, seed, folder / "arms" / f"{arm}-{seed}", lambda samples: None, False, arm)
-
-
-def measured(folder, *arms):
-    found = {}
-    for arm in arms:
-        torch.manual_seed(3)
-        found[arm] = claims.ARMS[arm](context(folder, arm))
-    return found
+context, measured = partial(arms.context, recipe=SMALL), partial(arms.measured, claims, SMALL)
 
 
 # ---- data
@@ -126,7 +117,7 @@ def test_arms_begin_alike_with_the_vision_encoder_that_learned_to_classify(tmp_p
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
-    fresh = CapFilt.of(context(tmp_path / "fresh", "noisy", replace(SMALL, vision_steps=0))).new_model()
+    fresh = CapFilt.of(context(tmp_path / "fresh", "noisy", recipe=replace(SMALL, vision_steps=0))).new_model()
     key = "blip.vision_encoder.blocks.0.mlp.up.weight"
     assert not torch.equal(first.state_dict()[key], fresh.state_dict()[key])
     assert torch.equal(first.state_dict()[key], first.state_dict()[key.replace("blip.", "momentum.")])

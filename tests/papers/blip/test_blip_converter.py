@@ -20,8 +20,6 @@ from papers.blip.weights import (
     load_file,
     load_model,
     load_released,
-    ours_of,
-    published_of,
 )
 from shared.core.errors import UserError
 from shared.tokenizers.small_bpe import SmallTokenizer
@@ -177,7 +175,7 @@ def test_a_published_file_goes_in_and_comes_back_bit_by_bit(format, file):
     assert detect(state, FORMATS, "BLIP") == format
     model = load_file(file(state), CONFIG)
     assert type(model) is KINDS[format] and not model.training
-    back = published_of(model.state_dict(), format)
+    back = FORMATS[format].to_published(model.state_dict())
     assert back.keys() == state.keys()
     assert [name for name in state if not torch.equal(back[name], state[name])] == []
 
@@ -217,7 +215,7 @@ def test_a_file_of_another_picture_size_brings_its_own_and_positions_are_carried
     wanted = F.interpolate(table[:, 1:].view(1, 7, 7, V).permute(0, 3, 1, 2), (5, 5), mode="bicubic")
     wanted = torch.cat([table[0, :1], wanted.permute(0, 2, 3, 1).view(25, V)])
     smaller = Blip(CONFIG, encoder=False)
-    carried = ours_of(state, "captioning", smaller.state_dict())["vision_encoder.positions.position"]
+    carried = FORMATS["captioning"].to_ours(state, smaller.state_dict())["vision_encoder.positions.position"]
     torch.testing.assert_close(carried, wanted, atol=1e-6, rtol=0)
 
 

@@ -216,7 +216,7 @@ def test_videos_are_asked_with_sixteen_frames(home):
     assert len(records) == 16
     assert [record.id for record in records][:3] == ["video7/000.jpg", "video7/001.jpg", "video7/002.jpg"]
     frames = read_pictures(one.read() for one in records)[None]
-    said = metrics.write_answers(model, home.words, frames, ["what colour is it?"])
+    said = metrics.write_answers(model, home.words, metrics.see(model, frames), ["what colour is it?"])
     forget_scores()
     (folder / "test_qa.json").write_text(json.dumps([asked[0] | {"answer": said[0] or " "}]))
     assert metrics.measure(row, home.recipe) == (100.0 if said[0] else 0.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from papers.blip.config import SPECIALS, VARIANTS, with_tokenizer
-from papers.blip.data import EvalSet, ExperimentData, Text
+from papers.blip.data import ExperimentData, RetrievalSet, Text
 from papers.blip.encode import GenerationConfig, ending, match_probability, tokens_of, write
 from papers.blip.evidence.capfilt import judged, kept_of, named
 from papers.blip.evidence.capfilt_page import Decision, counts, read_lines, write_lines, write_page
@@ -40,7 +40,7 @@ def a_lab(tokenizer, captions, **train):
     split = Split([f"p{i}" for i in range(len(captions))], images, captions, **train)
     dataset = DatasetBundle(name="toy", train=split, val=split, test=split, classes=["circle", "star"])
     config = with_tokenizer(VARIANTS["blip-tiny"](), tokenizer)
-    return ExperimentData(dataset, tokenizer, config, [], [], EvalSet(images, ["x"], torch.tensor([0])))
+    return ExperimentData(dataset, tokenizer, config, [], [], RetrievalSet(images, ["x"], torch.tensor([0])))
 
 
 # ---- decisions

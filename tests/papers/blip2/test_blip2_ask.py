@@ -11,7 +11,7 @@ from tests_common import CATALOG
 
 from papers.blip2 import bundle as kept
 from papers.blip2 import inference as ask
-from papers.blip2.config import VARIANTS, with_language
+from papers.blip2.config import VARIANTS
 from papers.blip2.encode import ANSWERING, answer
 from papers.blip2.model import Blip2, Blip2Qformer, vision_encoder
 from papers.blip2.text import prompt_tokenizer_of
@@ -44,7 +44,7 @@ class Kept:
         self.pieces = SmallTokenizer.train(TEXTS * 3, 300, ("decode_start",))
         language = replace(VARIANTS["blip2-tiny-small"]().language, vocabulary=self.pieces.vocab_size, context=CONTEXT)
         vision = replace(VARIANTS["blip2-tiny"]().vision, layers=1, width=56)
-        self.config = replace(with_language(VARIANTS["blip2-tiny-small"](), language), vision=vision, queries=5)
+        self.config = replace(VARIANTS["blip2-tiny-small"](), language=language, vision=vision, queries=5)
         self.encoder = vit_encoder(loud(vision_encoder(vision)), "last")
         small = SmallLanguageModel(
             language.vocabulary, language.context, language.width, language.layers, language.heads
@@ -88,12 +88,12 @@ def run(*words):
 
 def test_what_a_run_kept_answers_as_the_model_in_memory_does(trained, talker):
     seen = images(12)
-    assert talker.trained_here and talker.chat is None
+    assert talker.trained_here and talker.language.chat is None
     torch.testing.assert_close(talker.encoder(seen), trained.encoder(seen), rtol=1e-4, atol=1e-4)
     wanted = answer(trained.model, trained.words, trained.encoder(seen), ["what colour is it?"] * 12)
     task = ask_task(ask.load_for_inference("blip2-tiny-small", trained.weights), "what colour is it?", None, None)
     assert list(task.answer(seen)) == wanted and len(set(wanted)) > 1
-    assert (task.size, task.whole) == (32, True)
+    assert task.size == 32
 
 
 def test_a_prompt_that_is_written_out_is_not_put_into_another(talker):
@@ -109,7 +109,7 @@ def test_an_answer_is_as_likely_among_others_as_by_itself(talker):
     answers = ["red", "a blue dog", "no", "cat"]
     model, prompt = ask.Blip2Inference(talker, "ask"), "Question: what is it? Answer:"
     asked, prefix = model.tokens(prompt), model.encode(images(6))
-    language, words = talker.model.language_model, talker.words
+    language, words = talker.model.language_model, talker.language.tokenizer
     scores = torch.zeros(6, 4)
     for row in range(6):
         for place, text in enumerate(answers):
@@ -129,11 +129,11 @@ def recorded(monkeypatch, told):
     """Which prompts (tokens) the language model is given; it answers `told` in turn."""
     prompts, answers = [], iter(told)
 
-    def written(parts, prefix, rows, settings, generator):
-        prompts.extend(rows)
+    def written(model, tokenizer, prefix, tokens, mask, settings, generator):
+        prompts.extend(row[real].tolist() for row, real in zip(tokens, mask, strict=True))
         return [next(answers)]
 
-    monkeypatch.setattr(ask, "written", written)
+    monkeypatch.setattr(ask, "write_behind", written)
     return prompts
 
 
@@ -184,10 +184,10 @@ def test_weights_that_learned_no_captions_write_none_and_a_folder_is_not_taken_f
 def test_a_chat_template_writes_the_dialogue_out_where_there_is_one(monkeypatch, trained, talker):
     language = SmallLanguageModel(talker.model.language_model.vocabulary, 400, 40, 2, 2)
     prompts = recorded(monkeypatch, ["red", "yes"])
-    reply = begin(
-        talker, model=Blip2(talker.model.config, language), trained_here=False,
-        chat=lambda messages: " ".join(f"<{one['role']}> {one['content']}" for one in messages),
-    )  # fmt: skip
+    template = replace(
+        talker.language, chat=lambda messages: " ".join(f"<{one['role']}> {one['content']}" for one in messages)
+    )
+    reply = begin(talker, model=Blip2(talker.model.config, language), trained_here=False, language=template)
     reply("what?")
     reply("why?")
     assert prompts[-1] == trained.pieces.encode("<user> what? <assistant> red <user> why?")
@@ -206,7 +206,8 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so_once(monkeypatch, t
     assert "from here on the oldest turns are forgotten" in first and "shorten it" in second
     assert all(len(prompt) <= model.room for prompt in prompts)
     assert model.room == 70 - 5 - 10 and len(prompts[2]) == len(prompts[3]) > len(prompts[0])
-    assert "cat" in talker.words.decode(prompts[-1]) and "colour" not in talker.words.decode(prompts[-1])
+    last = talker.language.tokenizer.decode(prompts[-1])
+    assert "cat" in last and "colour" not in last
 
 
 def test_a_dialogue_ends_at_an_empty_line_and_a_terminal_is_told_whose_turn_it_is(tmp_path, capsys):

@@ -1,8 +1,10 @@
 """The data of BLIP-2's claims, what its arms measure, freezing, and effects on measurements whose answer is known."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
+import arms
 import pytest
 import torch
 from torch import nn
@@ -25,7 +27,6 @@ from papers.blip2.recipe import Blip2Recipe
 from papers.blip2.text import PromptTokenizer, clean_caption, prompt_tokenizer_of
 from shared.backbones.vision import vit_encoder
 from shared.core.errors import UserError
-from shared.core.paper_package import Context
 from shared.data.synthetic.scenes import COLOURS
 from shared.nn.causal_lm import SmallLanguageModel
 from shared.nn.frozen import Frozen
@@ -57,17 +58,7 @@ def data():
     return build_data(SMALL, 3)
 
 
-def context(folder, arm, recipe=SMALL, seed=3):
-    (folder / "arms" / f"{arm}-{seed}").mkdir(parents=True, exist_ok=True)
-    return Context(recipe, seed, folder / "arms" / f"{arm}-{seed}", lambda samples: None, False, arm)
-
-
-def measured(folder, *arms):
-    found = {}
-    for arm in arms:
-        torch.manual_seed(3)
-        found[arm] = claims.ARMS[arm](context(folder, arm))
-    return found
+context, measured = partial(arms.context, recipe=SMALL), partial(arms.measured, claims, SMALL)
 
 
 # ---- data
@@ -232,7 +223,7 @@ def test_published_captions_are_cleaned_before_both_stages_and_generated_ones_ar
 def test_the_recipe_says_how_large_the_small_language_models_are_whatever_the_variant_speaks_to(tmp_path):
     """And how much the Q-Former drops out, unless its variant is to."""
     recipe = replace(SMALL, model="blip2-mini-smollm2", small_width=24, small_layers=1, lm_steps=1, dropout=0.25)
-    work = StagePipeline.of(context(tmp_path, "base", recipe))
+    work = StagePipeline.of(context(tmp_path, "base", recipe=recipe))
     small, larger = work.bundle().config, work.bundle("larger").config
     assert (small.family, small.width, small.layers) == ("small", 24, 1)
     assert (larger.family, larger.width, larger.layers) == ("small", 48, SMALL.larger_layers)
@@ -418,7 +409,7 @@ def test_what_a_picture_shows_is_what_its_open_questions_are_answered_with(data)
 
 def test_the_headline_begins_with_words_and_without_word_steps_with_a_random_projector(tmp_path):
     recipe = replace(SMALL, headline_word_steps=2, stage2_rate=1e-5, dropout=0.0)
-    work = StagePipeline.of(context(tmp_path, "headline", recipe))
+    work = StagePipeline.of(context(tmp_path, "headline", recipe=recipe))
     bundle = work.bundle("headline")
     targets = headline.word_targets(bundle, work.data.open_answers(), work.data.config.queries)
 
@@ -432,7 +423,7 @@ def test_the_headline_begins_with_words_and_without_word_steps_with_a_random_pro
     assert unexplained(start) == pytest.approx(unexplained(fitted), rel=0.01), "two steps of a low rate behind it"
     moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), fitted.parameters(), strict=True)]
     assert all(moved), "the whole bridge trains"
-    none = StagePipeline.of(context(tmp_path, "headline", replace(recipe, headline_word_steps=0)))
+    none = StagePipeline.of(context(tmp_path, "headline", recipe=replace(recipe, headline_word_steps=0)))
     begun, random = headline.headline_start(none, bundle).state_dict(), none.new_bridge(bundle).state_dict()
     assert all(torch.equal(begun[key], random[key]) for key in random)
 
@@ -458,16 +449,16 @@ def smollm2(monkeypatch, data):
     model = Frozen(SmallLanguageModel(data.tokenizer.vocab_size, 128, 40, 2, 2), torch.bfloat16, through=True)
     language = replace(LANGUAGES["smollm2-135m"], width=40, vocabulary=data.tokenizer.vocab_size, context=128)
     bundle = LanguageModelBundle(model, prompt_tokenizer_of(data.tokenizer, 128), language)
-    monkeypatch.setattr(stages, "load_language_model_bundle", lambda name, manifest: bundle)
+    monkeypatch.setattr(stages, "frozen_language_model", lambda config, manifest: bundle)
     return replace(SMALL, headline_model="smollm2-135m", headline_seeds=9, headline_word_steps=30, stage2_rate=3e-3)
 
 
 def test_through_another_language_model_it_goes_on_from_the_plain_arm_and_says_what_the_words_are_worth(
     tmp_path, smollm2
 ):
-    found = claims.ARMS["headline"](context(tmp_path, "headline", smollm2))
+    found = claims.ARMS["headline"](context(tmp_path, "headline", recipe=smollm2))
     assert set(found) >= {"accuracy", "words_right", "before_stage2", "blind"} and found["trained_parameters"]
-    work = StagePipeline.of(context(tmp_path, "headline", smollm2))
+    work = StagePipeline.of(context(tmp_path, "headline", recipe=smollm2))
     start, base = headline.headline_start(work, work.bundle("headline")), work.stage2("base", work.bundle())[0]
     assert start.projector.out_features == 40 != base.projector.out_features
     assert start.qformer.query_tokens.shape == base.qformer.query_tokens.shape
@@ -483,19 +474,19 @@ def test_through_another_language_model_it_goes_on_from_the_plain_arm_and_says_w
 def test_stopped_between_its_words_and_its_second_stage_the_headline_goes_on_to_the_same_numbers(
     tmp_path, smollm2, monkeypatch
 ):
-    whole = claims.ARMS["headline"](context(tmp_path / "whole", "headline", smollm2))
+    whole = claims.ARMS["headline"](context(tmp_path / "whole", "headline", recipe=smollm2))
     with monkeypatch.context() as patch:
         patch.setattr(stages, "Stage2Module", lambda *args: 1 / 0)
         for stage in ("base", "headline"):  # the first is trained before the words, the second after them
             with pytest.raises(ZeroDivisionError):
-                claims.ARMS["headline"](context(tmp_path / "cut", "headline", smollm2))
+                claims.ARMS["headline"](context(tmp_path / "cut", "headline", recipe=smollm2))
             if stage == "base":
                 patch.undo()
-                work = StagePipeline.of(context(tmp_path / "cut", "headline", smollm2))
+                work = StagePipeline.of(context(tmp_path / "cut", "headline", recipe=smollm2))
                 work.stage2("base", work.bundle())
                 patch.setattr(stages, "Stage2Module", lambda *args: 1 / 0)
     assert list((tmp_path / "cut").glob("arms/stages/*/headline-words"))
-    again = claims.ARMS["headline"](context(tmp_path / "cut", "headline", smollm2))
+    again = claims.ARMS["headline"](context(tmp_path / "cut", "headline", recipe=smollm2))
     assert {k: v for k, v in again.items() if k != "waited"} == {k: v for k, v in whole.items() if k != "waited"}
 
 

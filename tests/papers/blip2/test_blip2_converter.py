@@ -17,7 +17,6 @@ from papers.blip2.frozen import (
     Silent,
     encoder_beside,
     encoder_of,
-    encoder_published,
     load_encoder,
 )
 from papers.blip2.model import Blip2, Blip2Qformer, vision_encoder
@@ -27,6 +26,7 @@ from shared.weights.formats import detect
 from shared.weights.load import INDEX, read_weights, save_weights
 from shared.weights.manifest import load_manifest
 from shared.weights.safe_load import read_tensors
+from shared.weights.weight_map import to_published
 
 EVA = VisionConfig("eva", 30, 6, width=48, layers=3, heads=3, mlp_ratio=4.4)
 CLIP = VisionConfig(
@@ -222,7 +222,7 @@ def test_a_frozen_encoders_file_goes_in_without_the_blocks_that_are_left_out_and
     more = norm("norm", V) | linear("head", V, 9) if kind == "eva" else norm("ln_post", V) | {"proj": (V, 28)}
     state = random(shapes | more)
     encoder = load_encoder(file(state), vision)
-    back = encoder_published(encoder.module.state_dict(), kind)
+    back = to_published(encoder.module.state_dict(), ENCODERS[kind])
     built = {key for key in shapes if "blocks.3." not in key}
     assert back.keys() == built and all(torch.equal(back[key], state[key]) for key in built)
     pixels = torch.randint(0, 256, (2, 3, 30, 30), dtype=torch.uint8)

@@ -17,9 +17,10 @@ from papers.blip2.encode import CAPTIONING, answer, caption, cosines, text_featu
 from papers.blip2.encode import encoded as encoded_pictures
 from papers.blip2.evidence import benchmarks as metrics
 from papers.blip2.formats import VISION, published_of
-from papers.blip2.frozen import Silent, encoder_published
+from papers.blip2.frozen import ENCODERS, Silent
 from papers.blip2.model import Blip2, Blip2Qformer, vision_encoder
 from papers.blip2.recipe import Blip2Recipe
+from papers.blip2.text import load_prompt_tokenizer
 from shared.backbones.lm import load_language_model
 from shared.backbones.vision import vit_encoder
 from shared.core.errors import UserError
@@ -27,6 +28,7 @@ from shared.data.vqa import gqa_questions, okvqa_questions
 from shared.tokenizers.small_bpe import SmallTokenizer
 from shared.weights.load import save_weights
 from shared.weights.manifest import load_manifest
+from shared.weights.weight_map import to_published
 
 transformers = pytest.importorskip("transformers")
 
@@ -58,7 +60,7 @@ def home(tmp_path, monkeypatch):
     """data_root with weights/ for every row, networks of a tiny size, and the current folder for predictions."""
     words = SmallTokenizer.train(CAPTIONS * 3, 310, SPECIALS)
     monkeypatch.setattr(metrics, "config_of", lambda id: tiny(id, words))
-    monkeypatch.setattr(metrics, "tokenizer_of", lambda config: words)
+    monkeypatch.setattr(metrics, "BertTokenizer", SimpleNamespace(uncased=lambda specials: words))
     forget_scores()
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "data"
@@ -94,7 +96,7 @@ def place(home, row):
         state |= {f"{VISION}{key}": tensor for key, tensor in vit.state_dict().items()}
     else:
         entry = entries[metrics.ENCODER_ENTRIES[config.vision.kind]]
-        torch.save(encoder_published(vit.state_dict(), config.vision.kind), home.root / "weights" / entry.file)
+        torch.save(to_published(vit.state_dict(), ENCODERS[config.vision.kind]), home.root / "weights" / entry.file)
     published = published_of(state, format, config.vision.kind)
     if weights.suffix == ".pth":
         torch.save({"model": published}, weights)
@@ -105,7 +107,7 @@ def place(home, row):
         folder = home.root / "weights" / config.language.name
         lm(folder, config.language)
         language, pieces = load_language_model(config.language.name, folder=folder, dtype=torch.float32)
-        told = metrics.load_prompt_tokenizer(pieces, language.context)
+        told = load_prompt_tokenizer(pieces, language.context)
         state, model = model.state_dict(), Blip2(config, language).eval()
         model.load_state_dict(state)
     return SimpleNamespace(weights=weights, model=model, encoder=vit_encoder(vit, "last"), words=told)

@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from papers.blip2 import frozen
-from papers.blip2.config import VARIANTS, VisionConfig
+from papers.blip2.config import LANGUAGES, VARIANTS, VisionConfig
 from papers.blip2.frozen import (
     ENCODER_ENTRIES,
+    ENCODERS,
     PUBLISHED_ENCODERS,
-    encoder_published,
     frozen_encoder,
     load_encoder,
 )
@@ -22,6 +21,7 @@ from papers.blip2.train import prepare
 from papers.blip2.weights import from_bert
 from shared.core.errors import UserError
 from shared.weights.manifest import MANIFEST
+from shared.weights.weight_map import to_published
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,7 +42,6 @@ def files(monkeypatch, tmp_path):
     monkeypatch.setenv("PAPERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PAPERS_OFFLINE", "1")
     frozen_encoder.cache_clear()
-    frozen.load_language_model_bundle.cache_clear()
     found = {}
     for name, vision in NAMES.items():
         monkeypatch.setitem(PUBLISHED_ENCODERS, name, vision)
@@ -51,10 +50,9 @@ def files(monkeypatch, tmp_path):
         for parameter in vit.parameters():
             parameter.data.add_(0.1 * torch.randn_like(parameter))
         found[name] = tmp_path / f"{name}.pth"
-        torch.save(encoder_published(vit.state_dict(), vision.kind), found[name])
+        torch.save(to_published(vit.state_dict(), ENCODERS[vision.kind]), found[name])
     yield found
     frozen_encoder.cache_clear()
-    frozen.load_language_model_bundle.cache_clear()
 
 
 def quiet(module):
@@ -231,8 +229,9 @@ def speaking_t5(folder):
     return theirs
 
 
-def test_flan_t5_reads_the_first_words_of_each_text_and_learns_the_rest(files, tmp_path):
+def test_flan_t5_reads_the_first_words_of_each_text_and_learns_the_rest(files, tmp_path, monkeypatch):
     speaking_t5(tmp_path / "cache" / "flan-t5-xl")
+    monkeypatch.setitem(LANGUAGES, "flan-t5-xl", replace(LANGUAGES["flan-t5-xl"], width=22))
     recipe = replace(
         RECIPE, stage=2, language_model="flan-t5-xl", encoder=f"clip-vit-l 32 {files['clip-vit-l']}", text_tokens=32
     )

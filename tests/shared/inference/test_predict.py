@@ -54,7 +54,7 @@ def test_a_line_a_picture_in_order_and_bad_ones_named_at_the_end(tmp_path, capsy
         return means(images)
 
     files[2:2] = [tmp_path / "cut.png", tmp_path / "text.png", tmp_path / "gone.png"]
-    code = look(files, Task(answer, 8, True), 3, Console(io.StringIO()))
+    code = look(files, Task(answer, 8), 3, Console(io.StringIO()))
     said = capsys.readouterr()
     assert code == 1 and [line.split(": ")[1] for line in said.out.splitlines()] == [f"red {10 * i}" for i in range(5)]
     assert sizes == [(2, 3, 8, 8), (1, 3, 8, 8), (2, 3, 8, 8)]
@@ -65,20 +65,19 @@ def test_a_line_a_picture_in_order_and_bad_ones_named_at_the_end(tmp_path, capsy
 
 def test_nothing_but_words_reaches_the_terminal(tmp_path, capsys):
     path = picture(tmp_path / "a\nb\x1b.png")
-    task = Task(lambda images: ["two\nlines \x1b[2J\u202e"], 8, True)
+    task = Task(lambda images: ["two\nlines \x1b[2J\u202e"], 8)
     assert look([path], task, 1, Console(io.StringIO())) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1 and "\x1b" not in out and "\u202e" not in out
     assert out.endswith("two\\nlines \\x1b[2J\\u202e\n") and one_line("ä—字") == "ä—字"
 
 
-def test_a_picture_is_squeezed_in_or_cut_to_the_middle_as_the_task_says(tmp_path, capsys):
+def test_a_picture_is_squeezed_in_and_not_cut_to_the_middle(tmp_path, capsys):
     image = Image.new("RGB", (60, 20), (0, 0, 0))
     image.paste((255, 0, 0), (0, 0, 20, 20))  # the left third
     image.save(tmp_path / "wide.png")
-    for whole, red in ((True, 85), (False, 0)):
-        look([tmp_path / "wide.png"], Task(means, 12, whole), 1, Console(io.StringIO()))
-        assert int(capsys.readouterr().out.split()[-1]) == pytest.approx(red, abs=6)
+    look([tmp_path / "wide.png"], Task(means, 12), 1, Console(io.StringIO()))
+    assert int(capsys.readouterr().out.split()[-1]) == pytest.approx(85, abs=6)
 
 
 # ---- BLIP through the command line

@@ -24,7 +24,7 @@ from shared.core.files import atomic, whole_folder, write_whole
 from shared.weights import download
 from shared.weights.fetch import cached, fetch
 from shared.weights.load import save_weights
-from shared.weights.manifest import MANIFEST, Entry, load_manifest, local_entry
+from shared.weights.manifest import MANIFEST, Entry, load_manifest
 
 DATA = bytes(range(256)) * 5000  # 1,280,000 bytes: more than one chunk
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -225,21 +225,10 @@ def test_a_local_path_is_verified_where_it_lies(tmp_path):
         fetch(entry, cache=tmp_path)
 
 
-def test_a_file_named_on_the_command_line_is_pinned_on_the_spot_and_its_hash_said(tmp_path):
-    file = tmp_path / "mine.bin"
-    file.write_bytes(DATA)
-    said = []
-    entry = local_entry(file, say=said.append)
-    assert said == [f"{file}: sha256 {DIGEST}, 1,280,000 bytes (not pinned by the manifest)"]
-    assert fetch(entry, cache=tmp_path) == file
-    with pytest.raises(UserError, match="no such file"):
-        local_entry(tmp_path / "absent")
-
-
 def test_a_local_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     file = tmp_path / "mine.bin"
     file.write_bytes(DATA)
-    entry = local_entry(file, say=lambda _: None)
+    entry = Entry("mine", "mine", "data", {"type": "path", "path": str(file)}, "mine.bin", DIGEST, len(DATA))
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
@@ -248,8 +237,6 @@ def test_a_local_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "digest", refuse)
     with pytest.raises(UserError, match=r"mine.bin: cannot be read \(Permission denied\)"):
         fetch(entry, cache=tmp_path)
-    with pytest.raises(UserError, match=r"mine.bin: cannot be read \(Permission denied\)"):
-        local_entry(file)
 
 
 def test_an_unpinned_entry_is_refused_with_the_way_to_pin_it(server, tmp_path):

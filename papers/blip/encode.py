@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,10 @@ class GenerationConfig:
         given = len(self.prompt_tokens(tokenizer))
         if given >= self.longest:
             raise UserError(f"prompt '{self.prompt}' takes {given} of {self.longest} tokens: no room for a caption")
-        lengths = {"max_new_tokens": self.longest - given, "min_new_tokens": max(0, self.shortest - given)}
+        lengths: dict[str, Any] = {
+            "max_new_tokens": self.longest - given,
+            "min_new_tokens": max(0, self.shortest - given),
+        }
         if self.nucleus is None:
             return GenerationSettings((tokenizer.end,), **lengths, beams=self.beams)
         return GenerationSettings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from papers.clip.recipe import ClipRecipe
 from shared.backbones.vision import Encoder, vit_encoder
 from shared.core.errors import UserError
 from shared.data.loader import Batches
+from shared.nn.vit import VisionTransformer
 from shared.training.trainer import fit
 from shared.weights.load import load_weights, save_weights
 
@@ -41,6 +43,8 @@ def load(folder: Path, layer: str = "second-last", dtype: torch.dtype | None = N
     path = folder / "vision.safetensors"
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["config"])
-    vit = Clip(ClipConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})).vision_encoder
+    sizes: dict[str, Any] = {key: tuple(size) if isinstance(size, list) else size for key, size in config.items()}
+    vit = Clip(ClipConfig(**sizes)).vision_encoder
     load_weights(vit, path)
+    assert isinstance(vit, VisionTransformer)
     return vit_encoder(vit, layer, dtype)

@@ -86,8 +86,11 @@ def loss_step(device: str, batch: int, chunk: int | None, width: int = WIDTH) ->
     scale = torch.tensor(SCALE, device=device, requires_grad=True)
 
     def call() -> tuple[Tensor, ...]:
-        inputs = (*features, scale)
-        value = contrastive_loss(*inputs) if chunk is None else chunked_contrastive_loss(*inputs, chunk=chunk)
+        images, texts = features
+        if chunk is None:
+            value = contrastive_loss(images, texts, scale)
+        else:
+            value = chunked_contrastive_loss(images, texts, scale, chunk)
         return (value, *torch.autograd.grad(value, features))
 
     return call
@@ -142,9 +145,9 @@ def attention(setup: Setup) -> list[Sweep]:
 
     jobs = []
     for train in (False, True):
-        for what, B, H, *rest in shapes:
+        for what, B, H, T, K, causal, length in shapes:
             setting = f"{'forward and backward' if train else 'forward'}: {what}, batch {B * more}"
-            jobs.append(Job(setting, functools.partial(run, B * more, H, *rest, train)))
+            jobs.append(Job(setting, functools.partial(run, B * more, H, T, K, causal, length, train)))
     return [Sweep("attention", "ATTENTION, the backends of one call", jobs)]
 
 

@@ -42,7 +42,7 @@ def save(sweep: Sweep, rows: list[dict], settings: Mapping[str, Any], folder: Pa
     from shared.core.provenance import commit_and_dirty, machine_description
 
     commit, dirty = commit_and_dirty(ROOT)
-    result = {
+    result: dict[str, Any] = {
         "name": sweep.name,
         "title": sweep.title,
         "settings": dict(settings),

@@ -76,18 +76,18 @@ def stepper(
         torch.manual_seed(next(seeds))
         with torch.autocast(data[0].device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             losses = loss(*data)
-        several = isinstance(losses, tuple)
-        (sum(losses) if several else losses).backward()
+        parts = losses if isinstance(losses, tuple) else (losses,)
+        torch.stack(parts).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        return tuple(part.detach() for part in losses) if several else losses.detach()
+        return tuple(part.detach() for part in parts) if isinstance(losses, tuple) else losses.detach()
 
     return step
 
 
 def beam_writers(
     decoding: Callable[[Tensor], Decoding],
-    theirs: nn.Module,
+    theirs: Any,
     normalised: Callable[[Tensor], Tensor],
     ids: Callable[[Tensor], Tensor],
     stop: int,

@@ -1,4 +1,4 @@
-"""What the comparisons of several papers give to both sides: pictures, texts, weights; and how exports are read."""
+"""What the comparisons of several papers give to both sides: pictures, weights; and how exports are read."""
 
 import numpy as np
 import torch
@@ -10,18 +10,6 @@ from shared.data.images import fitted_image
 
 def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in module.state_dict().items() if k != "attn_mask"}
-
-
-def texts(size, config, length=None, seed=1):
-    """[CLS] words [SEP] padding (size, length), of different lengths; of the whole context without `length`."""
-    length = length or config.context
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.zeros(size, length, dtype=torch.long)
-    for row in range(size):
-        used = 5 + (row * 3) % (length - 4)
-        tokens[row, :used] = torch.randint(1, config.start_token, (used,), generator=generator)
-        tokens[row, 0], tokens[row, used - 1] = config.start_token, config.end_token
-    return tokens
 
 
 def pictures(size, seed=2):

@@ -7,13 +7,12 @@ wants pictures and texts equally wide, they are.
 
 import copy
 from dataclasses import replace
-from functools import partial
 
-import batches
 import pytest
 import torch
+from batches import texts
 from faults import in_each, largest, layers_in_reverse, patches_in_column_order, planting, rolled, wrong_eps
-from pairs import of_uint8_and_floats, pictures, retrieval_loss, state, texts
+from pairs import of_uint8_and_floats, pictures, retrieval_loss, state
 from references import blip_pretraining as naive
 
 from papers.blip import model as blip_model
@@ -50,7 +49,6 @@ CONFIG = BlipConfig(
 )
 WIDE = replace(CONFIG, text_width=48)
 PROMPT = 3
-texts = partial(batches.texts, config=CONFIG)
 
 
 def make(kind, config=CONFIG):

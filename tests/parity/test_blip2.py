@@ -6,15 +6,14 @@ No two sizes coincide, so that a transposed or swapped axis cannot pass by accid
 
 import copy
 from dataclasses import replace
-from functools import partial
 
-import batches
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import texts
 from faults import exchanged, in_each, largest, layers_in_reverse, planting, rolled
 from language_models import text_config
-from pairs import of_uint8_and_floats, pictures, retrieval_loss, state, texts
+from pairs import of_uint8_and_floats, pictures, retrieval_loss, state
 from references.blip2_stage1 import Reference
 
 from papers.blip2 import model as blip2_model
@@ -59,7 +58,6 @@ CONFIG = Blip2Config(
 OPT = LanguageConfig("opt-test", "opt", 36, 89, layers=2, heads=2, mlp_width=56, context=64)
 T5 = LanguageConfig("t5-test", "t5", 44, 83, layers=2, heads=3, mlp_width=60, context=64, head_width=9)
 BATCH = 6
-texts = partial(batches.texts, config=CONFIG)
 
 
 # ---- theirs and ours with the same weights

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pairs import levels_apart, loaded, pictures, texts
+from batches import texts
+from pairs import levels_apart, loaded, pictures
 from PIL import Image
 from test_blip2 import CONFIG, OPT, T5, their_config, words
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pairs import levels_apart, loaded, pictures, texts
+from batches import texts
+from pairs import levels_apart, loaded, pictures
 from test_blip import CONFIG, WIDE, first
 
 from papers.blip import config as configs

@@ -18,7 +18,7 @@ SEED_BASE = 1_000
 
 @dataclass
 class Recipe:
-    """What every paper's recipe has; a paper extends it in its config.py. Sizes in samples, tokens and pixels."""
+    """What every paper's recipe has; a paper extends it in its recipe.py. Sizes in samples, tokens and pixels."""
 
     paper: str = "???"
     scale: Literal["smoke", "mini", "field", "gpu", "paper"] = "smoke"

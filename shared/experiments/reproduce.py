@@ -213,7 +213,7 @@ def prepare_data(catalog: Catalog, recipe: Recipe, console: Console) -> tuple[Re
 
 
 def pretrained_parts_of(catalog: Catalog, recipe: Recipe, console: Console) -> list[PretrainedPart]:
-    """What the paper's claims take of other papers (claims.artifacts(recipe), where there is one), made beforehand."""
+    """What the paper's claims take of other papers, by claims.pretrained_parts(recipe) where there is one."""
     offered = getattr(catalog.package(recipe.paper).claims, "pretrained_parts", None)
     if offered is None:
         return []

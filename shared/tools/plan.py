@@ -47,10 +47,15 @@ def dry_run(catalog: Catalog, recipe: Recipe) -> str:
 
     card = catalog.card(recipe.paper)
     structure = catalog.package(recipe.paper).structure
-    parameters = structure.measure(recipe.model)["total"]
+    measured = structure.measure(recipe.model)
+    if "total" not in measured:
+        raise UserError(
+            f"papers/{recipe.paper}/evidence/structure.py: measure({recipe.model!r}) gives no 'total' (gives: "
+            f"{', '.join(measured)})"
+        )
     lines = [f"{recipe.paper} at scale {recipe.scale}: {card.paper.title}", "", "recipe (resolved)"]
     lines += [f"  {line}" for line in to_yaml(recipe).splitlines()]
-    lines += ["", f"model {recipe.model}: {parameters:,} parameters"]
+    lines += ["", f"model {recipe.model}: {measured['total']:,} parameters"]
 
     lines += ["", "would be downloaded"]
     manifest = load_manifest(catalog.root / "checkpoints_manifest.yaml")
@@ -69,7 +74,7 @@ def dry_run(catalog: Catalog, recipe: Recipe) -> str:
         wanted, arms = claims_and_arms(catalog, recipe)
         lines += ["", f"claims that would be tested ({recipe.seeds} paired seeds, {len(arms)} arms: {', '.join(arms)})"]
         lines += [f"  {row.id}: {row.statement}" for row in wanted]
-        found = estimate(recipe, parameters, structure.forward_flops(recipe.model), len(arms))
+        found = estimate(recipe, measured["total"], structure.forward_flops(recipe.model), len(arms))
         lines += ["", f"estimate, to a factor of two, if every arm trains in full: {found}"]
     return "\n".join(lines)
 

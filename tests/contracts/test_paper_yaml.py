@@ -1,5 +1,6 @@
 """Every folder of papers/: its figures parse, its citation agrees with them, its card can take the generated table."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_the_bibtex_names_every_author_and_the_title(folder):
     assert paper.title in paper.bibtex and f"{paper.year}" in paper.bibtex
     assert [name for name in paper.authors if name.split()[-1] not in paper.bibtex] == []
     assert bibtex(load_paper(folder / "paper.yaml")).startswith(paper.bibtex.strip())
+
+
+def test_every_file_that_the_card_lists_is_there(folder):
+    """And the table lists every file of the paper but __init__.py."""
+    rows = [line for line in (folder / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row.split("|")[1])}
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*.py") if p.name != "__init__.py"}
+    assert listed == there
 
 
 def test_the_card_has_room_for_the_generated_table_and_is_short(folder):

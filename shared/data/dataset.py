@@ -25,6 +25,7 @@ from shared.data.synthetic.scenes import (
     held_out_colours,
     render_many,
     sample_scene,
+    scenes_apart,
 )
 from shared.data.synthetic.sprites import VENDORS, SpritePack
 
@@ -277,9 +278,9 @@ class _SceneDataset:
     def retrieval(self, split: str, count: int) -> Split:
         """Scenes no two of which show the same things in the same colours, where there are enough; full captions."""
         seen: set[frozenset] = set()
-        scenes = []
+        scenes, different = [], scenes_apart(self.pack.names, self.seed, self.options)
         for i in range(count):
-            for attempt in range(64):
+            for attempt in range(64) if len(seen) < different else (63,):  # the last try of those that find none
                 scene = self.scene(split, i, attempt=attempt)
                 graph = frozenset((thing.name, thing.colour) for thing in scene.things)
                 if graph not in seen:

@@ -105,10 +105,10 @@ def _in_processes(jobs: list[Job], at_once: int, progress: Callable[[int], None]
     # spawn, not fork: torch's thread pools do not survive a fork
     context = multiprocessing.get_context("spawn")
     done = context.Queue()  # a plain pipe would hold a few hundred jobs, and putting more hang
-    # Workers keep to their seeds while these have arms left, then help with others: few wait for what a seed shares.
-    # Two at least are at a seed, so that one goes on with it while another makes what all seeds share.
+    # Workers keep to their seeds while these have arms left, then help with others: few wait for what a seed shares,
+    # and few make its data twice.
     seeds = list(dict.fromkeys(job.seed for job in jobs))
-    todo = [context.Queue() for _ in seeds[: max(1, at_once // 2)]]
+    todo = [context.Queue() for _ in seeds[:at_once]]
     for job in jobs:
         todo[seeds.index(job.seed) % len(todo)].put(job)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # for what computes beside torch, such as scikit-learn

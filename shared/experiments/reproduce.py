@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -42,18 +44,16 @@ def reproduce(catalog: Catalog, recipe: Recipe, command: str, console: Console, 
     if run.sessions > 1:
         console.say(f"going on with the interrupted run in {folder} (--fresh begins anew)")
     console.stages(len([rung for rung in recipe.rungs if rung != "claims"]) + 2 * ("claims" in recipe.rungs) + 1)
-    rows: list[Row] = []
+    rows: dict[str, list[Row]] = {}
     data: dict = {"name": recipe.data, "digest": None, "coverage": [], "credits": [], "note": None}
     figures: list[Figure] = []
     samples: list[Sample] = []
     tracker = None
 
+    parity = ParityTests(catalog, name, folder) if "parity" in recipe.rungs else None
     if "structure" in recipe.rungs:
         console.stage("structure: the full-size networks, on the meta device")
-        rows += structure_rows(catalog, card, console)
-    if "parity" in recipe.rungs:
-        console.stage("parity: against independent implementations, fp32, small random weights")
-        rows += parity_rows(catalog, name, folder, console)
+        rows["structure"] = structure_rows(catalog, card, console)
     if "claims" in recipe.rungs:
         console.stage(f"data: {recipe.data}")
         recipe, data = prepare_data(catalog, recipe, console)
@@ -62,15 +62,18 @@ def reproduce(catalog: Catalog, recipe: Recipe, command: str, console: Console, 
             run.same("artifacts", {one.title: one.digest for one in used})
             data["artifacts"] = [one.line for one in used]
         console.stage("claims: every arm and seed, trained and measured")
-        claim_rows_found, outcomes, tracker = run_claims(catalog, card, recipe, data, run, command, console)
-        rows += claim_rows_found
+        rows["claims"], outcomes, tracker = run_claims(catalog, card, recipe, data, run, command, console)
         try:
             figures, samples = catalog.package(name).figures.draw(recipe, outcomes, folder)
         except Exception as error:  # a figure must not cost the rows that were trained for
             console.say(f"figures could not be drawn: {type(error).__name__}: {error}")
+    if parity:
+        console.stage("parity: against independent implementations, fp32, small random weights")
+        with console.waiting("parity tests"):
+            rows["parity"] = parity.rows()
     if "metrics" in recipe.rungs:
         console.stage("metrics: released weights on the paper's benchmarks")
-        rows += metric_rows(catalog, card, recipe, console)
+        rows["metrics"] = metric_rows(catalog, card, recipe, console)
 
     console.stage("report")
     if run.sessions > 1:
@@ -85,7 +88,7 @@ def reproduce(catalog: Catalog, recipe: Recipe, command: str, console: Console, 
         machine=machine_description(),
         seconds=round(run.seconds, 1),
         started=run.started,
-        rows=rows,
+        rows=[row for rung in ("structure", "parity", "claims", "metrics") for row in rows.get(rung, [])],
         figures=figures,
         samples=samples,
         command=command,
@@ -131,44 +134,48 @@ def structure_rows(catalog: Catalog, card: PaperCard, console: Console) -> list[
 # ---- parity
 
 
-def parity_rows(catalog: Catalog, name: str, folder: Path, console: Console) -> list[Row]:
-    """Run tests/parity/test_<paper>.py in a process of its own and read the differences it measured."""
-    test = catalog.root / "tests" / "parity" / f"test_{name}.py"
-    need = f"the development extras: pip install -e '.[dev]', then `python -m pytest {test.relative_to(catalog.root)}`"
-    out, log = folder / "parity.json", folder / "parity.log"
-    if not test.is_file() or any(missing(module) for module in ("pytest", "transformers")):
-        return [Row("parity", f"{name}.parity", "against independent implementations", verdict="not run", need=need)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test), "--rows", str(out)]
-    with console.waiting("parity tests"):
-        ran = subprocess.run(command, cwd=catalog.root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    log.write_text(ran.stdout + ran.stderr)
-    if not out.is_file() or ran.returncode not in (0, 1):
-        raise UserError(f"the parity tests did not run (exit code {ran.returncode}); see {log}")
-    rows = []
-    for found in json.loads(out.read_text()):
-        if "difference" in found:
-            match = found["difference"] <= found["tolerance"]
-            reported, value, tolerance = "equal", f"max |difference| {found['difference']:.1e}", found["tolerance"]
-        else:
-            match = found["found"] == found["expected"]
-            reported, value, tolerance = found["expected"], found["found"], 0
-        verdict = "match" if match else "mismatch"
-        source = test.relative_to(catalog.root).as_posix()
-        rows.append(
-            Row(
-                "parity",
-                found["id"],
-                found["what"],
-                reported,
-                value,
-                tolerance=tolerance,
-                verdict=verdict,
-                source=source,
+class ParityTests:
+    """tests/parity/test_<paper>.py in a process of its own, begun at once: it runs beside what leaves a core idle."""
+
+    def __init__(self, catalog: Catalog, name: str, folder: Path):
+        self.name, self.test = name, catalog.root / "tests" / "parity" / f"test_{name}.py"
+        self.place, self.log = self.test.relative_to(catalog.root).as_posix(), folder / "parity.log"
+        self.process: subprocess.Popen | None = None
+        if not self.test.is_file() or any(missing(module) for module in ("pytest", "transformers")):
+            return
+        self.out = folder / f"parity-{os.getpid()}.json"  # a killed run's tests may still write theirs
+        options = ["-q", "-p", "no:cacheprovider", "--rows", str(self.out)]
+        command = [sys.executable, "-m", "pytest", *options, str(self.test)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=catalog.root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
-        )
-    if ran.returncode == 1 and all(row.verdict == "match" for row in rows):
-        raise UserError(f"a parity test failed before it measured anything; see {log}")
-    return rows
+        atexit.register(self.process.kill)  # nobody waits for it where a run fails
+
+    def rows(self) -> list[Row]:
+        """A row for each difference that was measured, once all are."""
+        if self.process is None:
+            need = f"the development extras: pip install -e '.[dev]', then `python -m pytest {self.place}`"
+            return [Row("parity", f"{self.name}.parity", "against independent implementations", need=need)]
+        code = self.process.wait()
+        if not self.out.is_file() or code not in (0, 1):
+            raise UserError(f"the parity tests did not run (exit code {code}); see {self.log}")
+        measured = json.loads(self.out.read_text())
+        self.out.unlink()
+        rows = []
+        for found in measured:
+            if "difference" in found:
+                match = found["difference"] <= found["tolerance"]
+                reported, value, tolerance = "equal", f"max |difference| {found['difference']:.1e}", found["tolerance"]
+            else:
+                match = found["found"] == found["expected"]
+                reported, value, tolerance = found["expected"], found["found"], 0
+            verdict = "match" if match else "mismatch"
+            as_row = partial(Row, "parity", found["id"], found["what"], reported, value, source=self.place)
+            rows.append(as_row(tolerance=tolerance, verdict=verdict))
+        if code == 1 and all(row.verdict == "match" for row in rows):
+            raise UserError(f"a parity test failed before it measured anything; see {self.log}")
+        return rows
 
 
 def missing(module: str) -> bool:

@@ -107,6 +107,16 @@ def _shown_colours(name: str, seed: int, share: float) -> tuple[str, ...]:
     return tuple(colour for colour in COLOURS if colour not in held_out_colours(name, seed, share))
 
 
+def scenes_apart(names: Sequence[str], seed: int, options: SceneOptions) -> int:
+    """How many sets of things in colours the scenes of these options can show."""
+    low, high = options.objects
+    sets = [1] + [0] * high  # by number of things
+    for name in names:
+        for things in range(high, 0, -1):
+            sets[things] += sets[things - 1] * len(_shown_colours(name, seed, options.held_out))
+    return sum(sets[low:])
+
+
 def sample_scene(
     pack: SpritePack,
     split: str,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,8 @@ def encoded_video(model: Blip, frames: Tensor) -> Encoded:
     """Frames uint8 (I, F, 3, H, W): their tokens in a row, their features the mean over frames, normalised (official
     code eval_retrieval_video.py)."""
     videos = []
-    for one in frames:
-        tokens = model.encode_image(one.to(device_of(model)))  # (F, 1 + N, D)
+    for video in frames:
+        tokens = model.encode_image(video.to(device_of(model)))  # (F, 1 + N, D)
         feature = F.normalize(model.vision_proj(tokens[:, 0]).float().mean(0), dim=-1)
         videos.append((feature.cpu(), rearrange(tokens, "f n d -> (f n) d").cpu()))
     return Encoded(*(torch.stack(part) for part in zip(*videos, strict=True)))
@@ -88,11 +88,11 @@ def reranked(model: Blip, pictures: Encoded, tokens: Tensor, candidates: int) ->
 def match_probability(model: Blip, tokens: Tensor, images: Tensor, batch: int = BATCH) -> Tensor:
     """How likely text i (T, L) matches picture i (T, 3, H, W), by the ITM head. (T,) on the CPU."""
     device = device_of(model)
-    found = [
+    probabilities = [
         model.match(some.to(device), model.encode_image(seen.to(device))).float().softmax(1)[:, 1].cpu()
         for some, seen in zip(tokens.split(batch), images.split(batch), strict=True)
     ]
-    return torch.cat(found)
+    return torch.cat(probabilities)
 
 
 # ---- captions
@@ -120,20 +120,13 @@ class GenerationConfig:
         given = len(self.prompt_tokens(tokenizer))
         if given >= self.longest:
             raise UserError(f"prompt '{self.prompt}' takes {given} of {self.longest} tokens: no room for a caption")
-        lengths: dict[str, Any] = {
-            "max_new_tokens": self.longest - given,
-            "min_new_tokens": max(0, self.shortest - given),
-        }
+        longest, shortest = self.longest - given, max(0, self.shortest - given)
         if self.nucleus is None:
-            return GenerationSettings((tokenizer.end,), **lengths, beams=self.beams)
+            return GenerationSettings((tokenizer.end,), longest, shortest, beams=self.beams)
         return GenerationSettings(
-            (tokenizer.end,),
-            **lengths,
-            sample=True,
-            top_k=TOP_K,
-            top_p=self.nucleus,
+            (tokenizer.end,), longest, shortest, sample=True, top_k=TOP_K, top_p=self.nucleus,
             repetition_penalty=REPETITION_PENALTY,
-        )
+        )  # fmt: skip
 
 
 def write(
@@ -213,11 +206,11 @@ def judge_pairs(model: BlipNlvr, tokenizer: Tokenizer, images: Tensor, sentences
 
 @torch.inference_mode()
 def score_candidates(
-    model: BlipDialogue, tokenizer: Tokenizer, image: Tensor, caption: str, told: str, candidates: Sequence[str]
+    model: BlipDialogue, tokenizer: Tokenizer, image: Tensor, caption: str, dialogue: str, candidates: Sequence[str]
 ) -> Tensor:
-    """How likely each candidate goes on with a dialogue `told` so far about a picture (3, H, W). (C,), on the CPU."""
+    """How likely each candidate goes on with a dialogue so far about a picture (3, H, W). (C,), on the CPU."""
     device, context = device_of(model), model.config.context
-    texts = [ending(tokenizer, f"{told} {candidate}".strip(), context) for candidate in candidates]
+    texts = [ending(tokenizer, f"{dialogue} {candidate}".strip(), context) for candidate in candidates]
     dialogues = trim(torch.stack(texts), tokenizer.end).to(device)
     captions = tokens_of(tokenizer, [caption], model.config).to(device)
     return model.scores(image[None].to(device), captions, dialogues[None])[0].float().cpu()

@@ -132,8 +132,8 @@ class PairAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, *, mask: None = None, cache: None = None) -> Tensor:
         """x (B, T, D), context (B, 2, S, D) of pictures, which are never padded -> (B, T, D)."""
-        one, other = self.first(x, context[:, 0]), self.second(x, context[:, 1])
-        return (one + other) / 2 if self.merge is None else self.merge(torch.cat([one, other], dim=-1))
+        first, second = self.first(x, context[:, 0]), self.second(x, context[:, 1])
+        return (first + second) / 2 if self.merge is None else self.merge(torch.cat([first, second], dim=-1))
 
 
 class BlipNlvr(nn.Module):
@@ -214,10 +214,10 @@ class BlipDialogue(nn.Module):
     def forward(self, images: Tensor, captions: Tensor, dialogues: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), captions (B, T), dialogues that end in a candidate (B, C, T) -> logits (B, C, 2)."""
         image_tokens = picture_tokens(self.vision_encoder, images)
-        told = captions != self.config.pad_token
-        caption_states = self.text_encoder(starting_with(self.config.start_token, captions), told)
+        caption_mask = captions != self.config.pad_token
+        caption_states = self.text_encoder(starting_with(self.config.start_token, captions), caption_mask)
         context = torch.cat([image_tokens, caption_states], dim=1)  # (B, S, D)
-        there = torch.cat([torch.ones_like(image_tokens[:, :, 0], dtype=torch.bool), told], dim=1)
+        there = torch.cat([torch.ones_like(image_tokens[:, :, 0], dtype=torch.bool), caption_mask], dim=1)
         rows = dialogues.flatten(0, 1)
         tokens = starting_with(self.config.encode_token, rows)
         states = self.text_encoder(tokens, rows != self.config.pad_token, context, there)

@@ -143,14 +143,9 @@ def load_inference_model(
         return _kept(variant, weights, tokenizer, about, manifest)
     if (weights / CARD).is_file():
         raise UserError(f"{weights}: a folder; give the model.safetensors in it")
-    config = VARIANTS[variant]()
-    if (
-        config.language_of_stage2.family == "small"
-        or config.vision.kind not in ("eva", "clip")
-        or variant not in PUBLISHED
-    ):
+    if variant not in PUBLISHED:
         raise UserError(f"{card}: no such file; runs write it beside their weights, it says what they stand between")
-    return _of_file(weights, config, manifest)
+    return _of_file(weights, VARIANTS[variant](), manifest)
 
 
 def _released(variant: str, manifest: str | Path, use: str) -> InferenceModel:

@@ -247,7 +247,7 @@ class Blip2Qformer(nn.Module):
             tokens = self._of_full_length(tokens)
             all_tokens = gathered(tokens)
         texts = torch.cat([tokens, tokens, all_tokens[negatives.texts]])
-        logits = self._match([one and one.of(pictures) for one in seen], texts)
+        logits = self._match([kv and kv.of(pictures) for kv in seen], texts)
         return logits[: len(own)], logits[len(own) :]
 
     def _of_full_length(self, tokens: Tensor) -> Tensor:
@@ -334,20 +334,20 @@ class Blip2(nn.Module):
     ) -> Blip2:
         """A new projector on the Q-Former of stage 1 (the model or its state dict), whose heads and, unless `question`,
         text branch stay behind. UserError where a weight is missing, of another shape, or of no stage-1 model."""
-        found = stage1 if isinstance(stage1, Mapping) else stage1.state_dict()
+        state = stage1 if isinstance(stage1, Mapping) else stage1.state_dict()
         model = cls(config, language_model, question=question)
         wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("projector.")}
         with torch.device("meta"):
             known = Blip2Qformer(config).state_dict()
         faults = {
-            "missing": sorted(set(wanted) - set(found)),
-            "unknown": sorted(set(found) - set(known)),
-            "of another shape": [k for k in wanted if k in found and found[k].shape != wanted[k].shape],
+            "missing": sorted(set(wanted) - set(state)),
+            "unknown": sorted(set(state) - set(known)),
+            "of another shape": [k for k in wanted if k in state and state[k].shape != wanted[k].shape],
         }
-        told = "; ".join(f"{what}: {', '.join(keys[:4])}" for what, keys in faults.items() if keys)
-        if told:
-            raise UserError(f"stage 2 cannot start from these weights, which are not of its stage 1: {told}")
-        model.load_state_dict({key: found[key] for key in wanted}, strict=False)  # the projector is new
+        listed = "; ".join(f"{what}: {', '.join(keys[:4])}" for what, keys in faults.items() if keys)
+        if listed:
+            raise UserError(f"stage 2 cannot start from these weights, which are not of its stage 1: {listed}")
+        model.load_state_dict({key: state[key] for key in wanted}, strict=False)  # the projector is new
         return model
 
     def prefix(self, features: Tensor, question: Prompt | None = None) -> Tensor:

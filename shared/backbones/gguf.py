@@ -74,7 +74,7 @@ def _convert(path: Path, target: Path) -> None:
     try:
         file = GGUFReader(path)
         told = {name: value.contents() for name, value in file.fields.items()}
-        weights = {one.name: torch.from_numpy(dequantize(one.data, one.tensor_type).copy()) for one in file.tensors}
+        weights = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in file.tensors}
         about = _about(told)
         named = _named(weights, about["sizes"])
     except (KeyError, ValueError, IndexError, OSError) as error:

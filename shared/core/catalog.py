@@ -63,13 +63,12 @@ class Catalog:
         return recipe
 
     def paper_that_answers(self, variant: str) -> str:
-        """The paper of a variant that writes captions, or a UserError with the nearest variant. What other papers
-        answer with is not imported."""
-        for name in self.names():
-            if variant in self.variants(name) and "caption" in self.package(name).uses():
-                return name
-        known = [v for name in self.names() if "caption" in self.package(name).uses() for v in self.variants(name)]
-        raise UserError(f"no model '{variant}' that speaks of pictures; {nearest(variant, known)}")
+        """The paper of a variant that writes captions, or a UserError with the nearest variant."""
+        names = [name for name in self.names() if "caption" in self.package(name).uses()]
+        paper_of = {known: name for name in names for known in self.variants(name)}
+        if variant not in paper_of:
+            raise UserError(f"no model '{variant}' that speaks of pictures; {nearest(variant, paper_of)}")
+        return paper_of[variant]
 
     def variant(self, name: str, variant: str) -> str:
         variants = self.variants(name)

@@ -208,7 +208,7 @@ def talk(path: Path, task: Talk, lines: TextIO) -> int:
     except (PictureError, OSError) as wrong:
         raise UserError(f"{one_line(str(path))}: {getattr(wrong, 'strerror', None) or wrong}") from None
     reply = task.begin(torch.from_numpy(np.stack([image])))
-    failed = told = False
+    failed = warned = False
     for question in questions(lines):
         try:
             text, dropped = reply(question)
@@ -216,8 +216,8 @@ def talk(path: Path, task: Talk, lines: TextIO) -> int:
             failed = True
             print(one_line(str(error)), file=sys.stderr, flush=True)
             continue
-        if dropped and not told:
-            told = True
+        if dropped and not warned:
+            warned = True
             print("the context is full: from here on the oldest turns are forgotten", file=sys.stderr, flush=True)
         print(one_line(text), flush=True)
     return 1 if failed else 0

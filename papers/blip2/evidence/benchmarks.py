@@ -202,7 +202,9 @@ def answer_scores(
     if run.protocol.endswith("-lemmas"):
         texts = lemmas(texts)
     if run.protocol.endswith("-exact"):  # GQA, as LAVIS: both sides by VQA's clean-up, then equal or not
-        right = [normalise(one.answers[0]) == normalise(text) for one, text in zip(questions, texts, strict=True)]
+        right = [
+            normalise(question.answers[0]) == normalise(text) for question, text in zip(questions, texts, strict=True)
+        ]
         return {"accuracy": sum(right) / len(right)}
     if not questions[0].answers:
         return answers_for_server(run, released, questions, texts)

@@ -81,7 +81,9 @@ def forward_flops(variant: str) -> int:
 def stage2_counts(config: Blip2Config, vision: int) -> dict[str, float]:
     """Of a model with a language model, which itself is counted from its configuration."""
     with torch.device("meta"):
-        stage2, asked = (Blip2(config, _OfWidth(config.language.width), question=one) for one in (False, True))
+        stage2, asked = (
+            Blip2(config, _OfWidth(config.language.width), question=question) for question in (False, True)
+        )
     language = language_parameters(config.language)
     trained = count_parameters(stage2)
     total = vision + trained + language

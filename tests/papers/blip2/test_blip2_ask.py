@@ -219,7 +219,7 @@ def test_a_dialogue_ends_at_an_empty_line_and_a_terminal_is_told_whose_turn_it_i
         assert tuple(image.shape) == (1, 3, 8, 8)
         return lambda question: Reply(f"\x1b{question}", 0)
 
-    path, task = picture(tmp_path / "p.png"), Talk(parrot, 8, True)
+    path, task = picture(tmp_path / "p.png"), Talk(parrot, 8)
     assert talk(path, task, io.StringIO("one\n two \n\nthree\n")) == 0
     assert capsys.readouterr() == ("\\x1bone\n\\x1btwo\n", "")
     assert talk(path, task, Terminal("one")) == 0

@@ -55,5 +55,5 @@ def test_a_step_of_stage_1_stays_on_its_device(gpu):
 def test_every_arm_stays_on_its_device(gpu, tmp_path, arm):
     recipe = replace(SMALL, pairs=24, lm_texts=24, lm_steps=1, steps=1, stage2_steps=1, headline_steps=1)
     torch.manual_seed(3)
-    found = claims.ARMS[arm](replace(context(tmp_path, arm, recipe), first=arm == "base"))
+    found = claims.ARMS[arm](replace(context(tmp_path, arm, recipe=recipe), first=arm == "base"))
     assert found and all(isinstance(value, (int, float, str, dict)) for value in found.values())

@@ -21,7 +21,7 @@ from papers.blip.tasks import BlipDialogue, BlipNlvr, BlipVqa
 from shared.core.device import device_of
 from shared.core.errors import UserError
 from shared.metrics import rerank_both
-from shared.nn.generation import GenerationSettings, generate
+from shared.nn.generation import RELEASED_BEAMS, GenerationSettings, generate
 from shared.tokenizers.base import Tokenizer, trim
 
 REPETITION_PENALTY = 1.1  # of nucleus sampling (official code models/blip.py, generate)
@@ -102,7 +102,8 @@ def match_probability(model: Blip, tokens: Tensor, images: Tensor, batch: int = 
 class GenerationConfig:
     """How captions are written. longest, shortest: tokens, with [DEC] and the prompt, as the official code counts.
 
-    nucleus: sample from the fewest words that hold this much probability (0.9 in CapFilt); None: beam search.
+    nucleus: sample from the fewest words that hold this much probability (0.9 in CapFilt); None: beam search, with the
+    length and the end of transformers 4.15, which the official code pins.
     """
 
     prompt: str = PROMPT
@@ -122,7 +123,7 @@ class GenerationConfig:
             raise UserError(f"prompt '{self.prompt}' takes {given} of {self.longest} tokens: no room for a caption")
         longest, shortest = self.longest - given, max(0, self.shortest - given)
         if self.nucleus is None:
-            return GenerationSettings((tokenizer.end,), longest, shortest, beams=self.beams)
+            return GenerationSettings((tokenizer.end,), longest, shortest, beams=self.beams, **RELEASED_BEAMS)
         return GenerationSettings(
             (tokenizer.end,), longest, shortest, sample=True, top_k=TOP_K, top_p=self.nucleus,
             repetition_penalty=REPETITION_PENALTY,
@@ -184,8 +185,8 @@ def write_answers(
     asked = tokens_of(tokenizer, questions, model.config).to(seen.device)
     decoding = model.decoding(model.ask(asked, seen), asked)
     start = torch.full_like(asked[:, :1], tokenizer.decode_start)
-    answers = generate(decoding, start, GenerationSettings((tokenizer.end,), longest - 1, beams=beams))
-    return [tokenizer.decode(tokens) for tokens in answers.tokens]
+    settings = GenerationSettings((tokenizer.end,), longest - 1, beams=beams, **RELEASED_BEAMS)
+    return [tokenizer.decode(tokens) for tokens in generate(decoding, start, settings).tokens]
 
 
 @torch.inference_mode()

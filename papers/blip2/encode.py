@@ -18,7 +18,7 @@ from papers.blip2.model import Blip2, Blip2Qformer
 from papers.blip2.text import PromptTokenizer
 from shared.core.device import device_of
 from shared.metrics import exact_match, pope, rerank_both
-from shared.nn.generation import GenerationSettings, generate
+from shared.nn.generation import RELEASED_BEAMS, GenerationSettings, generate
 
 BATCH = 128
 PROMPTS = {"causal": "Question: {} Answer:", "seq2seq": "Question: {} Short answer:"}  # Sec. 4.1
@@ -74,7 +74,8 @@ def reranked(model: Blip2Qformer, pictures: Encoded, tokens: Tensor, candidates:
 @dataclass(frozen=True)
 class GenerationConfig:
     """How texts are written behind a prompt. The lengths count new tokens; of a seq2seq model the shortest counts the
-    decoder's start token too, as min_length does where the official code hands it on."""
+    decoder's start token too, as min_length does where the official code hands it on. Beams are scored and ended as by
+    the transformers of LAVIS's BLIP-2 (4.25): a length penalty counts the prompt (the visual words not)."""
 
     beams: int = 5
     length_penalty: float = 1.0
@@ -85,7 +86,12 @@ class GenerationConfig:
         """kind: of the language model, "causal" or "seq2seq"."""
         shortest = self.shortest - (kind == "seq2seq" and self.shortest > 0)
         return GenerationSettings(
-            tuple(stop), self.longest, shortest, beams=self.beams, length_penalty=self.length_penalty
+            tuple(stop),
+            self.longest,
+            shortest,
+            beams=self.beams,
+            length_penalty=self.length_penalty,
+            **RELEASED_BEAMS,
         )
 
 

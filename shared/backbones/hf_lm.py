@@ -249,7 +249,7 @@ class Seq2SeqDecoding:
         self.said = [KVCache() for _ in range(model.layers)]
         self.looked = [KVCache() for _ in range(model.layers)]
         self.kept = EncoderDecoderCache(_as_theirs(self.said), _as_theirs(self.looked))
-        self.rows = 0
+        self.decoder_start, self.rows = model.first, 0
 
     def prefill(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Prompts (B, T) for the encoder -> logits of the answer's first token (B, V)."""

@@ -1,15 +1,15 @@
 """Text from a causal model: greedy, beam search, and sampling from the most likely words.
 
 Nucleus sampling: Holtzman et al. 2020 (arXiv:1904.09751), Sec. 3.1. Repetition penalty: Keskar et al. 2019 (CTRL,
-arXiv:1909.05858), Sec. 4.1. Beam search has the length penalty and the stopping rule of transformers' `generate`, which
-the published captioning codes call. Axes: B prompts, T prompt tokens, R rows at work, V vocabulary.
+arXiv:1909.05858), Sec. 4.1. Beam search scores and stops as transformers' `generate` does, which the published
+captioning codes call; its rule changed over the years, and a release counts with the one of its version
+(RELEASED_BEAMS). Axes: B prompts, T prompt tokens, R rows at work, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class Decoding(Protocol):
     """A causal model at work on one batch of prompts, its keys and values kept; logits in fp32.
 
     Put the model into eval mode first, or its dropout speaks too. One that has `prefixed` = True stands behind a
-    prefix of embeddings (shared/nn/causal_lm.py): its prompts may be empty, and penalties do not count the prefix.
+    prefix of embeddings (shared/nn/causal_lm.py): its prompts may be empty, and penalties do not count the prefix. One
+    whose prompts are read by an encoder says in `decoder_start` which token its texts begin behind: that alone counts.
     """
 
     def prefill(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
@@ -49,10 +50,14 @@ class GenerationSettings:
     stop                 any of these ends a text
     min_new_tokens       no stop token among the first so many
     beams                1: greedy, or sampling where `sample`; more: beam search, scored by
-                         sum of log-probabilities / (new tokens ** length_penalty). Old versions of transformers, which
-                         released codes pin, divide by the tokens of prompt and text without the stop token
-    early_stopping       a beam search ends as soon as `beams` texts are complete; otherwise not before its best
-                         unfinished text, at its present length, scores no better than the worst complete one
+                         sum of log-probabilities / (length ** length_penalty)
+    length_counts        what that length is: "new" tokens, the stop token among them (transformers since 4.36), or
+                         "all" tokens of prompt and text without it (before)
+    early_stopping       a beam search ends as soon as `beams` texts are complete; otherwise by `stopping`
+    stopping             "unfinished": not before the best unfinished text, at its present length, scores no better than
+                         the worst complete one; at the limit of tokens a text counts that is among the `beams` best.
+                         "candidates" (transformers before 4.31): not before the best continuation, a complete one too,
+                         over the length before it, scores no better; at the limit every unfinished text counts
     temperature, top_k, top_p   sampling: divide logits; keep the k likeliest (0: all; transformers' default, where a
                          code names none, is 50); then the fewest likeliest that hold this much probability
     repetition_penalty   of every token of prompt and text: a positive logit is divided, a negative one multiplied
@@ -65,7 +70,9 @@ class GenerationSettings:
     min_new_tokens: int = 0
     beams: int = 1
     length_penalty: float = 1.0
+    length_counts: Literal["new", "all"] = "new"
     early_stopping: bool = False
+    stopping: Literal["unfinished", "candidates"] = "unfinished"
     sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
@@ -80,6 +87,8 @@ class GenerationSettings:
                 ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
                 ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
                 ("beams", self.beams >= 1, "at least 1"),
+                ("length_counts", self.length_counts in ("new", "all"), "new or all"),
+                ("stopping", self.stopping in ("unfinished", "candidates"), "unfinished or candidates"),
                 ("sample", not (self.sample and self.beams > 1), "false with beams > 1"),
                 ("temperature", self.temperature > 0, "above 0"),
                 ("top_k", self.top_k >= 0, "0 or more"),
@@ -91,6 +100,10 @@ class GenerationSettings:
         ]
         if wrong:
             raise UserError(f"generation: {'; '.join(wrong)}")
+
+
+# The beam search of transformers before 4.31: what BLIP (4.15), ALBEF (4.8) and LAVIS at BLIP-2's release (4.25) call.
+RELEASED_BEAMS: dict[str, Any] = {"length_counts": "all", "stopping": "candidates"}
 
 
 class Generated(NamedTuple):
@@ -125,6 +138,8 @@ def generate(
         raise UserError(f"generation: prompt {histories.index([])} of the batch is empty; give at least a start token")
     if not histories:
         return Generated([], [], [])
+    if hasattr(decoding, "decoder_start"):
+        histories = [[decoding.decoder_start] for _ in histories]
     logits = decoding.prefill(prompts, attention_mask)
     if settings.beams > 1:
         return _beam_search(decoding, logits, histories, settings)
@@ -188,21 +203,31 @@ def _beam_search(
         texts = [histories[index] + beam.tokens for index, beam in rows]
         past = torch.tensor([beam.score for _, beam in rows], device=logits.device)
         candidates = _candidates(logits, past, len(running), width, texts, count, settings)
-        length = count + 1
+        last = count + 1 == settings.max_new_tokens
         went, parents, kept = {}, [], []  # parents: rows to go on from; kept: places of prompts that go on
         for place, (index, those) in enumerate(running.items()):
-            going = []  # (row, beam), best first
-            for rank, (score, parent, token) in enumerate(candidates[place]):
-                stops = token in settings.stop
-                if not stops and length < settings.max_new_tokens:
-                    going.append((place * len(those) + parent, _Beam(score, [*those[parent].tokens, token])))
+            before = count + (len(histories[index]) if settings.length_counts == "all" else 0)
+            ranked = candidates[place][:beams] if last and settings.stopping == "unfinished" else candidates[place]
+            going: list[tuple[int, _Beam]] = []  # (row, beam), best first
+            for rank, (score, parent, token) in enumerate(ranked):
+                tokens = those[parent].tokens
+                if token not in settings.stop:
+                    going.append((place * len(those) + parent, _Beam(score, [*tokens, token])))
                 elif rank < beams:  # what stops further down only made room for what goes on
-                    tokens = those[parent].tokens if stops else [*those[parent].tokens, token]
-                    complete[index].append(_Beam(score / length**settings.length_penalty, tokens, stops))
-            complete[index] = sorted(complete[index], key=lambda beam: -beam.score)[:beams]
-            if going and not _done(complete[index], going[0][1].score / length**settings.length_penalty, settings):
-                went[index] = [beam for _, beam in going[:beams]]
-                parents += [row for row, _ in going[:beams]]
+                    length = before + (settings.length_counts == "new")
+                    complete[index].append(_Beam(score / length**settings.length_penalty, tokens, stopped=True))
+            complete[index], going = _best(complete[index], beams), going[:beams]
+            if settings.stopping == "candidates":
+                reach = ranked[0][0] / max(1, before) ** settings.length_penalty
+            else:
+                reach = going[0][1].score / (before + 1) ** settings.length_penalty if going else -torch.inf
+            done = len(complete[index]) == beams and (settings.early_stopping or reach <= complete[index][-1].score)
+            if last and (settings.stopping == "unfinished" or not done):
+                cut = [_Beam(beam.score / (before + 1) ** settings.length_penalty, beam.tokens) for _, beam in going]
+                complete[index] = _best(complete[index] + cut, beams)
+            elif not last and not done:
+                went[index] = [beam for _, beam in going]
+                parents += [row for row, _ in going]
                 kept.append(place)
         if not went:
             break
@@ -210,8 +235,8 @@ def _beam_search(
             contexts = torch.tensor(kept, device=logits.device) if len(kept) < len(running) else None
             decoding.select(torch.tensor(parents, device=logits.device), contexts)
         running = went
-        last = [beam.tokens[-1] for those in running.values() for beam in those]
-        logits = decoding.step(torch.tensor(last, device=logits.device))
+        words = [beam.tokens[-1] for those in running.values() for beam in those]
+        logits = decoding.step(torch.tensor(words, device=logits.device))
     best = [those[0] for those in complete]
     return Generated([b.tokens for b in best], [b.score for b in best], [b.stopped for b in best])
 
@@ -242,10 +267,8 @@ def _candidates(
     return [list(zip(*column, strict=True)) for column in zip(*columns, strict=True)]
 
 
-def _done(complete: Sequence[_Beam], best_running: float, settings: GenerationSettings) -> bool:
-    if len(complete) < settings.beams:
-        return False
-    return settings.early_stopping or best_running <= complete[-1].score
+def _best(beams: list[_Beam], most: int) -> list[_Beam]:
+    return sorted(beams, key=lambda beam: -beam.score)[:most]
 
 
 def _plain(count: int, settings: GenerationSettings) -> bool:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from berts import Ours, from_theirs
+from references.released_beams import released_beams
 
 from shared.nn.bert import BertDecoding
-from shared.nn.generation import GenerationSettings, chances, draw, filtered, generate
+from shared.nn.generation import RELEASED_BEAMS, GenerationSettings, chances, draw, filtered, generate
 
 pytest.importorskip("transformers")
 
@@ -118,6 +119,27 @@ def test_beam_search_finds_what_transformers_finds(decoders, beams, length_penal
     assert found.tokens == texts
     assert found.scores == pytest.approx(scores, rel=1e-5, abs=1e-5)
     assert length_penalty in (2.0, -1.0) or varied(found)  # those favour one length
+
+
+@pytest.mark.parametrize("penalty", [1.0, -1.0])
+@pytest.mark.parametrize(("beams", "longest", "shortest"), [(3, 20, 5), (5, 30, 10)], ids=str)
+def test_beam_search_finds_what_the_released_codes_find(decoders, beams, longest, shortest, penalty):
+    """By the rule of the transformers that BLIP and ALBEF pin; lengths with the prompt, as these codes give them."""
+    theirs, _, prompts, context = decoders
+    before, expected = prompts.shape[1], []
+    for place, prompt in enumerate(prompts.tolist()):
+        seen = {} if context is None else {"encoder_hidden_states": context[place : place + 1]}
+
+        @torch.inference_mode()
+        def next_scores(tokens, seen=seen):
+            return theirs(input_ids=torch.tensor([tokens]), **seen).logits[0, -1].log_softmax(0)
+
+        expected.append(released_beams(next_scores, prompt, STOP, beams, longest, shortest, penalty))
+    asked = {"beams": beams, "max_new_tokens": longest - before, "min_new_tokens": shortest - before}
+    found = by_ours(decoders, length_penalty=penalty, **asked, **RELEASED_BEAMS)
+    assert found.tokens == expected
+    if penalty == 1:  # of the other a text of the greatest length is best by either rule
+        assert by_ours(decoders, **asked).tokens != expected
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

@@ -175,6 +175,16 @@ def test_beams_find_what_transformers_finds(models, length_penalty, lengths):
     assert found.scores == pytest.approx(scores, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("models", [name for name in MODELS if "t5" in name], indirect=True)
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("asked", [{"repetition_penalty": 1.9}, {"no_repeat_ngram": 1}], ids=str)
+def test_penalties_of_an_encoder_decoder_count_what_it_said_and_not_what_it_was_asked(models, asked, beams):
+    named = {key.replace("_ngram", "_ngram_size"): value for key, value in asked.items()}
+    texts, _ = by_theirs(models, num_beams=beams, **named)
+    assert by_ours(models, beams=beams, **asked).tokens == texts
+    assert texts != by_theirs(models, num_beams=beams)[0]
+
+
 def test_what_is_compared_says_different_things(models):
     told = [by_ours(models), by_ours(models, beams=3), by_ours(models, beams=5, length_penalty=0.0)]
     told += [by_ours(models, beams=5, length_penalty=-1.0), by_ours(models, beams=5, min_new_tokens=4)]

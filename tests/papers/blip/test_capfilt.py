@@ -15,6 +15,7 @@ from papers.blip.evidence.capfilt_page import Decision, counts, read_lines, writ
 from papers.blip.model import Blip
 from shared.core.errors import UserError
 from shared.data.dataset import DatasetBundle, Split
+from shared.nn.generation import RELEASED_BEAMS
 from shared.tokenizers.small_bpe import SmallTokenizer
 
 WORDS = ["a picture of a red circle", "a picture of a blue square", "there is a green star in the picture"] * 3
@@ -154,7 +155,8 @@ def test_captions_come_without_the_prompt_and_within_their_lengths(model, tokeni
 def test_sampling_is_what_the_official_call_comes_to(tokenizer):
     settings = GenerationConfig("a picture of", nucleus=0.9).settings(tokenizer)
     assert (settings.sample, settings.top_p, settings.top_k, settings.repetition_penalty) == (True, 0.9, 50, 1.1)
-    assert GenerationConfig("a picture of").settings(tokenizer).repetition_penalty == 1.0
+    beam = GenerationConfig("a picture of").settings(tokenizer)
+    assert beam.repetition_penalty == 1.0 and beam == replace(beam, **RELEASED_BEAMS)
 
 
 def test_nucleus_sampling_follows_from_seed_and_order_not_from_batches(model, tokenizer):

@@ -30,6 +30,7 @@ from shared.core.errors import UserError
 from shared.data.synthetic.scenes import COLOURS
 from shared.nn.causal_lm import SmallLanguageModel
 from shared.nn.frozen import Frozen
+from shared.nn.generation import RELEASED_BEAMS
 from shared.nn.vit import VisionTransformer
 
 SMALL = Blip2Recipe(
@@ -576,6 +577,7 @@ def test_the_questions_are_put_as_in_the_paper():
     assert evaluate.PROMPTS["causal"] == QUESTION == "Question: {} Answer:"
     assert evaluate.PROMPTS["seq2seq"] == "Question: {} Short answer:"
     assert evaluate.ANSWERING.settings((2,)).length_penalty == -1 and evaluate.ANSWERING.beams == 5
+    assert evaluate.CAPTIONING.settings((2,)) == replace(evaluate.CAPTIONING.settings((2,)), **RELEASED_BEAMS)
     assert evaluate.CAPTIONING.settings((2,)).min_new_tokens == 8  # of the decoder's start token too, where it has one
     assert evaluate.CAPTIONING.settings((2,), "seq2seq").min_new_tokens == 7
     assert replace(evaluate.CAPTIONING, shortest=0).settings((2,), "seq2seq").min_new_tokens == 0

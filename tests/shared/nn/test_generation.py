@@ -8,7 +8,7 @@ import torch
 
 from shared.core.errors import UserError
 from shared.nn.bert import BertDecoding, BertEmbeddings, BertLayers, TokenHead
-from shared.nn.generation import GenerationSettings, chances, draw, filtered, generate
+from shared.nn.generation import RELEASED_BEAMS, GenerationSettings, chances, draw, filtered, generate
 
 STOP = 3
 
@@ -319,3 +319,15 @@ def test_bad_requests_are_told_the_way_out(decoder):
         GenerationSettings((STOP,), 3, min_new_tokens=4, top_p=1.5)
     with pytest.raises(UserError, match="sample is True, must be false with beams > 1"):
         GenerationSettings((STOP,), 3, sample=True, beams=2)
+
+
+@pytest.mark.parametrize(("rule", "text"), [({}, [6, 7, 8]), (RELEASED_BEAMS, [5])], ids=["current", "released"])
+def test_a_released_code_divides_by_the_tokens_of_prompt_and_text(rule, text):
+    """Behind 4 tokens "5 stop" at -2.0 and "6 7 8 stop" at -3.6: -2.0 / 2 < -3.6 / 4, but -2.0 / 5 > -3.6 / 7."""
+    made = torch.zeros(1, 400, 400)
+    made[0, 1] = math.log((1 - math.exp(-2.0) - math.exp(-3.6)) / 398)
+    made[0, 1, 5], made[0, 1, 6] = -2.0, -3.6
+    for before, after in ((5, STOP), (6, 7), (7, 8), (8, STOP)):
+        made[0, before, after] = 60.0
+    found = generate(Table(made), torch.tensor([[2, 2, 2, 1]]), GenerationSettings((STOP,), 9, beams=3, **rule))
+    assert found.tokens == [text]

@@ -17,6 +17,7 @@ from papers.albef.model import LARGEST_TEMPERATURE, SMALLEST_TEMPERATURE, Albef,
 from papers.albef.recipe import AlbefRecipe
 from papers.albef.tasks import AlbefRetrieval, AlbefVqa, Distilled, TextAssignment
 from shared.core.errors import UserError
+from shared.core.recipe import require_negatives
 from shared.nn.blocks import set_recompute
 from shared.training.optim import optimizer_with_schedule
 from shared.training.strategies import whole
@@ -88,7 +89,8 @@ class FinetuningModule(lightning.LightningModule):
 
 
 def refuse_pieces(recipe: AlbefRecipe) -> None:
-    """UserError where weights, or batches, come in pieces that the moving average cannot follow."""
+    """UserError where weights, or batches, come in pieces that the moving average cannot follow, or pairs alone."""
+    require_negatives(recipe)
     if recipe.strategy.startswith("zero3"):
         raise UserError("recipe: strategy zero3 cuts the weights that ALBEF averages; take ddp, zero1 or zero2")
     if recipe.accumulate > 1:
@@ -156,5 +158,5 @@ def example(pictures: int) -> tuple[AlbefModule, tuple[Tensor, ...]]:
     tokens[:, 0] = config.start
     tokens[torch.arange(pictures), lengths - 1] = config.end
     tokens[torch.arange(config.context) >= lengths[:, None]] = config.pad
-    recipe = AlbefRecipe(model="albef-tiny", batch=pictures, steps=60, learning_rate=5e-3, warmup_steps=5)
+    recipe = AlbefRecipe(model="albef-tiny", steps=60, learning_rate=5e-3, warmup_steps=5)
     return AlbefModule(AlbefPretraining(Albef(config)), recipe), (images, tokens, torch.arange(pictures))

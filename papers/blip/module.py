@@ -14,6 +14,7 @@ from papers.blip.losses import blip_losses
 from papers.blip.model import TEMPERATURES, BlipPretraining, Objectives
 from papers.blip.recipe import BlipRecipe
 from shared.core.errors import UserError
+from shared.core.recipe import require_negatives
 from shared.data.padding import noise_texts, trim_padding
 from shared.nn.blocks import set_recompute
 from shared.nn.distributed import world
@@ -40,6 +41,8 @@ class BlipModule(lightning.LightningModule):
         super().__init__()
         if objectives.itm and not objectives.itc:
             raise ValueError("ITM draws its negatives by ITC's similarities: train both")
+        if objectives.itc:
+            require_negatives(recipe)
         if recipe.strategy.startswith("zero3"):
             raise UserError("recipe: strategy zero3 cuts the weights that BLIP averages; take ddp, zero1 or zero2")
         if recipe.accumulate > 1:

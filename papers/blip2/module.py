@@ -17,6 +17,7 @@ from papers.blip2.losses import stage1_losses, stage2_loss
 from papers.blip2.model import Blip2, Blip2Qformer, Objectives, Prompt
 from papers.blip2.recipe import Blip2Recipe
 from shared.core.errors import UserError
+from shared.core.recipe import require_negatives
 from shared.data.padding import noise_texts, trim_masked, trim_padding
 from shared.nn.blocks import set_recompute
 from shared.nn.frozen import assert_only_trained
@@ -83,6 +84,7 @@ class Stage1Module(BridgeModule):
         super().__init__(model, recipe, encoder)
         if objectives.itm and not objectives.itc:
             raise ValueError("ITM draws its negatives by ITC's similarities: train both")
+        require_negatives(recipe)
         if recipe.accumulate > 1:
             raise UserError("recipe: accumulate would leave ITC the fewer negatives of a part; take more devices")
         self.objectives = objectives

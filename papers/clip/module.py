@@ -11,7 +11,7 @@ from papers.clip.config import VARIANTS
 from papers.clip.losses import clip_loss
 from papers.clip.model import LARGEST_LOGIT_SCALE, Clip
 from papers.clip.recipe import ClipRecipe
-from shared.core.recipe import Recipe
+from shared.core.recipe import Recipe, require_negatives
 from shared.nn.blocks import set_recompute
 from shared.training.optim import decay_groups, optimizer_with_schedule
 from shared.training.strategies import whole
@@ -45,6 +45,10 @@ class ClipModule(PretrainingModule):
     """The paper's own objective."""
 
     model: Clip
+
+    def __init__(self, model: nn.Module, recipe: Recipe):
+        require_negatives(recipe)
+        super().__init__(model, recipe)
 
     def loss(self, images: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
         output = self.model(images, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from shared.training.train import from_memory
 
 def prepare(recipe: ClipRecipe, seed: int) -> Trainable:
     """The module, and its batches by rank: from memory, or streamed from shards where data=shards."""
+    if recipe.accumulate > 1:
+        part = recipe.batch // recipe.accumulate
+        print(f"accumulate={recipe.accumulate}: negatives come from the {part} pairs of a part", file=sys.stderr)
     if recipe.data == "shards":
         return streamed(recipe, seed)
     data = build_data(recipe, seed)

@@ -59,6 +59,15 @@ class Recipe:
 R = TypeVar("R", bound=Recipe)
 
 
+def require_negatives(recipe: Recipe) -> None:
+    """UserError where a part of a batch has one pair: contrast without negatives has loss 0 and learns nothing."""
+    if recipe.batch // recipe.accumulate < 2:
+        raise UserError(
+            f"recipe: batch={recipe.batch} with accumulate={recipe.accumulate} leaves a pair alone, without negatives: "
+            "raise batch, or lower accumulate"
+        )
+
+
 def load_recipe(path: Path, schema: type[R], overrides: list[str] | None = None) -> R:
     """Read a recipe strictly and apply `key=value` overrides. UserError names the key, the place and what is near."""
     import yaml

@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as wrong:
         reason = getattr(wrong, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{path}: cannot be read ({reason}); put the published file there") from None

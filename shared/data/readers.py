@@ -230,7 +230,7 @@ def karpathy_records(root: str | Path) -> dict[str, list[Record]]:
     root = Path(root)
     path = root if root.is_file() else _only_json(root)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         images, name = content["images"], str(content.get("dataset", "dataset"))
         rows = [
             (
@@ -257,7 +257,7 @@ def karpathy_records(root: str | Path) -> dict[str, list[Record]]:
         if where not in splits:
             told = f"{shown(file)} is in split '{shown(split)}'"
             raise UserError(f"{path}: {told}: it may be train, restval, val or test")
-        label = _words(str(category)) or None if category else None
+        label = None if category is None else _words(str(category)) or None  # a class may be called 0
         splits[where].append(Record(file, source(file, captions), captions, label))
     _check_unique(path, [record for records in splits.values() for record in records])
     return splits

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.core.errors import UserError
+
 IGNORED = -100
 
 
@@ -74,9 +76,11 @@ def hard_negatives(batch: Similarities, same: Tensor | None = None, floor: float
     """Drawn in proportion to the softmax of the batch's own similarities (B, M), never a pair's own partner.
 
     same (B, M): the pairs that belong together, in either direction, and are no negatives; by default the diagonal of
-    M = B. floor is added after the softmax (BLIP: 1e-4). A row that has no other partner (in a batch of one) gets one
-    that belongs.
+    M = B. floor is added after the softmax (BLIP: 1e-4). A row all of whose partners belong gets one of them.
+    UserError for a batch of one pair, which has no negatives.
     """
+    if batch.image_to_text.shape[1] < 2:
+        raise UserError("matching: a batch of one pair has no negatives; raise batch")
     if same is None:
         same = torch.eye(len(batch.image_to_text), dtype=torch.bool, device=batch.image_to_text.device)
 

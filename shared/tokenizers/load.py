@@ -79,7 +79,7 @@ _LOADERS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote."""
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         tokenizer, digest = _LOADERS[saved["kind"]](saved), saved["digest"]
     except UserError:
         raise

@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from tests_common import CATALOG, ROOT
 
+from shared.core.errors import UserError
 from shared.tools.plan import dry_run
 
 PAPERS = CATALOG.names()
+CONTRASTIVE = {"clip", "albef", "blip", "blip2"}  # trained by pairs against other pairs
 pytestmark = pytest.mark.parametrize("name", PAPERS)
 
 
@@ -37,10 +40,23 @@ def test_a_tiny_step_gives_every_trained_parameter_a_finite_gradient(name):
     assert [k for k, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-def test_a_batch_of_one_runs(name):
+def test_a_batch_of_one_is_refused_where_it_would_need_negatives_and_runs_elsewhere(name):
     module, batch = example(name, 1)
-    loss = loss_of(module, batch)
-    assert loss.ndim == 0 and loss.isfinite()
+    try:
+        loss = loss_of(module, batch)
+    except UserError as error:
+        assert str(error) == "matching: a batch of one pair has no negatives; raise batch"
+    else:
+        assert loss.ndim == 0 and loss.isfinite()
+
+
+@pytest.mark.parametrize("parts", [{"batch": 1}, {"batch": 8, "accumulate": 8}], ids=str)
+def test_a_recipe_that_leaves_pairs_alone_is_refused(name, parts):
+    if name not in CONTRASTIVE:
+        pytest.skip("its pairs learn alone")
+    module, _ = example(name, 4)
+    with pytest.raises(UserError, match="leaves a pair alone, without negatives"):
+        type(module)(module.model, replace(module.recipe, **parts))
 
 
 def test_one_batch_can_be_learned_by_heart(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from papers.clip.weights import load_released
 from shared.core.device import on_gpu_if_any
 from shared.core.errors import UserError
 from shared.core.paper_card import MetricRow
+from shared.core.text import shown
 from shared.data.readers import Record, folder_records, parquet_records
 from shared.experiments.benchmarks import (
     FOLDERS,
@@ -94,17 +96,39 @@ def class_prompts(dataset: str, protocol: str) -> tuple[list[str], list[str]]:
 
 
 def label_numbers(records: Sequence[Record], names: Sequence[str], dataset: str) -> dict[str, int]:
-    """Label in the files -> row of the classifier. ImageNet's folders are its 1,000 synset ids, in sorted order."""
-    labels = sorted({record.label for record in records})
+    """Label in the files -> row of the classifier."""
+    labels = sorted({record.label for record in records if record.label})
     if dataset == "ImageNet":
-        if len(labels) != len(names):
-            raise UserError(f"ImageNet: {len(labels)} class folders in val, but there are {len(names)} classes")
-        return {label: index for index, label in enumerate(labels)}
+        return imagenet_numbers(labels)
     by_name = {name.replace("_", " "): index for index, name in enumerate(names)}
     unknown = [label for label in labels if label.replace("_", " ") not in by_name]
     if unknown:
         raise UserError(f"{dataset}: labels that are no class of it: {', '.join(unknown[:5])}")
     return {label: by_name[label.replace("_", " ")] for label in labels}
+
+
+def imagenet_numbers(labels: Sequence[str]) -> dict[str, int]:
+    """Class folder -> row of the classifier, by what the folders are called: the 1,000 synset ids, whose sorted order
+    is that of the classifier, or numbers from 0 or from 1 in that order, which is said.
+
+    UserError for anything else: sorted as they come, 12 of 1,000 numbers and 2 of 1,000 names would be right, and by
+    the list of names two classes are called missile and two sunglasses.
+    """
+    from timm.data import ImageNetInfo
+
+    synsets = ImageNetInfo("imagenet-1k").label_names()
+    if sorted(labels) == synsets:
+        return {label: index for index, label in enumerate(synsets)}
+    numbers = {int(label): label for label in labels if label.isdecimal()}
+    for first in (0, 1):
+        if len(labels) == len(synsets) and sorted(numbers) == list(range(first, first + len(synsets))):
+            print(f"ImageNet: class folder {numbers[first]} is read as the first synset, {synsets[0]}", file=sys.stderr)
+            return {label: number - first for number, label in numbers.items()}
+    strange = next((f", among them {shown(label)}" for label in labels if label not in set(synsets)), "")
+    raise UserError(
+        f"ImageNet: {len(labels)} class folders in val{strange}: they must be the 1,000 synset ids ({synsets[0]}, "
+        "...), or numbers in the order of these"
+    )
 
 
 def class_accuracy(run: Run, released: Released, records: Sequence[Record], features: Sequence[Tensor]) -> dict:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from benchmark_rows import forget_scores, karpathy, made_row, manifest_entry
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from papers.clip import config as clip_config
 from papers.clip.encode import classifier, image_features
@@ -23,6 +24,7 @@ from shared.core.errors import UserError
 from shared.core.files import sha256
 from shared.inference.predict import picture_files, zeroshot
 from shared.tokenizers.clip import ClipTokenizer
+from shared.tokenizers.load import imagenet_classes
 from shared.weights.load import save_weights
 from shared.weights.weight_map import to_published
 
@@ -86,6 +88,40 @@ def test_cifar_is_scored_with_the_published_prompts(released, tmp_path):
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     answer = (image_features(model, images) @ classifier(model, ClipTokenizer(), names, templates).T).argmax(1)
     assert found == pytest.approx(100 * float((answer == torch.tensor([0, 1, 2, 3] * 3)).float().mean()))
+
+
+SYNSETS = ImageNetInfo("imagenet-1k").label_names()
+
+
+def test_imagenets_folders_are_synset_ids_in_whatever_order_they_come():
+    numbers = metrics.imagenet_numbers(SYNSETS[::-1])
+    assert [numbers[name] for name in ("n01440764", "n01443537", "n15075141")] == [0, 1, 999]
+
+
+@pytest.mark.parametrize(("first", "name"), [(0, "{}"), (1, "{}"), (0, "{:04d}")])
+def test_imagenets_numbers_count_by_value_and_the_first_is_said(first, name, capsys):
+    folders = sorted(name.format(number) for number in range(first, first + 1000))
+    numbers = metrics.imagenet_numbers(folders)
+    assert [numbers[name.format(first + row)] for row in range(1000)] == list(range(1000))
+    said = f"ImageNet: class folder {name.format(first)} is read as the first synset, n01440764\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("folders", "strange"),
+    [
+        (imagenet_classes(), "tench"),
+        ([*SYNSETS[:-1], "n99999999"], "n99999999"),
+        (SYNSETS[:-1], None),
+        ([str(number) for number in range(2, 1002)], "2"),
+    ],
+    ids=["names", "another id", "one too few", "from 2"],
+)
+def test_other_folders_of_imagenet_are_refused(folders, strange):
+    with pytest.raises(
+        UserError, match=f"class folders in val{f', among them {strange}' if strange else ''}: they must"
+    ):
+        metrics.imagenet_numbers(folders)
 
 
 def test_retrieval_reads_the_karpathy_layout(released, tmp_path):

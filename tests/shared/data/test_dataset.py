@@ -236,6 +236,14 @@ def test_a_karpathy_world_has_the_files_captions_and_its_large_categories(tmp_pa
     assert plain.classes is None and plain.class_test is None and plain.train.labels is None
 
 
+def test_a_category_may_be_the_number_zero_and_a_file_begin_with_a_byte_order_mark(tmp_path):
+    rows = [entry(i, ("test", "val", "train")[i % 3]) | {"category": i // 60} for i in range(120)]
+    root = make_karpathy(tmp_path / "set", rows, tar=True)
+    (root / "dataset.json").write_text("\ufeff" + json.dumps({"images": rows}), encoding="utf-8")
+    dataset = make_dataset("karpathy", root=root, pairs=50, test_pairs=40, image_size=8)
+    assert dataset.classes == ["0", "1"] and set(dataset.test.labels.tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("name", "root", "message"),
     [

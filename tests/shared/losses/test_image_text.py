@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from shared.core.errors import UserError
 from shared.losses.image_text import (
     IGNORED,
     Similarities,
@@ -138,9 +139,10 @@ def test_another_pair_that_saturates_the_softmax_is_always_drawn():
 
 
 @pytest.mark.parametrize("floor", [0.0, 1e-4])
-def test_a_batch_of_one_has_its_own_partner_only(floor):
+def test_a_pair_alone_has_no_negatives(floor):
     alone = Similarities(torch.tensor([[3.0]]), torch.tensor([[3.0]]))
-    assert [x.tolist() for x in hard_negatives(alone, floor=floor)] == [[0], [0]]
+    with pytest.raises(UserError, match="one pair has no negatives"):
+        hard_negatives(alone, floor=floor)
     twins = torch.ones(2, 2, dtype=torch.bool)
     batch = Similarities(torch.randn(2, 2), torch.randn(2, 2))
     assert all(x.shape == (2,) for x in hard_negatives(batch, same=twins, floor=floor))

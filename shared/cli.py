@@ -126,7 +126,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="clip-vit-b-32")
     sub.add_argument("--weights", type=Path, help="a local weights file instead of the manifest's")
     sub.add_argument("--tokenizer", type=Path, help="the tokenizer.json of weights trained here")
-    sub.add_argument("--labels", required=True, help="comma-separated: 'a cat,a dog'")
+    sub.add_argument(
+        "--labels", required=True, action="append", metavar="LABELS",
+        help="comma-separated: 'a cat,a dog'; or given once a label, which may then hold commas",
+    )  # fmt: skip
     sub.add_argument("--template", default="a photo of {}.", help="put around each label (default: %(default)r)")
     sub = verb("caption", caption, "captions of your own pictures, one line each")
     sub.add_argument("pictures", nargs="+", type=Path, help="files, or folders of them")
@@ -345,14 +348,17 @@ def fetch(catalog: Catalog, options: argparse.Namespace) -> None:
         fetch_one(manifest[id])
 
 
-def zeroshot(catalog: Catalog, options: argparse.Namespace) -> None:
+def zeroshot(catalog: Catalog, options: argparse.Namespace) -> int:
     from shared.inference import predict
 
     paper = options.model.split("-")[0]
     catalog.variant(paper, options.model)
-    labels = [label.strip() for label in options.labels.split(",") if label.strip()]
+    given = options.labels[0].split(",") if len(options.labels) == 1 else options.labels
+    labels = [label.strip() for label in given if label.strip()]
     if len(labels) < 2:
         raise UserError("--labels needs at least two labels, separated by commas: --labels 'a cat,a dog'")
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise UserError(f"--labels: {twice!r} is given twice, and pictures of it would be shared out")
     if "{}" not in options.template:
         raise UserError(f"--template {options.template!r} has no {{}} where the label goes")
     package = catalog.package(paper)
@@ -360,8 +366,7 @@ def zeroshot(catalog: Catalog, options: argparse.Namespace) -> None:
         raise UserError(f"{options.model}: papers/{paper} scores no labels; give a model of CLIP")
     files = predict.picture_files(options.pictures)  # before weights are fetched: a wrong path should cost nothing
     model = package.inference.load_for_inference(options.model, options.weights, options.tokenizer, "zeroshot")
-    for line in predict.zeroshot(files, model, labels, options.template):
-        print(line, flush=True)
+    return predict.look(files, predict.zeroshot_task(model, labels, options.template), predict.CHUNK, Console())
 
 
 def caption(catalog: Catalog, options: argparse.Namespace) -> int:

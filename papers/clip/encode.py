@@ -30,8 +30,8 @@ def text_features(model: Clip, tokenizer: Callable, texts: Sequence[str], batch:
 
 
 def classifier(model: Clip, tokenizer: Callable, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """One weight a class (C, E): templates embedded, normalised, averaged, normalised again. Templates have one {}."""
-    texts = [template.format(name) for name in classes for template in templates]
+    """One weight a class (C, E): templates, whose {} is the class, embedded, normalised, averaged, normalised again."""
+    texts = [template.replace("{}", name) for name in classes for template in templates]
     features = text_features(model, tokenizer, texts)
     return zero_shot_classifier(features.view(len(classes), len(templates), -1))
 

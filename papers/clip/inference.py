@@ -12,6 +12,8 @@ from torch import Tensor
 from papers.clip.encode import classifier, image_features
 from papers.clip.model import Clip
 from papers.clip.weights import load_model
+from shared.core.errors import UserError
+from shared.core.text import shown
 from shared.tokenizers.base import Tokenizer
 from shared.weights.manifest import MANIFEST
 
@@ -34,6 +36,14 @@ class ZeroShot:
 
         @lru_cache(maxsize=1)
         def head(labels: tuple[str, ...], template: str) -> Tensor:  # (A, E)
+            rows = tokenizer([template.replace("{}", label) for label in labels], model.config.context).tolist()
+            first: dict[tuple[int, ...], str] = {}
+            for label, row in zip(labels, rows, strict=True):
+                if (other := first.setdefault(tuple(row), label)) != label:
+                    raise UserError(
+                        f"labels {shown(other, 40)!r} and {shown(label, 40)!r} are one to the model, which reads "
+                        f"{model.config.context} tokens: shorten them, or the template"
+                    )
             return classifier(model, tokenizer, labels, [template])
 
         self.head = head

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from shared.core.archives import ArchiveError, Limits, SafeArchive, leads_out
 from shared.core.errors import UserError
 from shared.core.text import shown
-from shared.data.images import LARGEST_FILE, MAX_PIXELS, SUFFIXES, PictureError, fitted_image
+from shared.data.images import LARGEST_FILE, MAX_PIXELS, SUFFIXES, PictureError, fitted_image, pictures_in
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -186,21 +186,19 @@ def _check_unique(path: Path, records: Sequence[Record]) -> None:
 
 
 def folder_records(root: str | Path, split: str) -> list[Record]:
-    """Classification pictures root/split/class/file, in the order of their paths."""
+    """Classification pictures root/split/class/file, or deeper in the class's folder, in the order of their paths."""
     folder = Path(root) / split
     if not folder.is_dir():
         raise UserError(
             f"imagefolder: no folder {folder}: set data_root to the folder that holds {split}/CLASS/PICTURE.jpg"
         )
-    paths = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    inside = ((path.relative_to(folder), path) for path in pictures_in(folder))
+    paths = [(place, path) for place, path in inside if len(place.parts) > 1]
     if not paths:
         raise UserError(f"imagefolder: no picture in {folder} (looked for CLASS/PICTURE with {', '.join(SUFFIXES)})")
-    if nameless := next((path.parent for path in paths if not _words(path.parent.name)), None):
-        raise UserError(f"imagefolder: '{shown(nameless)}' is no name of a class: rename the folder")
-    return [
-        Record(f"{split}/{path.parent.name}/{path.name}", _reader(path), label=_words(path.parent.name))
-        for path in paths
-    ]
+    if nameless := next((place.parts[0] for place, _ in paths if not _words(place.parts[0])), None):
+        raise UserError(f"imagefolder: '{shown(folder / nameless)}' is no name of a class: rename the folder")
+    return [Record(f"{split}/{place.as_posix()}", _reader(path), label=_words(place.parts[0])) for place, path in paths]
 
 
 def _reader(path: Path) -> Callable[[], bytes]:

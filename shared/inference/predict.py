@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TextIO
 from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.text import one_line, shown
-from shared.data.images import SUFFIXES, PictureError, fitted_image
-from shared.data.readers import Record, read_pictures
+from shared.data.images import SUFFIXES, PictureError, fitted_image, pictures_in
 
 if TYPE_CHECKING:
     import torch
@@ -71,10 +70,12 @@ class Talk(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is done with pictures, which are squeezed into a square. answer: (B, 3, size, size) uint8 -> a text each."""
+    """What is done with pictures. answer: (B, 3, size, size) uint8 -> a text each. whole: squeezed into the square, not
+    cropped to it."""
 
     answer: Callable[[Tensor], Sequence[str]]
     size: int  # pixels a side
+    whole: bool = True
 
 
 # ---- what a model is used for
@@ -131,17 +132,17 @@ def chat_task(model: VisionLanguageModel, beams: int | None) -> Talk:
     return Talk(begin, model.image_size)
 
 
-def zeroshot(files: Sequence[Path], model: VisionLanguageModel, labels: Sequence[str], template: str) -> Iterator[str]:
-    """One line a picture: its path, the labels by falling probability. UserError where a picture cannot be read."""
-    import torch
+def zeroshot_task(model: VisionLanguageModel, labels: Sequence[str], template: str) -> Task:
+    """The labels by falling probability, each put into the template's {}."""
 
-    for start in range(0, len(files), CHUNK):
-        records = [Record(str(path), path.read_bytes) for path in files[start : start + CHUNK]]
-        kept, images, _ = read_pictures("pictures", records, model.image_size, max_dropped=0.0)
-        logits = model.score(model.encode(torch.from_numpy(images)), [template] * len(kept), labels)
-        for record, row in zip(kept, logits.softmax(-1), strict=True):
-            order = row.argsort(descending=True).tolist()
-            yield f"{record.id}: " + ", ".join(f"{labels[i]} {100 * row[i]:.1f} %" for i in order)
+    def answer(images: Tensor) -> list[str]:
+        logits = model.score(model.encode(images), [template] * len(images), labels)
+        return [
+            ", ".join(f"{labels[i]} {100 * row[i]:.1f} %" for i in row.argsort(descending=True).tolist())
+            for row in logits.softmax(-1)
+        ]
+
+    return Task(answer, model.image_size, whole=False)
 
 
 # ---- pictures and questions
@@ -152,7 +153,7 @@ def picture_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = pictures_in(path)
             if not inside:
                 raise UserError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
             found += inside
@@ -188,7 +189,7 @@ def answered(files: Sequence[Path], task: Task, skipped: list[str]) -> Iterator[
     kept, images = [], []
     for path in files:
         try:
-            images.append(fitted_image(path.read_bytes(), task.size, whole=True))
+            images.append(fitted_image(path.read_bytes(), task.size, whole=task.whole))
             kept.append(path)
         except (PictureError, OSError) as wrong:
             reason = (wrong.strerror or str(wrong)) if isinstance(wrong, OSError) else str(wrong)

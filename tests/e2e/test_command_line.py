@@ -44,6 +44,7 @@ def test_list_and_cite_answer_without_heavy_imports(verb):
         (["cite", "blip9"], "no paper 'blip9'"),
         (["fetch", "emoji-gogle"], "did you mean 'emoji-google'?"),
         (["zeroshot", "x.jpg", "--labels", "one"], "--labels needs at least two"),
+        (["zeroshot", "x.jpg", "--labels", "a, b ,a"], "--labels: 'a' is given twice"),
         (["zeroshot", "x.jpg", "--labels", "a,b", "--template", "plain"], "no {} where the label goes"),
         (["zeroshot", "x.jpg", "--labels", "a,b", "--model", "clip-vit-b-33"], "did you mean 'clip-vit-b-32'?"),
         (["zeroshot", "/no/x.jpg", "--labels", "a,b"], "/no/x.jpg: no such file or folder"),

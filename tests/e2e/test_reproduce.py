@@ -54,6 +54,8 @@ def test_the_model_of_a_run_classifies_pictures(smoke, place, capsys, tmp_path):
     words = ["zeroshot", str(tmp_path / "red.png"), "--model", "clip-tiny", "--weights", str(weights)]
     assert run(place, *words, "--labels", "a red circle,a blue star") == 0
     assert re.search(r"red\.png: .*%.*%", capsys.readouterr().out)
+    assert run(place, *words, "--labels", "a circle, red", "--labels", "a star") == 0
+    assert re.search(r"red\.png: .*a circle, red \d", capsys.readouterr().out)
 
 
 def test_report_and_compare_read_what_was_written(smoke, place, capsys):

@@ -20,9 +20,10 @@ from papers.clip.inference import load_for_inference
 from papers.clip.model import Clip
 from papers.clip.recipe import ClipRecipe
 from papers.clip.weights import OPENAI_VIT, load_model
+from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.files import sha256
-from shared.inference.predict import picture_files, zeroshot
+from shared.inference.predict import look, picture_files, zeroshot_task
 from shared.tokenizers.clip import ClipTokenizer
 from shared.tokenizers.load import imagenet_classes
 from shared.weights.load import save_weights
@@ -166,21 +167,42 @@ def loaded(manifest):
     return load_for_inference("clip-vit-b-32", manifest=manifest)
 
 
-def test_zeroshot_classifies_pictures_and_folders_and_names_each(released, tmp_path):
-    _, manifest = released
-    (tmp_path / "mine").mkdir()
-    for i in range(2):
-        (tmp_path / "mine" / f"{i}.jpg").write_bytes(picture(i, "JPEG"))
-    lines = list(zeroshot(picture_files([tmp_path / "mine"]), loaded(manifest), ["a cat", "a dog"], "{}"))
-    assert len(lines) == 2 and all("a cat" in line and "a dog" in line and "%" in line for line in lines)
+def classified(pictures, manifest, labels, template, capsys):
+    """(exit code, lines on stdout, lines on stderr) of `zeroshot`."""
+    code = look(picture_files(pictures), zeroshot_task(loaded(manifest), labels, template), 64, Console())
+    printed = capsys.readouterr()
+    return code, printed.out.splitlines(), [line for line in printed.err.splitlines() if "skipped" in line]
 
 
-def test_a_truncated_picture_is_named_not_guessed(released, tmp_path):
+def test_zeroshot_classifies_what_can_be_read_in_a_folder_and_names_the_rest(released, tmp_path, capsys):
     _, manifest = released
-    path = tmp_path / "cut.jpg"
-    path.write_bytes(picture(0, "JPEG")[:300])
-    with pytest.raises(UserError, match=r"cut\.jpg"):
-        list(zeroshot([path], loaded(manifest), ["a", "b"], "{}"))
+    mine = tmp_path / "mine"
+    (mine / "x.jpg").mkdir(parents=True)  # a folder
+    for place in ("0.jpg", "x.jpg/1.tif", "._0.jpg", "__MACOSX/0.jpg", ".ipynb_checkpoints/0.jpg"):
+        (mine / place).parent.mkdir(exist_ok=True)
+        (mine / place).write_bytes(picture(0, "TIFF" if place.endswith("tif") else "JPEG"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.png").write_bytes(picture(2))
+    (mine / "linked").symlink_to(tmp_path / "elsewhere")
+    (mine / "linked" / "round").symlink_to(mine)
+    (mine / "cut.jpg").write_bytes(picture(0, "JPEG")[:300])
+    (mine / "empty.jpg").write_bytes(b"")
+    code, lines, skipped = classified([mine], manifest, ["a cat", "a dog"], "{} {", capsys)
+    assert code == 1 and [line.split(":")[0] for line in lines] == [
+        str(mine / place) for place in ("0.jpg", "linked/2.png", "x.jpg/1.tif")
+    ]
+    assert all("a cat" in line and "a dog" in line and "%" in line for line in lines)
+    assert [line.partition(": skipped")[0] for line in skipped[:2]] == [str(mine / n) for n in ("cut.jpg", "empty.jpg")]
+    assert skipped[2] == "2 of 5 pictures were skipped"
+
+
+def test_labels_that_are_one_within_the_context_are_refused(released, tmp_path, capsys):
+    _, manifest = released
+    (tmp_path / "a.png").write_bytes(picture(0))
+    long = "a very " * 80
+    with pytest.raises(UserError, match="are one to the model, which reads 77 tokens"):
+        classified([tmp_path / "a.png"], manifest, [f"{long} cat", f"{long} dog"], "{}", capsys)
+    assert classified([tmp_path / "a.png"], manifest, ["a cat", "a dog"], "{} and {}", capsys)[0] == 0
 
 
 def test_weights_trained_here_bring_their_own_tokenizer(tmp_path):

@@ -156,6 +156,13 @@ OURS = {  # files under our own names; the first that fits
 }
 
 
+# What a configuration says that no tensor tells, and what it means where it is left out. Not the epsilon of the image
+# encoder: the published folders say 1e-5, where the code that the weights were trained with has 1e-6.
+TRANSFORMERS_DEFAULTS = {
+    "text_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 8},
+    "vision_config": {"hidden_act": "gelu", "num_attention_heads": 12},
+}
+
 # ---- in
 
 TASKS: dict[str, Callable[[BlipConfig], BlipConfig]] = {  # what a manifest entry's name ends in -> its sizes
@@ -200,7 +207,10 @@ def load_released(entry: Entry) -> nn.Module:
 def load_file(path: Path, config: BlipConfig) -> nn.Module:
     """A weights file under the names of any of FORMATS, or our own: the model that it is of, with the picture size,
     queue and sharing that it has, in eval mode."""
-    return load_pretrained(path, lambda tensors: model_of(tensors, FORMATS | OURS, as_in(tensors, config), "BLIP"))
+    beside = {"config.json": (hf_config(config), TRANSFORMERS_DEFAULTS)}
+    return load_pretrained(
+        path, lambda tensors: model_of(tensors, FORMATS | OURS, as_in(tensors, config), "BLIP"), beside
+    )
 
 
 def as_in(tensors: Mapping[str, Tensor], config: BlipConfig) -> BlipConfig:

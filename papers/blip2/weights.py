@@ -50,6 +50,14 @@ from shared.weights.manifest import Entry
 from shared.weights.safe_load import read_header, read_tensors
 from shared.weights.weight_map import WeightMap, to_ours
 
+# What a configuration says that no tensor tells, and what it means where it is left out.
+TRANSFORMERS_DEFAULTS = {
+    "vision_config": {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_attention_heads": 16},
+    "qformer_config": {
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12, "cross_attention_frequency": 2,
+    },
+}  # fmt: skip
+
 # ---- in
 
 
@@ -145,7 +153,7 @@ def load_file(path: Path, config: Blip2Config, language_model: nn.Module | None 
         seen = {key.removeprefix(VISION): tensor for key, tensor in state.items() if key.startswith(VISION)}
         return Loaded(model.eval(), encoder_with(seen, own_config.vision) if seen else None)
 
-    return load_pretrained(path, fill)
+    return load_pretrained(path, fill, {"config.json": (hf_config(config), TRANSFORMERS_DEFAULTS)})
 
 
 def read_bert(path: Path) -> dict[str, Tensor]:
@@ -200,7 +208,8 @@ def convert(source: Path, target: Path, variant: str, to: str) -> None:
     config = VARIANTS[variant]()
 
     def read():
-        state = load_pretrained(source, lambda tensors: state_of(tensors, as_in(tensors, config)))
+        beside = {"config.json": (hf_config(config), TRANSFORMERS_DEFAULTS)}
+        state = load_pretrained(source, lambda tensors: state_of(tensors, as_in(tensors, config)), beside)
         return state, lambda: published_of(state, to, config.vision.kind)
 
     formats.convert(source, target, variant, to, FORMATS, read)

@@ -116,6 +116,13 @@ FORMATS = {
 }
 OURS = {"ours": WeightFormat(None, Clip, ("text_encoder.position",))}
 
+# What a configuration says that no tensor tells, and what it means where it is left out.
+TRANSFORMERS_DEFAULTS = {
+    "text_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 8},
+    "vision_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12},
+}
+OPEN_CLIP_DEFAULTS = {"quick_gelu": False, "vision_cfg": {"head_width": 64}, "text_cfg": {"heads": 8}}
+
 # ---- in
 
 
@@ -133,7 +140,11 @@ def load_released(variant: str, entry: Entry) -> Clip:
 
 def load_file(path: Path, config: ClipConfig) -> Clip:
     """A weights file under the names of any of FORMATS, or ours; in eval mode."""
-    return load_pretrained(path, lambda tensors: cast(Clip, model_of(tensors, FORMATS | OURS, config, "CLIP")))
+    beside = {
+        "config.json": (hf_config(config), TRANSFORMERS_DEFAULTS),
+        "open_clip_config.json": ({"model_cfg": open_clip_config(config)}, {"model_cfg": OPEN_CLIP_DEFAULTS}),
+    }
+    return load_pretrained(path, lambda tensors: cast(Clip, model_of(tensors, FORMATS | OURS, config, "CLIP")), beside)
 
 
 def load_model(variant: str, weights: Path | None, tokenizer: Path | None, manifest: Path) -> tuple[Clip, Tokenizer]:

@@ -3,17 +3,19 @@ the rows of layouts that papers share (image encoders of timm, transformers, Ope
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from shared.core.errors import UserError
-from shared.weights.load import other_kinds, read_weights, save_weights
+from shared.weights.load import alike, other_kinds, read_weights, save_weights
 from shared.weights.weight_map import Rule, WeightMap, carried_to, resample_plainly, to_ours, to_published
 
 Model = TypeVar("Model")
@@ -114,8 +116,42 @@ def model_of(tensors: Mapping[str, Tensor], formats: Mapping[str, WeightFormat],
     return filled(model, format.to_ours(tensors, model.state_dict()))
 
 
-def load_pretrained(path: Path, fill: Callable[[dict[str, Tensor]], Model]) -> Model:
-    """fill(all tensors of a weights file or folder); UserError names the file and what is wrong."""
+# {a configuration file's name: (what it would say of our configuration, a library's defaults of what no tensor tells)}
+Beside = Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
+
+
+def check_beside(path: Path, beside: Beside) -> None:
+    """UserError where a configuration in the folder of published weights is of another model than ours. Compared is
+    what the library's defaults name: heads, activations, epsilons; of all else the tensors' shapes tell."""
+    for name, (ours, defaults) in beside.items():
+        file = (path if path.is_dir() else path.parent) / name
+        if not file.is_file():
+            continue
+        try:
+            theirs = dict(json.loads(file.read_text(encoding="utf-8-sig")))
+        except (OSError, ValueError, TypeError, RecursionError) as wrong:
+            raise UserError(f"{file}: no configuration ({type(wrong).__name__}); fetch the folder anew") from None
+        if theirs.get("model_type") == ours.get("model_type") and (found := _different(theirs, ours, defaults)):
+            raise UserError(f"{file}: another model than this variant: {'; '.join(found)}")
+
+
+def _different(theirs: Any, ours: Mapping[str, Any], defaults: Mapping[str, Any], place: str = "") -> list[str]:
+    found = []
+    for key, default in defaults.items():
+        there = theirs.get(key, {} if isinstance(default, Mapping) else default) if isinstance(theirs, Mapping) else {}
+        if isinstance(default, Mapping):
+            found += _different(there, ours[key], default, f"{place}{key}.")
+        elif not alike(there, ours[key]):
+            found.append(f"{place}{key} is {there}, ours {ours[key]}")
+    return found
+
+
+def load_pretrained(
+    path: Path, fill: Callable[[dict[str, Tensor]], Model], beside: Beside = MappingProxyType({})
+) -> Model:
+    """fill(all tensors of a weights file or folder); UserError names the file and what is wrong. beside: see
+    `check_beside`, which is done before."""
+    check_beside(path, beside)
     tensors = read_weights(path)
     try:
         return fill(tensors)

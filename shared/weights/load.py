@@ -147,13 +147,13 @@ def check_card(entry: Entry, config: Mapping[str, Mapping[str, Any]]) -> None:
     for block in ("preprocess", "tokenizer", "config"):
         for name, published in getattr(entry, block).items():
             ours = config.get(block, {}).get(name)
-            if published is not None and not _alike(published, ours):
+            if published is not None and not alike(published, ours):
                 raise UserError(f"{entry.id}: {block}.{name} is {published} in the manifest but {ours} in the model")
 
 
-def _alike(a: Any, b: Any) -> bool:
+def alike(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_alike, a, b))
+        return len(a) == len(b) and all(map(alike, a, b))
     numbers = (int, float)
     if isinstance(a, numbers) and isinstance(b, numbers) and not isinstance(a, bool) and not isinstance(b, bool):
         return math.isclose(a, b, rel_tol=1e-6)

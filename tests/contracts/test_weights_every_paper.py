@@ -1,6 +1,8 @@
 """What holds for the weights of every paper: each kind of published file comes back bit for bit, what does not fit is
 refused in one line that leaves no file. The published names themselves are held in each paper's own tests."""
 
+import json
+
 import pytest
 import torch
 from tests_common import CATALOG
@@ -118,6 +120,35 @@ def test_weights_of_another_kind_are_refused_by_its_name(name, tmp_path):
             assert f" as {kind}: " in str(error) or "name a folder" in str(error)
             refused += 1
     assert refused
+
+
+WITH_CONFIG = [name for name in CATALOG.names() if CATALOG.package(name).offers("weights", "TRANSFORMERS_DEFAULTS")]
+
+
+@pytest.mark.parametrize("name", WITH_CONFIG)
+def test_a_configuration_of_another_model_beside_the_weights_is_refused(name, tmp_path):
+    """Heads, activations and epsilons change every number and no tensor's shape."""
+    package = CATALOG.package(name).weights
+    variant, own = own_file(name, next(kind for paper, kind in KINDS if paper == name), tmp_path)
+    ours, target = package.hf_config(CATALOG.variants(name)[variant]()), tmp_path / "target.safetensors"
+
+    def converted_beside(config):
+        (tmp_path / "config.json").write_text("\ufeff" + json.dumps(config), encoding="utf-8")
+        package.convert(own, target, variant, "ours")
+
+    converted_beside(ours)
+    converted_beside({"model_type": "another library's", "vision_config": {"num_attention_heads": 7}})
+    for part, defaults in package.TRANSFORMERS_DEFAULTS.items():
+        for key, default in defaults.items():
+            other = "relu" if isinstance(default, str) else 3 * ours[part][key]
+            with pytest.raises(UserError, match=rf"config\.json: another model .*{part}\.{key} is {other}, ours"):
+                converted_beside(ours | {part: ours[part] | {key: other}})
+            if ours[part][key] != default:
+                left_out = {k: value for k, value in ours[part].items() if k != key}
+                with pytest.raises(UserError, match=rf"{part}\.{key} is {default}, ours"):
+                    converted_beside(ours | {part: left_out})
+    with pytest.raises(UserError, match=r"config\.json: no configuration"):
+        converted_beside("a text")
 
 
 @papers

@@ -1,6 +1,7 @@
 """The metrics rung end to end: a tiny checkpoint in the published format, small sets in the published layouts."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from papers.clip.evidence import benchmarks as metrics
 from papers.clip.inference import load_for_inference
 from papers.clip.model import Clip
 from papers.clip.recipe import ClipRecipe
-from papers.clip.weights import OPENAI_VIT, load_model
+from papers.clip.weights import OPENAI_VIT, load_file, load_model, open_clip_config
 from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.files import sha256
@@ -150,6 +151,18 @@ def test_a_checkpoint_of_another_activation_is_refused_before_it_is_loaded(relea
     manifest.write_text(yaml.safe_dump({"clip-vit-b-32": entry(tmp_path / "tiny.safetensors", activation="gelu")}))
     with pytest.raises(UserError, match="activation is gelu in the manifest but quick_gelu"):
         metrics.measure(row("CIFAR-10", "zeroshot/top1@openai-ensemble18"), recipe(tmp_path, manifest))
+
+
+def test_weights_of_open_clip_with_the_exact_gelu_are_refused(tmp_path):
+    config = clip_config.VARIANTS["clip-tiny"]()
+    save_weights(Clip(config), tmp_path / "open_clip.safetensors")
+    described = {"model_cfg": open_clip_config(config), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    load_file(tmp_path / "open_clip.safetensors", config)
+    del described["model_cfg"]["quick_gelu"]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"another model than this variant: model_cfg\.quick_gelu is False, ours True"):
+        load_file(tmp_path / "open_clip.safetensors", config)
 
 
 def test_a_changed_byte_of_the_weights_is_refused(released, tmp_path):

@@ -237,7 +237,7 @@ def run_claims(
     wanted = [row for row in card.claims if not recipe.claims or row.id in recipe.claims]
     claims = catalog.package(recipe.paper).claims.CLAIMS
     arms = list(dict.fromkeys(arm for row in wanted for arm in claims[row.id].arms))
-    total = len(arms) * recipe.seeds * recipe.steps * recipe.batch
+    jobs = len(arms) * recipe.seeds
     outcomes: dict[int, dict[str, dict]] = defaultdict(dict)
     folder, waited = run.path, []
     write_whole(folder / "recipe.yaml", to_yaml(recipe))
@@ -254,12 +254,13 @@ def run_claims(
         params=dataclasses.asdict(recipe),
     )
     package = catalog.package(recipe.paper).name
-    with tracker, console.progress(total, f"{len(arms)} arms x {recipe.seeds} seeds", "samples") as bar:
-        for outcome in run_arms(package, recipe, arms, folder / "arms", bar.advance):
+    with tracker, console.progress(jobs, f"{len(arms)} arms x {recipe.seeds} seeds", "trainings") as bar:
+        for outcome in run_arms(package, recipe, arms, folder / "arms", lambda samples: bar.advance(0)):
             outcomes[outcome.seed][outcome.arm] = outcome.measured
             waited += [outcome.measured["waited"]] if "waited" in outcome.measured else []
             run.keep()
-            bar.note(f"{sum(map(len, outcomes.values()))}/{len(arms) * recipe.seeds} trained")
+            bar.note(f"{sum(map(len, outcomes.values()))} of {jobs} trained")
+            bar.advance(1)
             tracker.update()
         rows = [claim_row(row, claims[row.id], recipe, outcomes) for row in wanted]
     if waited:

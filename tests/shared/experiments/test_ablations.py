@@ -1,5 +1,7 @@
 """Arms in processes of their own: what one process gives, a dead worker is told, and no worker outlives its parent."""
 
+import contextlib
+import io
 import os
 import queue
 import signal
@@ -10,10 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tests_common import ROOT
+from tests_common import CATALOG, ROOT
 
 from papers.clip.recipe import ClipRecipe
+from shared.core.console import Console, Progress
 from shared.core.errors import UserError
+from shared.experiments import ablations, reproduce
 from shared.experiments.ablations import _next, run_arms
 
 TINY = {
@@ -157,3 +161,25 @@ def test_a_dead_worker_is_told_of_while_the_others_report_samples_but_no_result_
     assert _next(done, [alive, dead]) == ("done", "an outcome")
     with pytest.raises(UserError, match=r"ended with code -9"):
         _next(done, [alive, dead])
+
+
+def test_the_progress_of_a_run_counts_trainings_and_ends_at_all_of_them(tmp_path, monkeypatch):
+    """Arms of several stages see more samples than steps x batch: counted in samples, a run passed 100 %."""
+    catalog, shown = CATALOG, io.StringIO()
+
+    def trained(package, recipe, arms, folder, progress):
+        for arm in arms:
+            progress(10**9)
+            yield ablations.Outcome(arm, 1000, 1.0, {})
+
+    class Tracked(contextlib.nullcontext):
+        def update(self): ...
+
+    monkeypatch.setattr(ablations, "run_arms", trained)
+    monkeypatch.setattr(reproduce, "Tracker", lambda *_, **__: Tracked())
+    console, done = Console(shown), []
+    monkeypatch.setattr(Progress, "close", lambda self: done.append((self.done, self.total)))
+    run = SimpleNamespace(path=tmp_path, keep=lambda: None)
+    recipe, data = catalog.recipe("clip", "smoke", []), {"name": "toy", "digest": "0"}
+    rows, outcomes, _ = reproduce.run_claims(catalog, catalog.card("clip"), recipe, data, run, "command", console)
+    assert done == [(len(outcomes[1000]), len(outcomes[1000]))] and len(outcomes[1000]) > 5 and len(rows) > 5

@@ -41,10 +41,10 @@ from shared.weights.formats import (
     map_vit,
     model_of,
     rows,
+    words_in,
 )
 from shared.weights.load import card, check_card, text_card
 from shared.weights.manifest import Entry, load_manifest
-from shared.weights.safe_load import read_header
 from shared.weights.weight_map import Rule
 
 # ---- the authors' names (models/vit.py, models/med.py)
@@ -281,10 +281,9 @@ def convert(source: Path, target: Path, variant: str, to: str) -> None:
 
     def read():
         config = VARIANTS[variant]()
-        if config.tokenizer != "bert-wordpiece":  # a small one has as many words as its texts gave
-            header = read_header(source).items()
-            tables = [v for k, v in header if k.endswith(("word_embeddings.weight", "word.weight"))]
-            config = replace(config, vocabulary=len(tables[0])) if tables else config
+        if config.tokenizer != "bert-wordpiece":
+            words = words_in(source, "word_embeddings.weight", "word.weight")
+            config = replace(config, vocabulary=words or config.vocabulary)
         state = load_file(source, config).state_dict()
         return state, lambda: FORMATS[to].to_published(state)
 

@@ -28,6 +28,7 @@ from shared.weights.formats import (
     map_openai_vit,
     model_of,
     rows,
+    words_in,
 )
 from shared.weights.load import card, check_card, text_card
 from shared.weights.manifest import Entry, load_manifest
@@ -170,7 +171,10 @@ def convert(source: Path, target: Path, variant: str, to: str) -> None:
     """Write `source` (any known names) as safetensors under our names, or a published format's; strict both ways."""
 
     def read():
-        state = load_file(source, VARIANTS[variant]()).state_dict()
+        config = VARIANTS[variant]()
+        if config.tokenizer != "clip-bpe" and (words := words_in(source, "token_embedding.weight")):
+            config = replace(config, vocabulary=words, end_token=min(config.end_token, words - 1))
+        state = load_file(source, config).state_dict()
         return state, lambda: FORMATS[to].to_published(state)
 
     formats.convert(source, target, variant, to, FORMATS, read)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shared.core.errors import UserError
 from shared.weights.load import alike, other_kinds, read_weights, save_weights
+from shared.weights.safe_load import read_header
 from shared.weights.weight_map import Rule, WeightMap, carried_to, resample_plainly, to_ours, to_published
 
 Model = TypeVar("Model")
@@ -144,6 +145,13 @@ def _different(theirs: Any, ours: Mapping[str, Any], defaults: Mapping[str, Any]
         elif not alike(there, ours[key]):
             found.append(f"{place}{key} is {there}, ours {ours[key]}")
     return found
+
+
+def words_in(path: Path, *endings: str) -> int | None:
+    """Rows of the token table, whose name has one of these endings, in a weights file: a small tokenizer has as many
+    words as its texts gave. None where there is no such table."""
+    header = read_header(path / "model.safetensors" if path.is_dir() else path)
+    return next((len(table) for key, table in header.items() if key.endswith(endings)), None)
 
 
 def load_pretrained(

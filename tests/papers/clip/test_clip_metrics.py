@@ -20,7 +20,7 @@ from papers.clip.evidence import benchmarks as metrics
 from papers.clip.inference import load_for_inference
 from papers.clip.model import Clip
 from papers.clip.recipe import ClipRecipe
-from papers.clip.weights import OPENAI_VIT, load_file, load_model, open_clip_config
+from papers.clip.weights import OPENAI_VIT, convert, load_file, load_model, open_clip_config
 from shared.core.console import Console
 from shared.core.errors import UserError
 from shared.core.files import sha256
@@ -28,6 +28,7 @@ from shared.inference.predict import look, picture_files, zeroshot_task
 from shared.tokenizers.clip import ClipTokenizer
 from shared.tokenizers.load import imagenet_classes
 from shared.weights.load import save_weights
+from shared.weights.safe_load import read_tensors
 from shared.weights.weight_map import to_published
 
 TINY = replace(
@@ -163,6 +164,16 @@ def test_weights_of_open_clip_with_the_exact_gelu_are_refused(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"another model than this variant: model_cfg\.quick_gelu is False, ours True"):
         load_file(tmp_path / "open_clip.safetensors", config)
+
+
+def test_weights_trained_here_are_converted_with_the_words_that_they_have(tmp_path):
+    model = Clip(replace(clip_config.VARIANTS["clip-tiny"](), vocabulary=412, end_token=411))
+    save_weights(model, tmp_path / "own.safetensors")
+    convert(tmp_path / "own.safetensors", tmp_path / "theirs.safetensors", "clip-tiny", "transformers")
+    convert(tmp_path / "theirs.safetensors", tmp_path / "back.safetensors", "clip-tiny", "ours")
+    back = read_tensors(tmp_path / "back.safetensors")
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, back[key]) for key, tensor in model.state_dict().items())
 
 
 def test_a_changed_byte_of_the_weights_is_refused(released, tmp_path):

@@ -184,11 +184,24 @@ def squeezed(image: Picture, size: int) -> Picture:
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def fitted_image(content: bytes, size: int, max_pixels: int = MAX_PIXELS, *, whole: bool = False) -> ndarray:
+def fitted_image(
+    content: bytes, size: int, max_pixels: int = MAX_PIXELS, *, whole: bool = False, released: bool = False
+) -> ndarray:
     """Encoded bytes -> (3, size, size) uint8, as every model here takes it: the middle cut out (CLIP), or the `whole`
-    squeezed in (ALBEF, BLIP). Raises PictureError."""
+    squeezed in (ALBEF, BLIP). Raises PictureError.
+
+    released: decoded as by the codes that published scores come from, which call convert("RGB") and no more: EXIF is
+    not turned, transparency dropped, sixteen bits cut off above 255. ALBEF, BLIP and LAVIS do so first; CLIP has
+    resized before (its clip.py, _transform), which for palettes and bilevel pictures means by the nearest pixel.
+    """
     import numpy as np
 
-    image = _rgb(open_image(content, max_pixels))
-    image = squeezed(image, size) if whole else square(image, size, max_pixels)
-    return np.asarray(image).transpose(2, 0, 1)
+    image = open_image(content, max_pixels)
+    try:
+        image = (image.convert("RGB") if whole else image) if released else _rgb(image)
+        image = squeezed(image, size) if whole else square(image, size, max_pixels)
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except PictureError:
+        raise
+    except Exception as wrong:  # of a mode that Pillow neither resizes nor converts
+        raise PictureError(f"broken: {type(wrong).__name__}, {shown(wrong)}") from None

@@ -64,11 +64,9 @@ class Coverage:
 
 
 def read_pictures(
-    name: str, records: Sequence[Record], size: int, *, max_dropped: float = 0.001, max_pixels: int = MAX_PIXELS,
-    whole: bool = False,
-) -> tuple[list[Record], ndarray, Coverage]:  # fmt: skip
-    """The records that could be read and their pictures (N, 3, size, size) uint8, and the account of it. whole: as in
-    fitted_image.
+    name: str, records: Sequence[Record], size: int, *, max_dropped: float = 0.001, max_pixels: int = MAX_PIXELS
+) -> tuple[list[Record], ndarray, Coverage]:
+    """The records that could be read and their pictures (N, 3, size, size) uint8, and the account of it.
 
     More than the share `max_dropped` of broken pictures raises UserError.
     """
@@ -83,7 +81,7 @@ def read_pictures(
     for record in records:
         try:
             content = record.read()
-            picture = fitted_image(content, size, max_pixels, whole=whole)
+            picture = fitted_image(content, size, max_pixels)
         except PictureError as wrong:
             dropped[record.id] = str(wrong)
             continue

@@ -188,7 +188,7 @@ def in_chunks(
             own = []
             try:
                 for record in pictures(sample):
-                    own.append(torch.from_numpy(fitted_image(record.read(), size, whole=whole).copy()))
+                    own.append(torch.from_numpy(fitted_image(record.read(), size, whole=whole, released=True).copy()))
             except (PictureError, OSError) as wrong:
                 dropped.append(f"{record.id} ({getattr(wrong, 'strerror', None) or wrong})")
                 continue

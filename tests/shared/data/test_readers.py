@@ -12,7 +12,7 @@ from PIL import Image
 from published import encoded, entry, make_folder, make_karpathy, write_parquet
 
 from shared.core.errors import UserError
-from shared.data.images import PictureError, decode_image, square
+from shared.data.images import PictureError, decode_image, fitted_image, square
 from shared.data.readers import folder_records, karpathy_records, parquet_records, read_pictures
 
 
@@ -167,6 +167,47 @@ def test_squares_equal_torchvisions_resize_and_centre_crop(size):
     image = Image.open(io.BytesIO(noise(1, size))).convert("RGB")
     theirs = CenterCrop(24)(Resize(24, InterpolationMode.BICUBIC)(image))
     assert np.array_equal(np.asarray(square(image, 24)), np.asarray(theirs))
+
+
+def unusual_pictures():
+    """{what: encoded bytes of 40 x 26} of pictures that the released codes and ours decode differently."""
+    rng = np.random.default_rng(5)
+    colours = Image.fromarray(rng.integers(0, 256, (26, 40, 3), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    alpha = Image.fromarray(rng.integers(0, 256, (26, 40, 4), dtype=np.uint8), "RGBA")
+    deep = Image.fromarray(rng.integers(0, 60_000, (26, 40), dtype=np.uint16))
+    made = {
+        "turned": (colours, "JPEG", {"exif": turned}),
+        "alpha": (alpha, "PNG", {}),
+        "palette": (colours.quantize(16), "PNG", {}),
+        "bilevel": (colours.convert("1"), "PNG", {}),
+        "sixteen bits": (deep, "PNG", {}),
+        "ink": (colours.convert("CMYK"), "JPEG", {}),
+    }
+    found = {}
+    for what, (picture, kind, options) in made.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        found[what] = buffer.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["CLIP", "ALBEF, BLIP"])
+@pytest.mark.parametrize("what", unusual_pictures())
+def test_benchmarks_see_pictures_as_the_released_codes_do(what, whole):
+    from torchvision import transforms as T
+
+    content, bicubic = unusual_pictures()[what], T.InterpolationMode.BICUBIC
+    picture = Image.open(io.BytesIO(content))
+    if whole:
+        theirs = T.Resize((16, 16), bicubic)(picture.convert("RGB"))
+    else:
+        theirs = T.Compose([T.Resize(16, bicubic), T.CenterCrop(16)])(picture).convert("RGB")
+    ours = fitted_image(content, 16, whole=whole, released=True)
+    assert (ours == np.asarray(theirs).transpose(2, 0, 1)).all()
+    if what in ("turned", "alpha", "sixteen bits"):
+        assert (fitted_image(content, 16, whole=whole) != ours).any(), "a user's own pictures are seen otherwise"
 
 
 def test_a_thread_like_picture_does_not_blow_up_when_it_is_resized():

@@ -158,5 +158,5 @@ def example(pictures: int) -> tuple[AlbefModule, tuple[Tensor, ...]]:
     tokens[:, 0] = config.start
     tokens[torch.arange(pictures), lengths - 1] = config.end
     tokens[torch.arange(config.context) >= lengths[:, None]] = config.pad
-    recipe = AlbefRecipe(model="albef-tiny", steps=60, learning_rate=5e-3, warmup_steps=5)
+    recipe = AlbefRecipe(model="albef-tiny", batch=max(2, pictures), steps=60, learning_rate=5e-3, warmup_steps=5)
     return AlbefModule(AlbefPretraining(Albef(config)), recipe), (images, tokens, torch.arange(pictures))

@@ -263,11 +263,12 @@ def test_matching_without_contrast_is_refused():
         stage1()(*batch(), None, Objectives(itc=False))
 
 
-def test_a_batch_of_one_has_finite_losses():
-    losses = stage1_losses(stage1()(*batch(1)))
-    assert torch.stack(losses).isfinite().all()
-    losses = stage1_losses(stage1()(*batch(1), torch.tensor([4])))
-    assert torch.stack(losses).isfinite().all()
+@pytest.mark.parametrize("ids", [None, torch.tensor([4])], ids=["pair", "picture"])
+def test_a_pair_alone_is_refused_where_it_would_be_matched(ids):
+    with pytest.raises(UserError, match="one pair has no negatives"):
+        stage1()(*batch(1), ids)
+    losses = stage1_losses(stage1()(*batch(1), ids, Objectives(itm=False)))
+    assert all(loss.isfinite() for loss in (losses.itc, losses.itg))
 
 
 def test_half_precision_and_features_kept_in_it_give_the_same_losses_and_train(monkeypatch):

@@ -147,6 +147,16 @@ def _different(theirs: Any, ours: Mapping[str, Any], defaults: Mapping[str, Any]
     return found
 
 
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile and a LightningModule
+
+
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers put before every name."""
+    while prefix := next((w for w in WRAPPERS if tensors and all(key.startswith(w) for key in tensors)), None):
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
 def words_in(path: Path, *endings: str) -> int | None:
     """Rows of the token table, whose name has one of these endings, in a weights file: a small tokenizer has as many
     words as its texts gave. None where there is no such table."""
@@ -160,7 +170,7 @@ def load_pretrained(
     """fill(all tensors of a weights file or folder); UserError names the file and what is wrong. beside: see
     `check_beside`, which is done before."""
     check_beside(path, beside)
-    tensors = read_weights(path)
+    tensors = unwrapped(read_weights(path))
     try:
         return fill(tensors)
     except UserError as error:

@@ -122,6 +122,17 @@ def test_weights_of_another_kind_are_refused_by_its_name(name, tmp_path):
     assert refused
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "model._orig_mod."])
+@papers
+def test_what_a_wrapper_puts_before_every_name_is_taken_off(name, wrapper, tmp_path):
+    kind = next(kind for paper, kind in KINDS if paper == name)
+    variant, own = own_file(name, kind, tmp_path)
+    wrapped = {f"{wrapper}{key}": tensor for key, tensor in read_tensors(own).items()}
+    torch.save({"epoch": 3, "state_dict": wrapped, "optimizer_states": [{}]}, tmp_path / "run.ckpt")
+    CATALOG.package(name).weights.convert(tmp_path / "run.ckpt", tmp_path / "back.safetensors", variant, "ours")
+    assert same(read_tensors(tmp_path / "back.safetensors"), read_tensors(own))
+
+
 WITH_CONFIG = [name for name in CATALOG.names() if CATALOG.package(name).offers("weights", "TRANSFORMERS_DEFAULTS")]
 
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -100,18 +101,35 @@ def scenes_parted(train: Split, count: int) -> tuple[list[Text], list[Text]]:
 
 
 def parted(dataset: DatasetBundle, recipe: BlipRecipe) -> tuple[list[Text], list[Text]]:
-    """Of a published set: pictures with a plain title of their own are the clean ones, with those titles alone; all
-    titles of the others are the web."""
-    plain = plain_titles([several for part in (dataset.train, dataset.val, dataset.test) for several in part.captions])
+    """Of a published set as `clean_by` says: clean, with all their captions, are its first pictures, or those whose ids
+    a file names; by "titles" those with a plain title of their own, with these titles alone. All captions of the others
+    are the web."""
+    plain, named = None, None
+    if recipe.clean_by == "titles":
+        splits = (dataset.train, dataset.val, dataset.test)
+        plain = plain_titles([several for part in splits for several in part.captions])
+    elif recipe.clean_by != "first":
+        named = ids_in(Path(recipe.clean_by))
     clean: list[Text] = []
     web: list[Text] = []
-    for row, several in enumerate(dataset.train.captions):
-        right = [text for text in several if text in plain]
+    for row, (id, several) in enumerate(zip(dataset.train.ids, dataset.train.captions, strict=True)):
+        right = [text for text in several if (plain is None or text in plain) and (named is None or id in named)]
         if right and len(clean) < recipe.clean:
             clean += [Text(row, text) for text in right]
         else:
             web += [Text(row, text) for text in several]
     return clean, web
+
+
+def ids_in(path: Path) -> set[str]:
+    """The lines of a file; UserError where it cannot be read."""
+    try:
+        return set(filter(None, path.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, ValueError) as wrong:
+        raise UserError(
+            f"clean_by={path}: cannot be read ({getattr(wrong, 'strerror', None) or 'not UTF-8'}); give first, titles, "
+            "or a file with the id of a clean picture a line"
+        ) from None
 
 
 def plain_titles(captions: Sequence[Sequence[str]]) -> set[str]:
@@ -131,17 +149,17 @@ def plain_titles(captions: Sequence[Sequence[str]]) -> set[str]:
 
 def eval_set_of(dataset: DatasetBundle, recipe: BlipRecipe, seed: int) -> RetrievalSet:
     """Of scenes groups that differ in one detail, each caption a near miss for its group (minimal_pairs.py);
-    of a published set its test pictures with plain titles, and these titles alone."""
+    of a published set its test pictures, by "titles" those with plain ones, and these alone."""
     if pack := scene_pack(recipe, dataset):
         near = minimal_pairs(
             pack, "test", recipe.test_pairs, size=recipe.image_size, seed=seed, options=recipe.scene_options
         )
         return RetrievalSet(near.images, near.captions, torch.arange(len(near)))
     test = dataset.test
-    plain = plain_titles([several for part in (dataset.train, dataset.val, dataset.test) for several in part.captions])
-    titles = [[text for text in several if text in plain] for several in test.captions]
-    if not any(titles):  # a set whose captions are whole sentences with punctuation
-        titles = [list(several) for several in test.captions]
+    titles = [list(several) for several in test.captions]
+    if recipe.clean_by == "titles":
+        plain = plain_titles([several for part in (dataset.train, dataset.val, test) for several in part.captions])
+        titles = [[text for text in several if text in plain] for several in titles]
     rows = [row for row, several in enumerate(titles) if several]
     owner, texts = flat([titles[row] for row in rows])
     return RetrievalSet(test.images[torch.tensor(rows)], texts, owner)

@@ -25,6 +25,7 @@ class BlipRecipe(EasySceneRecipe):
     temperature: float = 0.0  # where ITC's begins; 0: as the model's variant has it
 
     clean: int = 200  # of the pairs, those whose captions are right, as COCO's are; the others are the web
+    clean_by: str = "first"  # of a published set: the first pictures, those with plain "titles", or a file of their ids
     caption_noise: float = 0.25  # share of the web's captions that belong to another picture (scenes)
 
     vision_steps: int = (

@@ -6,6 +6,7 @@ from functools import partial
 import arms
 import pytest
 import torch
+from published import entry, make_karpathy
 
 from papers.blip.data import Text, build_data, parted, plain_titles, scenes_parted
 from papers.blip.evidence import claims
@@ -65,9 +66,30 @@ def published(*titles):
 
 def test_of_a_published_set_plain_titles_are_clean_and_all_others_the_web():
     dataset = published(["a cat", "cat_01"], ["theme"], ["theme"], ["a dog"], ["a bird"])
-    clean, web = parted(dataset, replace(SMALL, clean=2))
+    clean, web = parted(dataset, replace(SMALL, clean=2, clean_by="titles"))
     assert clean == [Text(0, "a cat"), Text(3, "a dog")]
     assert web == [Text(1, "theme"), Text(2, "theme"), Text(4, "a bird")], "no more than asked for are clean"
+
+
+def test_sentences_are_clean_by_their_place_or_by_a_file_of_ids(tmp_path):
+    dataset = published(["A cat sits on 2 mats."], ["A dog, running."], ["A bird."])
+    clean, web = parted(dataset, replace(SMALL, clean=2))
+    assert [text.picture for text in clean] == [0, 1] and web == [Text(2, "A bird.")]
+    (tmp_path / "ids.txt").write_text("\ufeff2\n0\n", encoding="utf-8")
+    clean, web = parted(dataset, replace(SMALL, clean=2, clean_by=str(tmp_path / "ids.txt")))
+    assert [text.picture for text in clean] == [0, 2] and [text.picture for text in web] == [1]
+    with pytest.raises(UserError, match=r"clean_by=.*cannot be read .*give first, titles, or a file"):
+        parted(dataset, replace(SMALL, clean_by=str(tmp_path / "none.txt")))
+
+
+def test_a_plain_set_of_sentences_fills_batches(tmp_path):
+    rows = [entry(i, "test" if i % 5 == 0 else "val" if i % 5 == 1 else "train") for i in range(200)]
+    for i, row in enumerate(rows):
+        row["sentences"] = [{"raw": f"A man rides horse {i}, slowly."}, {"raw": "Somebody on a horse."}]
+    root = make_karpathy(tmp_path / "set", rows, tar=True)
+    data = build_data(replace(SMALL, data="karpathy", data_root=str(root), pairs=96, clean=40, test_pairs=20), 3)
+    assert len(data.clean) == 40 and len(data.web) == 2 * 96 - 40
+    assert len(data.eval_set.images) == 20 and len(data.eval_set.texts) == 40
 
 
 def test_scenes_give_clean_pairs_in_order():
